@@ -1,0 +1,11 @@
+"""The one exception for mistakes a user can fix.
+
+The command line prints it as one line and exits with status 2; a traceback always means a bug of
+ours.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in what the user asked for: ``"key: what is wrong; how to cure it"``."""
