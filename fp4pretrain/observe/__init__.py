@@ -1,0 +1,25 @@
+"""Watching a run from outside: metrics sinks, throughput and memory.
+
+Nothing in ``nn`` or ``ops`` imports this package: it is handed finished rows of numbers.
+"""
+
+from fp4pretrain.observe.console import ConsoleSink
+from fp4pretrain.observe.jsonl import JsonlSink, read_rows
+from fp4pretrain.observe.sink import CompositeSink, Row, Sink
+from fp4pretrain.observe.throughput import Throughput, flops_per_token, memory_gib, peak_flops
+from fp4pretrain.observe.wandb_sink import WandbSink, stored_run_id
+
+__all__ = [
+    "CompositeSink",
+    "ConsoleSink",
+    "JsonlSink",
+    "Row",
+    "Sink",
+    "Throughput",
+    "WandbSink",
+    "flops_per_token",
+    "memory_gib",
+    "peak_flops",
+    "read_rows",
+    "stored_run_id",
+]

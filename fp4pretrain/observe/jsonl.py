@@ -1,0 +1,113 @@
+"""``metrics.jsonl``: the record of a run, one JSON object a line.
+
+The file is what ``fp4pretrain compare`` reads, so it must hold each step once, whatever happened
+to the run. A resumed run repeats the steps after its checkpoint, so their old rows are cut off
+first; a row that a crash left half-written goes the same way.
+
+JSON has no NaN. A diverged loss is written as the string ``"NaN"``, ``"Infinity"`` or
+``"-Infinity"`` (the convention of protobuf's JSON mapping), which ``float`` takes back;
+``read_rows`` does that. ``null`` stays free for "not known", such as the MFU of a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.observe.sink import Row
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class JsonlSink:
+    """Append rows to a JSONL file, each flushed as it is written.
+
+    ``resume_step`` is the step of the checkpoint a run goes on from: rows of later steps are cut
+    off. ``None`` begins a new record, and one already there is kept beside it as
+    ``metrics.1.jsonl``, ``metrics.2.jsonl``, ...
+    """
+
+    def __init__(self, path: Path | str, resume_step: int | None = None) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            if resume_step is None:
+                _set_aside(self.path)
+            else:
+                _truncate_after(self.path, resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, row: Row) -> None:
+        """Append one line and flush it, so that a crash loses no finished row."""
+        self._file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_rows(path: Path | str) -> list[dict[str, Any]]:
+    """All rows of a metrics file, non-finite numbers as floats.
+
+    A last line without its newline is the write that a crash interrupted: it is left out. Any
+    other line that is no JSON object raises ``UserError``.
+    """
+    rows = []
+    for number, line in enumerate(_finished_lines(Path(path)), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}: line {number} is no JSON object; delete it or rerun the run")
+        rows.append({key: _number(value) for key, value in row.items()})
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """JSON types of the same value: tensors and NumPy scalars become numbers."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if hasattr(value, "item"):
+        return _plain(value.item())
+    number = float(value)
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+
+
+def _number(value: Any) -> Any:
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _finished_lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def _truncate_after(path: Path, step: int) -> None:
+    """Rewrite the file without the rows of later steps, in one atomic replacement."""
+    kept = [
+        line
+        for line, row in zip(_finished_lines(path), read_rows(path), strict=True)
+        if row.get("step", 0) <= step
+    ]
+    rewritten = path.with_suffix(".rewritten")
+    rewritten.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(rewritten, path)
+
+
+def _set_aside(path: Path) -> None:
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(aside)

@@ -1,0 +1,157 @@
+"""Weights & Biases, the real package, imported here and nowhere else.
+
+A run has its whole config there, and its charts run over tokens, so that runs of other batch sizes
+lie on one axis. The run's id is kept in ``run_dir/wandb/run_id``: a resumed run gives it back and
+goes on in the same wandb run. A resumed run repeats the steps after its checkpoint; wandb's history
+cannot be cut, so the steps it has already are not sent again.
+
+Logging must never end a training run: whatever goes wrong here costs one line on the console.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.observe.sink import Row
+
+MODES = ("auto", "online", "offline", "disabled")
+
+
+def stored_run_id(run_dir: Path | str) -> str | None:
+    """The id of the wandb run that ``run_dir`` was last logged to, if any."""
+    path = _id_path(Path(run_dir))
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+@dataclass
+class WandbSink:
+    """Send rows to wandb.
+
+    ``mode``: ``online``, ``offline`` (written under ``run_dir/wandb``, for ``wandb sync`` later),
+    ``disabled`` (nothing, not even the import), or ``auto``: online where an API key is set (the
+    environment or netrc, as ``wandb login`` leaves it), otherwise offline. An online run that
+    cannot reach its server goes on offline, and says so.
+
+    ``resume_id``: the wandb run to continue, ``stored_run_id(run_dir)`` when resuming from a
+    checkpoint; None makes a new one. Raises ``UserError`` for an unknown mode only.
+    """
+
+    config: Mapping[str, Any]
+    run_dir: Path
+    mode: str = "auto"
+    project: str | None = None
+    entity: str | None = None
+    group: str | None = None
+    tags: Sequence[str] = ()
+    name: str | None = None
+    resume_id: str | None = None
+    _run: Any = field(init=False, default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(
+                f"logging.wandb.mode: unknown mode {self.mode!r}; choose {', '.join(MODES)}"
+            )
+        if self.mode == "disabled":
+            return
+        try:
+            self._run = self._start()
+        except Exception as error:  # any failure of a logger: say it once, train on
+            _say(f"did not start ({_first_line(error)}); going on with metrics.jsonl alone")
+
+    @property
+    def run_id(self) -> str | None:
+        """The id of the wandb run, None where there is none."""
+        return None if self._run is None else str(self._run.id)
+
+    def write(self, row: Row) -> None:
+        """Log a row at its step. Rows of steps that a continued run has already are left out."""
+        if self._run is None:
+            return
+        step = row["step"]
+        values = {key: value for key, value in row.items() if key != "event"}
+        try:
+            if step >= self._run.starting_step:
+                self._run.log(values, step=step)
+        except Exception as error:  # as above
+            _say(f"stopped at step {step} ({_first_line(error)}); metrics.jsonl goes on")
+            self._run = None
+
+    def close(self) -> None:
+        """Upload what is left and end the wandb run."""
+        if self._run is None:
+            return
+        try:
+            self._run.finish()
+        except Exception as error:  # as above
+            _say(f"did not finish cleanly ({_first_line(error)})")
+        self._run = None
+
+    def _start(self) -> Any:
+        import wandb  # slow to import, and not needed by a run that does not log to it
+
+        Path(self.run_dir).mkdir(parents=True, exist_ok=True)
+        has_key = self.mode == "auto" and _has_api_key(wandb.setup().settings.base_url)
+        online = self.mode == "online" or has_key
+        try:
+            run = self._init(wandb, "online" if online else "offline")
+        except wandb.Error as error:
+            if not online:
+                raise
+            _say(f"not reachable ({_first_line(error)}); logging offline, for wandb sync later")
+            run = self._init(wandb, "offline")
+        run.define_metric("tokens")
+        run.define_metric("*", step_metric="tokens")
+        path = _id_path(Path(self.run_dir))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(run.id + "\n", encoding="utf-8")
+        return run
+
+    def _init(self, wandb: Any, mode: str) -> Any:
+        return wandb.init(
+            mode=mode,
+            dir=self.run_dir,
+            config=dict(self.config),
+            project=self.project,
+            entity=self.entity,
+            group=self.group,
+            tags=list(self.tags),
+            name=self.name,
+            id=self.resume_id,
+            resume=None if self.resume_id is None else "allow",
+            # Captured standard output would hold every redraw of the progress bar.
+            settings=wandb.Settings(console="off", init_timeout=60),
+        )
+
+
+def _has_api_key(base_url: str) -> bool:
+    """Whether wandb would find credentials without asking for them."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    hosts = [urlsplit(base_url).netloc]
+    if "WANDB_BASE_URL" not in os.environ:
+        hosts.append("api.wandb.ai")  # keys of the hosted service, wherever it now answers
+    try:
+        entries = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any(host in entries for host in hosts)
+
+
+def _id_path(run_dir: Path) -> Path:
+    return run_dir / "wandb" / "run_id"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _say(text: str) -> None:
+    print(f"wandb: {text}", flush=True)

@@ -1,0 +1,124 @@
+"""The real wandb package, run offline in a temporary directory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import wandb
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.observe import WandbSink, stored_run_id
+from fp4pretrain.observe.wandb_sink import _has_api_key
+
+CONFIG = {"seed": 1234, "precision": {"fprop": {"x": {"format": "nvfp4"}}}}
+
+
+@pytest.fixture(autouse=True)
+def _no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def _recorded(run_dir: Path) -> bytes:
+    """Everything that wandb wrote to its transaction logs."""
+    return b"".join(path.read_bytes() for path in sorted(run_dir.glob("wandb/*/*.wandb")))
+
+
+def test_offline_records_config_rows_and_the_token_axis(tmp_path: Path) -> None:
+    sink = WandbSink(CONFIG, tmp_path, mode="auto", project="fp4", tags=["a"], name="one")
+    sink.write({"event": "train", "step": 1, "tokens": 777, "loss": 4.125})
+    sink.write({"event": "eval", "step": 1, "tokens": 777, "val_loss": 4.25})
+    sink.close()
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+    record = _recorded(tmp_path)
+    for text in (b"nvfp4", b"1234", b"tokens", b"777", b"4.125", b"val_loss", b"4.25"):
+        assert text in record
+
+
+def test_a_resumed_run_continues_the_same_wandb_run_and_a_new_one_does_not(tmp_path: Path) -> None:
+    ids = []
+    for resume in (False, True, False):
+        resume_id = stored_run_id(tmp_path) if resume else None
+        sink = WandbSink(CONFIG, tmp_path, mode="offline", resume_id=resume_id)
+        ids.append(sink.run_id)
+        assert stored_run_id(tmp_path) == sink.run_id
+        sink.close()
+    assert ids[0] is not None
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_disabled_leaves_nothing(tmp_path: Path) -> None:
+    sink = WandbSink(CONFIG, tmp_path / "run", mode="disabled")
+    sink.write({"step": 1, "loss": 1.0})
+    sink.close()
+    assert sink.run_id is None
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_mode_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"logging\.wandb\.mode.*'on'.*auto"):
+        WandbSink(CONFIG, tmp_path, mode="on")
+
+
+def test_wandb_that_cannot_start_costs_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # makes the import fail
+    sink = WandbSink(CONFIG, tmp_path, mode="offline")
+    sink.write({"event": "train", "step": 1, "tokens": 1, "loss": 1.0})
+    sink.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert "did not start" in lines[0]
+
+
+def test_an_unreachable_server_is_said_and_the_run_goes_on_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real_init = wandb.init
+
+    def init(**arguments: object) -> object:
+        if arguments["mode"] == "online":
+            raise wandb.errors.CommError("no route to host")
+        return real_init(**arguments)
+
+    monkeypatch.setattr(wandb, "init", init)
+    sink = WandbSink(CONFIG, tmp_path, mode="online")
+    sink.write({"event": "train", "step": 1, "tokens": 1, "loss": 3.0625})
+    sink.close()
+    assert "not reachable (no route to host)" in capsys.readouterr().out
+    assert b"3.0625" in _recorded(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("environment", "entry", "found"),
+    [
+        ({}, None, False),
+        ({"WANDB_API_KEY": "k" * 40}, None, True),
+        ({}, "machine api.wandb.ai login user password k", True),
+        ({}, "machine server.example login user password k", True),
+        ({}, "machine github.com login user password k", False),
+        (
+            {"WANDB_BASE_URL": "https://server.example"},
+            "machine api.wandb.ai login user password k",
+            False,
+        ),
+    ],
+)
+def test_auto_finds_a_key_where_wandb_would(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    entry: str | None,
+    found: bool,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if entry is not None:
+        (tmp_path / "netrc").write_text(entry + "\n")
+        (tmp_path / "netrc").chmod(0o600)
+    assert _has_api_key("https://server.example") is found
