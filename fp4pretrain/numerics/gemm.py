@@ -1,0 +1,33 @@
+"""The reference GEMM: what every backend's product of two quantized operands must be close to.
+
+``out[m, n] = alpha_a * alpha_b * sum_k values_a[m, k] * values_b[n, k]``: both operands have their
+contraction axis last, and the fp32 tensor scales go on the result, never on an operand.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp4pretrain.numerics.quantize import QuantizedTensor
+
+
+def gemm_reference(
+    a: QuantizedTensor,
+    b: QuantizedTensor,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+    accumulate: torch.dtype = torch.float32,
+) -> Tensor:
+    """``a @ b.T``, [m, n] in ``out_dtype``, from a [m, k] and b [n, k].
+
+    Args:
+        accumulate: torch.float32 as hardware does, or torch.float64 for an error bound.
+
+    Raises:
+        ValueError: where the contraction dimensions differ.
+    """
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"contraction dimensions differ: {a.shape} against {b.shape}")
+    product = a.values().to(accumulate) @ b.values().to(accumulate).T
+    return (product * (a.alpha() * b.alpha())).to(out_dtype)

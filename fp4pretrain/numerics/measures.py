@@ -1,0 +1,50 @@
+"""How much a cast lost: each measure is one fp32 scalar tensor, so it can be logged without a sync.
+
+``x`` is the tensor before the cast and ``y`` after it, of one shape. Sums run in float64: a mean of
+squares over millions of elements loses digits in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp4pretrain.numerics.blocks import block_view, spread
+from fp4pretrain.numerics.formats import QuantSpec
+from fp4pretrain.numerics.scaling import operand_scales
+
+
+def relative_error(x: Tensor, y: Tensor) -> Tensor:
+    """``||y - x|| / ||x||`` (Frobenius); 0 where y equals x, even if both are 0."""
+    noise, signal = (y.double() - x.double()).norm(), x.double().norm()
+    return torch.where(noise == 0, 0.0, noise / signal).float()
+
+
+def sqnr_db(x: Tensor, y: Tensor) -> Tensor:
+    """Signal to quantization noise, ``20 log10(||x|| / ||y - x||)`` in dB; Inf where y equals x."""
+    return -20.0 * torch.log10(relative_error(x, y))
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """The cosine of the angle between x and y taken as vectors, in [-1, 1]; NaN where one is 0."""
+    x_n, y_n = x.double().flatten(), y.double().flatten()
+    return (x_n @ y_n / (x_n.norm() * y_n.norm())).float()
+
+
+def underflow_fraction(x: Tensor, y: Tensor) -> Tensor:
+    """The share of x's nonzero elements that the cast made 0; 0 where x has none."""
+    nonzero = x != 0
+    return ((nonzero & (y == 0)).sum() / nonzero.sum().clamp(min=1)).float()
+
+
+def saturation_fraction(x: Tensor, spec: QuantSpec, *, amax: Tensor | None = None) -> Tensor:
+    """The share of x's elements [rows, cols] that are clipped: |x * encode| > the element's max.
+
+    Elements a block scale of 0 sends to 0 count as underflow, not here. bf16 never clips.
+    """
+    if spec.row.scale_type == "none":
+        return torch.zeros((), device=x.device)
+    scales = operand_scales(x, spec, amax)
+    block = spec.block_shape((x.shape[0], x.shape[1]))
+    scaled = block_view(x.to(torch.float32), block).abs() * spread(scales.encode)
+    return ((scaled > spec.row.element.max) & spread(scales.stored.float() != 0)).float().mean()

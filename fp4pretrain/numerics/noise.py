@@ -1,0 +1,112 @@
+"""Noise for stochastic rounding: a function of who asks and of which element, never a state.
+
+Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a 64-bit key
+and a 128-bit counter into four random words. The key names the draw (seed, step, microbatch, layer,
+GEMM, operand: ``derive_key``), the counter names the element by its global coordinates. So activation
+recompute, a resumed run and another parallel layout all draw the same noise.
+
+    rounding          counter (c0, c1, c2, c3)              what an element gets
+    stochastic        (col // 16, row, 0, 0)  byte col%16    u = (byte + 0.5) / 256
+    stochastic_full   (col // 4,  row, 1, 0)  word col%4     u = (word >> 8) * 2^-24
+    random signs      (0, 0, 2, 0)            bit j          sign j is - where the bit is set
+
+Byte j of a call is byte j % 4 (lowest first) of word j // 4. Row and col are those of the tensor that
+is quantized (for a column-wise copy, of the transpose) plus the offsets of ``Noise``. Seven rounds are
+the fewest that pass BigCrush (their table 2); the tests hold the ten-round version to the published
+vectors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROUNDS = 7
+_MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_BYTES_STREAM, _WORDS_STREAM, _SIGNS_STREAM = 0, 1, 2
+
+Word = int | Tensor
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A 64-bit key, and where the tensor at hand sits in the global one (in its own rows, cols)."""
+
+    key: int
+    row_offset: int = 0
+    col_offset: int = 0
+
+
+def derive_key(seed: int, *path: int) -> int:
+    """A 64-bit key from a seed and any integers, order mattering: a chain of splitmix64 steps.
+
+    ``h = mix(seed); h = mix(h ^ v)`` for each v, with splitmix64's increment and finalizer (Steele,
+    Lea, Flood, OOPSLA 2014) as ``mix``; integers are taken modulo 2^64.
+    """
+    state = 0
+    for value in (seed, *path):
+        state = ((state ^ (value & _MASK64)) + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return state
+
+
+def philox(
+    counter: tuple[Word, Word, Word, Word], key: int, *, rounds: int = ROUNDS
+) -> tuple[Word, Word, Word, Word]:
+    """Philox4x32: four 32-bit words from a counter of four 32-bit words and a 64-bit key.
+
+    Words are Python integers or int64 tensors that broadcast together. A counter that is a column of
+    rows and a row of columns stays small for the first rounds: only the last ones see every pair.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _MASK32, (key >> 32) & _MASK32
+    for _ in range(rounds):
+        # int64 products wrap modulo 2^64; the shift is arithmetic, so the mask comes last. c1 and c3
+        # carry their product's high half along: it is only ever XORed in before that mask.
+        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
+        c0 = ((product_1 >> 32) ^ c1 ^ k0) & _MASK32
+        c2 = ((product_0 >> 32) ^ c3 ^ k1) & _MASK32
+        c1, c3 = product_1, product_0
+        k0, k1 = (k0 + _WEYL_0) & _MASK32, (k1 + _WEYL_1) & _MASK32
+    return c0, c1 & _MASK32, c2, c3 & _MASK32
+
+
+def _words(
+    noise: Noise, shape: tuple[int, int], *, per_call: int, stream: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """int32 [rows, calls * 4] random words covering ``shape``, and how many columns to skip."""
+    rows, cols = shape
+    first, skip = divmod(noise.col_offset, per_call)
+    calls = -(-(skip + cols) // per_call)
+    call_c = torch.arange(first, first + calls, device=device)
+    row_r1 = torch.arange(noise.row_offset, noise.row_offset + rows, device=device)[:, None]
+    words = philox((call_c, row_r1, stream, 0), noise.key)
+    out = torch.empty(rows, calls, 4, dtype=torch.int32, device=device)
+    for index, word in enumerate(words):
+        out[:, :, index] = word  # keeps the low 32 bits
+    return out.view(rows, calls * 4), skip
+
+
+def noise_bytes(noise: Noise, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """uint8 [rows, cols]: the byte k of every element (``rounding=stochastic``)."""
+    words, skip = _words(noise, shape, per_call=16, stream=_BYTES_STREAM, device=device)
+    return words.view(torch.uint8)[:, skip : skip + shape[1]]
+
+
+def noise_words(noise: Noise, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """int64 [rows, cols]: the upper 24 bits of every element's word (``stochastic_full``)."""
+    words, skip = _words(noise, shape, per_call=4, stream=_WORDS_STREAM, device=device)
+    return (words[:, skip : skip + shape[1]].long() & _MASK32) >> 8
+
+
+def random_signs(key: int, size: int) -> tuple[int, ...]:
+    """``size`` (at most 128) signs of +1 or -1 drawn from the key: one Philox call."""
+    words = philox((0, 0, _SIGNS_STREAM, 0), key)
+    return tuple(-1 if int(words[j // 32]) >> (j % 32) & 1 else 1 for j in range(size))

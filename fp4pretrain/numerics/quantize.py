@@ -1,0 +1,155 @@
+"""Quantize one matrix: to packed codes (``quantize``), or straight to what they stand for (``emulate``).
+
+Both run the same steps: scales of the blocks, element = round(x * encode), then either codes or
+element * block scale. So ``emulate`` equals ``quantize(...).dequantize()`` bit for bit, by
+construction, and costs no packing. It is the fast path of the reference backend: in every training step
+on a CPU it handles each operand of each GEMM, in cache-sized slices and in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fp4pretrain.numerics.blocks import block_view, row_slices, spread
+from fp4pretrain.numerics.formats import QuantSpec
+from fp4pretrain.numerics.noise import Noise, noise_bytes, noise_words
+from fp4pretrain.numerics.rounding import (
+    decode_e2m1,
+    encode_e2m1,
+    pack_codes,
+    round_to_grid_,
+    unpack_codes,
+)
+from fp4pretrain.numerics.scaling import NVFP4_RULES, BlockScales, operand_scales
+
+
+@dataclass
+class QuantizedTensor:
+    """A matrix [rows, cols] in a low-precision format, its contraction axis last.
+
+    Attributes:
+        codes: uint8 [rows, cols / 2], the even element in the low nibble (nvfp4, mxfp4);
+            float8 [rows, cols] (mxfp8, fp8); bfloat16 [rows, cols] (bf16).
+        scales: one a block, [row blocks, col blocks]: float8_e4m3fn (nvfp4), float8_e8m0fnu (mx),
+            fp32 factors of dequantization (fp8); None (bf16).
+        amax: fp32 scalar the tensor scale was made from (nvfp4, per-tensor fp8), else None.
+        spec: how it was cast.
+        shape: (rows, cols).
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+    amax: Tensor | None
+    spec: QuantSpec
+    shape: tuple[int, int]
+
+    def alpha(self) -> Tensor:
+        """The fp32 scalar that belongs on a GEMM's result: amax / 2688 for nvfp4."""
+        one = torch.ones((), device=self.codes.device)
+        if self.spec.row.scale_type == "e4m3":
+            return self.amax / (one * NVFP4_RULES[self.spec.scale].tensor_max)
+        if self.spec.block == "tensor":
+            return self.scales.reshape(())
+        return one * (4.0 / 3.0) if self.spec.scale == "unbiased" else one
+
+    def values(self) -> Tensor:
+        """Element times block scale, fp32 [rows, cols]; exact in bfloat16 for all but blocked fp8."""
+        packed = self.spec.row.element.packed
+        values = decode_e2m1(unpack_codes(self.codes)) if packed else self.codes.to(torch.float32)
+        if self.scales is None or self.spec.block == "tensor":
+            return values
+        block = self.spec.block_shape(self.shape)
+        block_view(values, block).mul_(spread(self.scales.to(torch.float32)))
+        return values
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``values() * alpha()`` computed in fp32, [rows, cols] in ``dtype``."""
+        return (self.values() * self.alpha()).to(dtype)
+
+
+def quantize(
+    x: Tensor, spec: QuantSpec, *, noise: Noise | None = None, amax: Tensor | None = None
+) -> QuantizedTensor:
+    """Cast ``x`` as ``spec`` says.
+
+    Args:
+        x: [rows, cols], a float dtype; blocks lie along cols, the contraction axis.
+        noise: the draw for stochastic rounding; not used by nearest rounding.
+        amax: fp32 scalar to use as the tensor's amax (tensor parallelism); default x's own.
+
+    Raises:
+        UserError: where the blocks do not divide x.
+        ValueError: for stochastic rounding without noise, or an x that is not a matrix.
+    """
+    shape = _check(x, spec, noise)
+    element = spec.row.element
+    if spec.row.scale_type == "none":
+        return QuantizedTensor(x.to(element.dtype), None, None, spec, shape)
+    scales = operand_scales(x, spec, amax)
+    elements = _round_scaled(x, spec, scales, noise, dequantize=False)
+    if spec.row.scale_type != "fp32":  # the scale alone carries the NaN: codes are 0
+        elements.nan_to_num_(nan=0.0)
+        block_view(elements, spec.block_shape(shape)).masked_fill_(spread(scales.decode.isnan()), 0)
+    codes = pack_codes(encode_e2m1(elements)) if element.packed else elements.to(element.dtype)
+    return QuantizedTensor(codes, scales.stored, scales.amax, spec, shape)
+
+
+def emulate(
+    x: Tensor, spec: QuantSpec, *, noise: Noise | None = None, amax: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(values, alpha)`` with ``values * alpha == quantize(...).dequantize()`` bit for bit.
+
+    Arguments and errors are those of ``quantize``.
+
+    Returns:
+        values: fp32 [rows, cols], element times block scale. Exact in bfloat16 for nvfp4, mxfp4,
+            mxfp8, per-tensor fp8 and bf16, so a bfloat16 GEMM may carry them.
+        alpha: fp32 scalar for the GEMM's result.
+    """
+    _check(x, spec, noise)
+    if spec.row.scale_type == "none":
+        return x.to(torch.bfloat16).to(torch.float32), torch.ones((), device=x.device)
+    scales = operand_scales(x, spec, amax)
+    return _round_scaled(x, spec, scales, noise, dequantize=True), scales.alpha
+
+
+def _check(x: Tensor, spec: QuantSpec, noise: Noise | None) -> tuple[int, int]:
+    if x.dim() != 2:
+        raise ValueError(f"quantize takes a matrix [rows, cols], got {list(x.shape)}")
+    if spec.stochastic and noise is None:
+        raise ValueError(f"{spec} needs noise: pass a Noise with its key")
+    shape = (x.shape[0], x.shape[1])
+    spec.block_shape(shape)
+    return shape
+
+
+def _round_scaled(
+    x: Tensor, spec: QuantSpec, scales: BlockScales, noise: Noise | None, *, dequantize: bool
+) -> Tensor:
+    """Rounded elements, fp32 [rows, cols]; times their block scale where ``dequantize``."""
+    shape = (x.shape[0], x.shape[1])
+    block_rows, block_cols = spec.block_shape(shape)
+    encode, decode = scales.encode, scales.decode if dequantize else None
+    if encode.shape[0] == 1:  # one block spans the rows: slices may cut it
+        block_rows, encode = 1, encode.expand(shape[0], -1)
+        decode = None if decode is None else decode.expand(shape[0], -1)
+    out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    for rows in row_slices(shape, block_rows, x.device):
+        blocks = slice(rows.start // block_rows, rows.stop // block_rows)
+        y, y_b = out[rows], block_view(out[rows], (block_rows, block_cols))
+        x_b = block_view(x[rows], (block_rows, block_cols)).to(torch.float32)
+        torch.mul(x_b, spread(encode[blocks]), out=y_b)
+        bits = _bits(spec, noise, rows, shape[1], x.device) if spec.stochastic else None
+        round_to_grid_(y, spec.row.element, ties=spec.ties, noise=bits)
+        if decode is not None:
+            y_b.mul_(spread(decode[blocks]))
+    return out
+
+
+def _bits(spec: QuantSpec, noise: Noise, rows: slice, cols: int, device: torch.device) -> Tensor:
+    draw = noise_bytes if spec.rounding == "stochastic" else noise_words
+    here = replace(noise, row_offset=noise.row_offset + rows.start)
+    return draw(here, (rows.stop - rows.start, cols), device)

@@ -1,0 +1,83 @@
+"""Rounding to a small floating-point grid by arithmetic, and packing 4-bit codes.
+
+Around a magnitude ``a`` the grid has one step, ``2**(max(floor(log2 a), emin) - mantissa_bits)``;
+divided by it, rounding to the grid is rounding to an integer. The power of two is the exponent field
+of the float itself, so there is no table and no branch, every pass is in place, and one function
+serves E2M1, E4M3 and E5M2 alike.
+
+Where the sign of zero goes: a negative that rounds to zero stays -0.0 (code 8). An exact -0.0 becomes
++0.0 (code 0) in E2M1, as in Transformer Engine's reference, and stays -0.0 in FP8, as in every cast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fp4pretrain.numerics.formats import Element
+
+E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+_EXPONENT_FIELD = 0x7F800000
+# The largest float below a half. Adding a half itself would carry 0.5 - 2^-25 over to 1; with this
+# one every tie still reaches its integer when the sum is rounded to even, and nothing else does.
+_ALMOST_HALF = 0.49999997
+
+
+def grid_step(y: Tensor, element: Element) -> Tensor:
+    """The distance between grid neighbours around each ``y`` (fp32, |y| <= element.max)."""
+    power = (y.view(torch.int32) & _EXPONENT_FIELD).view(torch.float32)
+    power.clamp_(2.0**element.emin, 2.0**element.emax)
+    return power.mul_(2.0**-element.mantissa_bits)
+
+
+def round_to_grid_(
+    y: Tensor, element: Element, *, ties: str, noise: Tensor | None = None
+) -> Tensor:
+    """Round fp32 ``y`` onto the element's grid in place, saturating; NaN stays NaN.
+
+    Args:
+        ties: "even" or "away", for nearest rounding.
+        noise: None for nearest rounding; uint8 bytes k (u = (k + 0.5) / 256), or int64 24-bit
+            integers (u = k * 2^-24). A magnitude a becomes the grid's floor of a + u * step(a).
+    """
+    y.clamp_(-element.max, element.max)
+    if element.packed:
+        y.add_(0.0)  # -0.0 + 0.0 = +0.0
+    step = grid_step(y, element)
+    y.div_(step)
+    if noise is None and ties == "even":
+        y.round_()
+    elif noise is None:
+        y.add_(torch.full_like(y, _ALMOST_HALF).copysign_(y)).trunc_()
+    elif noise.dtype == torch.uint8:
+        y.add_(noise.to(torch.float32).add_(0.5).mul_(2.0**-8).copysign_(y)).trunc_()
+    else:
+        # 24 random bits on a 24-bit number: only float64 holds the sum, so that u just below 1
+        # never lifts a value that is on the grid already.
+        u = noise.to(torch.float64).mul_(2.0**-24).copysign_(y.double())
+        y.copy_(u.add_(y).trunc_())
+    return y.mul_(step)
+
+
+def encode_e2m1(q: Tensor) -> Tensor:
+    """Codes sign<<3 | index, uint8 and one a byte, of fp32 values that lie on the E2M1 grid."""
+    magnitudes = torch.tensor(E2M1_MAGNITUDES, device=q.device)
+    index = torch.bucketize(q.abs(), magnitudes)
+    return (index + 8 * torch.signbit(q)).to(torch.uint8)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """fp32 values of unpacked E2M1 codes; code 8 is -0.0."""
+    table = torch.tensor((*E2M1_MAGNITUDES, *(-m for m in E2M1_MAGNITUDES)), device=codes.device)
+    return table[codes.long()]
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """uint8 [..., n] codes below 16 to [..., n / 2] bytes, the even element in the low nibble."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_codes(packed: Tensor) -> Tensor:
+    """The inverse of ``pack_codes``."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)

@@ -1,0 +1,233 @@
+"""Scale rules: from the largest magnitude of a block to the factor it is divided by.
+
+Every line below keeps the order of its fp32 operations, because kernels reproduce scales bit for bit:
+``S_enc * fp32(1/6)`` is rounded before it meets the block's amax. Divisions are between tensors, never
+by a Python number: PyTorch turns those into a product with the reciprocal, which rounds twice.
+
+Not-a-number policy: a block whose amax is Inf or NaN (or, where a tensor scale exists, whose tensor's
+amax is) gets the scale NaN, so a non-finite input never becomes a finite number.
+
+Sources: Transformer Engine (core_nvfp4.cuh, reference_nvfp4.py); OCP MX v1.0; torchao; AMD (ROCm TE,
+AITER) for ``even``; arXiv:2506.08027 for ``rceil``; arXiv:2502.20586 for mxfp4's ``unbiased``;
+arXiv:2601.22813 for nvfp4's; arXiv:2512.02010 for ``four_over_six``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp4pretrain.numerics.blocks import block_amax, block_view, row_slices, spread, tensor_amax
+from fp4pretrain.numerics.formats import Element, QuantSpec
+from fp4pretrain.numerics.rounding import round_to_grid_
+
+FLT_MAX = torch.finfo(torch.float32).max
+E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Nvfp4Rule:
+    """What a tensor's amax is encoded to: element ``element_max`` under block scale ``cap``."""
+
+    cap: float
+    element_max: float
+
+    @property
+    def tensor_max(self) -> float:
+        """The scaled value of the tensor's amax: 2688 by default."""
+        return self.cap * self.element_max
+
+
+# 6 * 16/17: E4M3 rounds a scale down by at most 16/17, so even then no element exceeds 6.
+# Cap 256: scaling a block to 4 multiplies its scale by 1.5, and 384 is an E4M3 number.
+NVFP4_RULES = {
+    "default": Nvfp4Rule(cap=448.0, element_max=6.0),
+    "unbiased": Nvfp4Rule(cap=448.0, element_max=6.0 * 16.0 / 17.0),
+    "cap256": Nvfp4Rule(cap=256.0, element_max=6.0),
+    "four_over_six": Nvfp4Rule(cap=256.0, element_max=6.0),
+}
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """The scales of one operand, one entry a block, [row blocks, col blocks].
+
+    Attributes:
+        stored: what is kept: float8_e4m3fn, float8_e8m0fnu or fp32.
+        encode: fp32 factor an element is multiplied with before it is rounded.
+        decode: fp32 factor a rounded element is multiplied with; None where alpha says it all.
+        alpha: fp32 scalar that remains for the GEMM's result.
+        amax: fp32 scalar, the tensor's amax, where the format has a tensor scale.
+    """
+
+    stored: Tensor
+    encode: Tensor
+    decode: Tensor | None
+    alpha: Tensor
+    amax: Tensor | None
+
+
+def operand_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None = None) -> BlockScales:
+    """The scales of ``x`` [rows, cols] under ``spec``, by its format's type of block scale.
+
+    Args:
+        amax: the tensor's amax where the caller knows it (tensor parallelism); it replaces x's own
+            in nvfp4 and per-tensor fp8 and is ignored by formats whose blocks stand alone.
+    """
+    return _SCALES[spec.row.scale_type](x, spec, amax)
+
+
+def _nvfp4_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None) -> BlockScales:
+    rule = NVFP4_RULES[spec.scale]
+    block = spec.block_shape((x.shape[0], x.shape[1]))
+    amax_b = block_amax(x, block)
+    amax = _tensor_amax_of(amax_b, amax)
+    encode_tensor = _tensor_encode(amax, rule.tensor_max)
+    if spec.scale == "four_over_six":
+        scale_b = _four_over_six(x, amax_b, encode_tensor, spec, block)
+    else:
+        inverse_max = torch.tensor(1.0 / rule.element_max, device=x.device)
+        scale_b = _to_e4m3(amax_b * (encode_tensor * inverse_max))
+    finite = torch.isfinite(amax_b) & torch.isfinite(amax)
+    stored = torch.where(finite, scale_b.to(torch.float32), torch.nan).to(torch.float8_e4m3fn)
+    decode = stored.to(torch.float32)
+    return BlockScales(
+        stored=stored,
+        encode=_nvfp4_encode(decode, encode_tensor),
+        decode=decode,
+        alpha=amax / torch.tensor(rule.tensor_max, device=x.device),
+        amax=amax,
+    )
+
+
+def _tensor_amax_of(amax_b: Tensor, given: Tensor | None) -> Tensor:
+    return tensor_amax(amax_b) if given is None else given.to(torch.float32).reshape(())
+
+
+def _tensor_encode(amax: Tensor, tensor_max: float) -> Tensor:
+    """S_enc = min(tensor_max / amax, FLT_MAX); 1 where amax is 0 or S_enc is."""
+    encode = (torch.tensor(tensor_max, device=amax.device) / amax).clamp(max=FLT_MAX)
+    return torch.where((amax == 0) | (encode == 0), 1.0, encode)
+
+
+def _to_e4m3(scale: Tensor) -> Tensor:
+    return scale.clamp(max=FLT_MAX).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _nvfp4_encode(decode: Tensor, encode_tensor: Tensor) -> Tensor:
+    """min(1 / (fp32(s_b) * S_dec), FLT_MAX): FLT_MAX where the block scale is 0."""
+    return _inverse(decode * _inverse(encode_tensor)).clamp(max=FLT_MAX)
+
+
+def _inverse(x: Tensor) -> Tensor:
+    return torch.ones((), device=x.device) / x
+
+
+def _four_over_six(
+    x: Tensor, amax_b: Tensor, encode_tensor: Tensor, spec: QuantSpec, block: tuple[int, int]
+) -> Tensor:
+    """The E4M3 scale, block to 6 or block to 4, with the smaller squared error; a tie goes to 6.
+
+    The error of a block is sum((q * s_b - x * S_enc)^2) in fp32, summed as a tree of neighbours:
+    ((e0 + e1) + (e2 + e3)) + ..., along the columns first, then (2d) along the rows.
+    """
+    scale = amax_b / torch.tensor(6.0, device=x.device) * encode_tensor
+    scale_6, scale_4 = _to_e4m3(scale), _to_e4m3(scale * 1.5)
+    error_6, error_4 = (
+        _squared_error(x, candidate.to(torch.float32), encode_tensor, spec, block)
+        for candidate in (scale_6, scale_4)
+    )
+    return torch.where(error_4 < error_6, scale_4.to(torch.float32), scale_6.to(torch.float32))
+
+
+def _squared_error(
+    x: Tensor, decode: Tensor, encode_tensor: Tensor, spec: QuantSpec, block: tuple[int, int]
+) -> Tensor:
+    encode = _nvfp4_encode(decode, encode_tensor)
+    errors = []
+    for rows in row_slices((x.shape[0], x.shape[1]), block[0], x.device):
+        blocks = slice(rows.start // block[0], rows.stop // block[0])
+        x_b = block_view(x[rows], block).to(torch.float32)
+        y_b = (x_b * spread(encode[blocks])).contiguous()
+        round_to_grid_(y_b, spec.row.element, ties=spec.ties)
+        error = y_b.mul_(spread(decode[blocks])).sub_(x_b * encode_tensor).square_()
+        errors.append(_tree_sum(_tree_sum(error).transpose(1, 2)))
+    return torch.cat(errors)
+
+
+def _tree_sum(x: Tensor) -> Tensor:
+    """The sum over the last axis (a power of two long), neighbours first."""
+    while x.shape[-1] > 1:
+        x = x[..., 0::2] + x[..., 1::2]
+    return x[..., 0]
+
+
+def _mx_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None) -> BlockScales:
+    del amax  # every block stands alone
+    amax_b = block_amax(x, spec.block_shape((x.shape[0], x.shape[1])))
+    stored = mx_scale_bytes(amax_b, spec.row.element, spec.scale).view(torch.float8_e8m0fnu)
+    decode = stored.to(torch.float32)
+    shrink, alpha = (0.75, 4.0 / 3.0) if spec.scale == "unbiased" else (1.0, 1.0)
+    return BlockScales(
+        stored=stored,
+        encode=_inverse(decode) * shrink,
+        decode=decode,
+        alpha=torch.tensor(alpha, device=x.device),
+        amax=None,
+    )
+
+
+def mx_scale_bytes(amax_b: Tensor, element: Element, rule: str) -> Tensor:
+    """E8M0 bytes of fp32 block amaxes; a zero block gets 0, a non-finite one 255.
+
+    Exponents come from the fp32 bits. A subnormal amax has exponent field 0, which is right for
+    every rule: its true exponent lies below -126 and is clamped to -127 (byte 0) anyway.
+    """
+    if rule == "rceil":
+        byte = e8m0_round_up(amax_b * torch.tensor(1.0 / element.max, device=amax_b.device))
+    else:
+        bits = amax_b.view(torch.int32)
+        if rule == "ceil":
+            bits = bits + 0x7FFFFF
+        elif rule == "even":
+            bits = bits + (1 << (22 - element.mantissa_bits))  # 0x200000 for E2M1
+        byte = ((bits >> 23) - element.emax).clamp(0, 254)
+    return torch.where(torch.isfinite(amax_b), byte, 255).to(torch.uint8)
+
+
+def e8m0_round_up(value: Tensor) -> Tensor:
+    """int32 E8M0 bytes of non-negative fp32, rounded up (``cvt.rp.ue8m0x2``); Inf and NaN are 255.
+
+    Byte b is 2**(b - 127), so byte 0 is 2**-127, a subnormal of fp32: values up to it round to 0.
+    """
+    bits = value.view(torch.int32)
+    field, mantissa = bits >> 23, bits & 0x7FFFFF
+    up = torch.where(field == 0, mantissa > 0x400000, mantissa > 0)
+    return torch.where(torch.isfinite(value), field + up, 255)
+
+
+def _fp8_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None) -> BlockScales:
+    """Current scaling: S = max / amax, per tensor, row or block; what is stored is 1 / S."""
+    per_tensor = spec.block == "tensor"
+    if not per_tensor:
+        amax_b = block_amax(x, spec.block_shape((x.shape[0], x.shape[1])))
+    else:
+        amax = tensor_amax(x) if amax is None else _tensor_amax_of(amax, amax)
+        amax_b = amax.reshape(1, 1)
+    encode = _tensor_encode(amax_b, spec.row.element.max)
+    if spec.scale == "pow2":
+        encode = (encode.view(torch.int32) & 0x7F800000).view(torch.float32)
+    encode = torch.where(torch.isfinite(amax_b), encode, torch.nan)
+    stored = _inverse(encode)
+    return BlockScales(
+        stored=stored,
+        encode=encode,
+        decode=None if per_tensor else stored,
+        alpha=stored.reshape(()) if per_tensor else torch.ones((), device=x.device),
+        amax=amax if per_tensor else None,
+    )
+
+
+_SCALES = {"e4m3": _nvfp4_scales, "e8m0": _mx_scales, "fp32": _fp8_scales}
