@@ -1,0 +1,219 @@
+"""The work behind `fp4pretrain data`: build a dataset, train a BPE, look into a dataset.
+
+prepare_text(["books/", "web.jsonl"], "data/mine", tokenizer="byte")
+train_bpe(["stdlib"], vocab_size=8192, out="data/bpe8k")
+inspect("data/mine")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fp4pretrain.data.indexed import DatasetIndex, read_index, unwritable, write_dataset
+from fp4pretrain.data.text import STDLIB, TextFile, list_files, read_documents
+from fp4pretrain.data.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer
+from fp4pretrain.errors import UserError
+
+_CORPUS_FORMAT = 1  # raise it when the same files come to give other tokens
+_BATCH_CHARACTERS = 1 << 22  # texts encoded at once: enough for every core, little memory
+_BYTES = 256
+
+
+def prepare_text(
+    inputs: Sequence[str | Path], out_prefix: str | Path, tokenizer: str = "byte"
+) -> DatasetIndex:
+    """Tokenize text or JSON-lines files and folders into the indexed dataset OUT_PREFIX.{bin,idx}.
+
+    Args:
+        inputs: files, folders, or "stdlib"; see `fp4pretrain.data.text` for their order.
+        out_prefix: where to write; an existing dataset there is replaced, whole.
+        tokenizer: see `load_tokenizer`.
+
+    Raises:
+        UserError: a missing or unreadable input, no text, an unknown tokenizer, no write access.
+    """
+    files = list_files(inputs)
+    source = ", ".join(str(given) for given in inputs)
+    return _tokenize(files, str(out_prefix), tokenizer=load_tokenizer(tokenizer), source=source)
+
+
+def stdlib_corpus(cache: Path, tokenizer: Tokenizer, *, build: bool) -> str:
+    """The prefix of the running Python's standard library in `cache`, built there if it is not.
+
+    The name holds the Python version and a hash of the tokenizer and of every file's name and
+    size, so another Python or tokenizer makes another dataset and nothing goes stale.
+
+    Args:
+        cache: the cache folder.
+        tokenizer: what to encode with.
+        build: whether this process may build; one that may not expects to find it.
+
+    Raises:
+        UserError: `build` is false and there is none, or the folder cannot be written.
+    """
+    files = list_files([STDLIB])
+    listing = [[file.name, file.size] for file in files]
+    identity = json.dumps([_CORPUS_FORMAT, tokenizer.unique_identifiers, listing])
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    prefix = str(cache / "corpus" / f"{STDLIB}-{platform.python_version()}-{digest}")
+    if Path(f"{prefix}.idx").exists():
+        return prefix
+    if not build:
+        raise UserError(
+            f"data.cache_dir: {prefix}.idx is not visible on every rank; set data.cache_dir to a "
+            "folder that all nodes share (and run the same Python on each)"
+        )
+    source = f"{STDLIB} of Python {platform.python_version()}"
+    _tokenize(files, prefix, tokenizer=tokenizer, source=source, key="data.cache_dir")
+    return prefix
+
+
+def train_bpe(inputs: Sequence[str | Path], vocab_size: int, out: str | Path) -> Path:
+    """Train a byte-level BPE on `inputs` and save it as a tokenizer.json.
+
+    Byte-level: its alphabet is all 256 bytes, so it encodes any text without an unknown token.
+
+    Args:
+        inputs: files, folders, or "stdlib".
+        vocab_size: number of ids wanted, the end token and the 256 bytes included; little text
+            may give fewer.
+        out: a .json file, or a folder that gets a tokenizer.json.
+
+    Returns:
+        The file written, to be named in `data.tokenizer`.
+
+    Raises:
+        UserError: a vocabulary below 257, no text, or no write access.
+    """
+    if vocab_size < _BYTES + 1:
+        raise UserError(
+            f"vocab_size: {vocab_size} is too small; a byte-level BPE needs {_BYTES + 1} or more"
+        )
+    from tokenizers import Tokenizer as Trained
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    trained = Trained(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    files = list_files(inputs)
+    with _progress("reading", files) as documents:
+        trained.train_from_iterator(
+            chain.from_iterable(texts for _, texts in documents), trainer=trainer
+        )
+    path = Path(out).expanduser()
+    path = path if path.suffix == ".json" else path / "tokenizer.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(trained.to_str(pretty=True))
+    except OSError as error:
+        raise unwritable("out", path.parent, error) from None
+    return path
+
+
+def inspect(
+    prefix: str | Path, *, tokenizer: str | None = None, console: Console | None = None
+) -> DatasetIndex:
+    """Print what PREFIX holds: documents, tokens, dtype, size, tokenizer, a decoded sample.
+
+    Args:
+        prefix: the dataset, without .bin or .idx.
+        tokenizer: to decode the sample with; None is the one PREFIX.json names, if any.
+        console: where to print; None is standard output.
+
+    Raises:
+        UserError: as `read_index`, or an unknown tokenizer.
+    """
+    index = read_index(str(prefix), key="prefix")
+    lengths = index.lengths()
+    table = Table(title=str(prefix), show_header=False)
+    rows = {
+        "documents": f"{index.documents:,}",
+        "tokens": f"{index.tokens:,}",
+        "tokens a document": f"{lengths.mean():,.0f} ({lengths.min():,} to {lengths.max():,})",
+        "largest id": f"{index.largest_id():,}",
+        "dtype": str(index.dtype),
+        "size": f"{index.size_bytes / 2**20:,.1f} MiB",
+        "tokenizer": str(index.meta.get("tokenizer", "not recorded")),
+        "source": str(index.meta.get("source", "not recorded")),
+    }
+    named = tokenizer or index.meta.get("tokenizer")
+    if named is not None:
+        first = index.read(0, min(160, index.tokens))
+        rows["begins"] = load_tokenizer(str(named)).decode(first.tolist())
+    for name, value in rows.items():
+        table.add_row(name, value.replace("[", r"\["))
+    (console or Console()).print(table)
+    return index
+
+
+def _tokenize(
+    files: Sequence[TextFile],
+    prefix: str,
+    *,
+    tokenizer: Tokenizer,
+    source: str,
+    key: str = "out_prefix",
+) -> DatasetIndex:
+    with _progress("tokenizing", files) as documents:
+        ids = _encode(documents, tokenizer)
+        return write_dataset(ids, prefix, tokenizer=tokenizer, source=source, key=key)
+
+
+def _encode(
+    documents: Iterator[tuple[TextFile, list[str]]], tokenizer: Tokenizer
+) -> Iterator[NDArray[np.int64]]:
+    """Ids a document, in order, encoded in batches that keep a parallel tokenizer busy."""
+    batch: list[str] = []
+    waiting = 0
+    for _, texts in documents:
+        for text in texts:
+            batch.append(text)
+            waiting += len(text)
+            if waiting >= _BATCH_CHARACTERS:
+                yield from tokenizer.encode_batch(batch)
+                batch, waiting = [], 0
+    if batch:
+        yield from tokenizer.encode_batch(batch)
+
+
+@contextmanager
+def _progress(
+    label: str, files: Sequence[TextFile]
+) -> Iterator[Iterator[tuple[TextFile, list[str]]]]:
+    """The documents of `files`, moving a bar by the bytes read; silent away from a terminal."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(label, total=sum(file.size for file in files))
+
+        def moving() -> Iterator[tuple[TextFile, list[str]]]:
+            for file, texts in read_documents(files):
+                yield file, texts
+                bar.advance(task, file.size)
+
+        yield moving()

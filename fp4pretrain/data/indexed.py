@@ -1,0 +1,199 @@
+"""Megatron's indexed dataset on disk: written at once or not at all, and read with suspicion.
+
+A dataset is a path prefix. ``PREFIX.bin`` holds the tokens of all documents end to end,
+``PREFIX.idx`` the length and the byte offset of each. We add ``PREFIX.json``, which says whose
+tokens they are, so that a run with another tokenizer is refused; a dataset made by Megatron-LM's
+own tools has none and is taken as it is.
+
+megatron-core checks an index by assertion and a ``.bin`` not at all: a truncated one would fail in
+the middle of a run, on one rank. `read_index` reads the same bytes first, in microseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fp4pretrain.data.tokenizers import Tokenizer
+from fp4pretrain.errors import UserError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+# megatron.core.datasets.indexed_dataset.DType, less the two float codes: tokens are integers.
+_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_SCAN_TOKENS = 1 << 24  # 32 MB of uint16: a fraction of a second
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """The facts of one indexed dataset.
+
+    Attributes:
+        prefix: path without .bin or .idx.
+        dtype: of the tokens in the .bin file.
+        pointers: [documents] int64, the byte of the .bin where each document begins; on disk.
+        tokens: how many there are.
+        meta: what PREFIX.json says; empty where there is none.
+    """
+
+    prefix: str
+    dtype: np.dtype[Any]
+    pointers: NDArray[np.int64]
+    tokens: int
+    meta: dict[str, Any]
+
+    @property
+    def documents(self) -> int:
+        return len(self.pointers)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.tokens * self.dtype.itemsize
+
+    def offset(self, document: int) -> int:
+        """How many tokens stand before `document`, which may be one past the last."""
+        if document == self.documents:
+            return self.tokens
+        return int(self.pointers[document]) // self.dtype.itemsize
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document."""
+        return np.diff(self.pointers, append=self.size_bytes) // self.dtype.itemsize
+
+    def read(self, begin: int, end: int) -> NDArray[Any]:
+        """Tokens [begin, end) as they lie in the .bin."""
+        return np.fromfile(
+            f"{self.prefix}.bin", self.dtype, end - begin, offset=begin * self.dtype.itemsize
+        )
+
+    def largest_id(self) -> int:
+        """The largest token id: of all tokens up to 16 Mi of them, of 64 even samples beyond."""
+        if "largest_id" in self.meta:
+            return int(self.meta["largest_id"])
+        if self.tokens <= _SCAN_TOKENS:
+            return int(self.read(0, self.tokens).max())
+        length = _SCAN_TOKENS // 64
+        begins = np.linspace(0, self.tokens - length, 64).astype(np.int64).tolist()
+        return max(int(self.read(begin, begin + length).max()) for begin in begins)
+
+
+def read_index(prefix: str, *, key: str = "data.path") -> DatasetIndex:
+    """Read and check PREFIX.idx, and the size of PREFIX.bin against it.
+
+    Raises:
+        UserError: a file is missing, is not an indexed dataset, or is cut short.
+    """
+    for suffix in (".idx", ".bin"):
+        if not Path(prefix + suffix).is_file():
+            raise UserError(
+                f"{key}: {prefix}{suffix} is missing; give a prefix (no .bin or .idx) that "
+                "`fp4pretrain data build` wrote"
+            )
+    with open(f"{prefix}.idx", "rb") as stream:
+        header = stream.read(_HEADER.size)
+    if not header.startswith(_MAGIC) or len(header) < _HEADER.size:
+        raise UserError(
+            f"{key}: {prefix}.idx is not a Megatron indexed dataset; "
+            "build one with `fp4pretrain data build`"
+        )
+    _, version, code, sequences, marks = _HEADER.unpack(header)
+    if version != 1 or code not in _DTYPES:
+        raise UserError(
+            f"{key}: {prefix}.idx has version {version}, token type {code}, where version 1 with "
+            "integer tokens is read; build it again with `fp4pretrain data build`"
+        )
+    raw = np.memmap(f"{prefix}.idx", dtype=np.uint8, mode="r")
+    lengths_end = _HEADER.size + 4 * sequences
+    pointers_end = lengths_end + 8 * sequences
+    if len(raw) < pointers_end + 8 * marks or sequences == 0:
+        raise UserError(
+            f"{key}: {prefix}.idx is cut short or empty; build or copy the dataset again"
+        )
+    dtype: np.dtype[Any] = np.dtype(_DTYPES[code])
+    pointers = raw[lengths_end:pointers_end].view(np.int64)
+    last = int(raw[lengths_end - 4 : lengths_end].view(np.int32)[0])
+    expected = int(pointers[-1]) + last * dtype.itemsize
+    actual = Path(f"{prefix}.bin").stat().st_size
+    if actual != expected or expected == 0:
+        raise UserError(
+            f"{key}: {prefix}.bin has {actual:,} bytes where its index says {expected:,}; "
+            "build or copy the dataset again"
+        )
+    tokens = expected // dtype.itemsize
+    return DatasetIndex(prefix, dtype, pointers, tokens, _read_meta(prefix, key))
+
+
+def write_dataset(
+    documents: Iterable[NDArray[np.int64]],
+    prefix: str,
+    *,
+    tokenizer: Tokenizer,
+    source: str,
+    key: str = "out_prefix",
+) -> DatasetIndex:
+    """Write `documents` (ids without the end token, which is added here) to PREFIX.{bin,json,idx}.
+
+    All three files are made in a temporary folder beside PREFIX and renamed into place, the index
+    last: whoever sees an index sees a whole dataset, and builders that race write equal files.
+
+    Raises:
+        UserError: the folder cannot be written, or there is no document.
+    """
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # seconds
+
+    target = Path(prefix)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=target.parent) as folder:
+            made = str(Path(folder, target.name))
+            builder = IndexedDatasetBuilder(
+                f"{made}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size)
+            )
+            largest = -1
+            for ids in documents:
+                builder.add_document(np.append(ids, tokenizer.eod), [len(ids) + 1])
+                largest = max(largest, tokenizer.eod, int(ids.max(initial=0)))
+            builder.finalize(f"{made}.idx")
+            if largest < 0:
+                raise UserError("inputs: no document in them; give files that hold text")
+            meta = {
+                "source": source,
+                "tokenizer": tokenizer.name,
+                "tokenizer_fingerprint": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+                "eod": tokenizer.eod,
+                "largest_id": largest,
+            }
+            Path(f"{made}.json").write_text(json.dumps(meta, indent=2) + "\n")
+            for suffix in (".bin", ".json", ".idx"):
+                Path(made + suffix).replace(prefix + suffix)
+    except OSError as error:
+        raise unwritable(key, target.parent, error) from None
+    return read_index(prefix, key=key)
+
+
+def unwritable(key: str, folder: Path, error: OSError) -> UserError:
+    """The one line for a folder that cannot be written (permissions, a file in its place, full)."""
+    reason = error.strerror or str(error)
+    return UserError(f"{key}: cannot write in {folder} ({reason}); set {key} to a writable folder")
+
+
+def _read_meta(prefix: str, key: str) -> dict[str, Any]:
+    file = Path(f"{prefix}.json")
+    if not file.is_file():
+        return {}
+    try:
+        meta = json.loads(file.read_text())
+    except ValueError:
+        meta = None
+    if not isinstance(meta, dict):
+        raise UserError(f"{key}: {file} is not a JSON object; remove it or build the dataset again")
+    return meta

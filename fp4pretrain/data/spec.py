@@ -1,0 +1,224 @@
+"""What a run says about its data, and every check that can be made before training begins.
+
+`data.path` is one of
+    null                                    Python's standard library, tokenized once into the cache
+    some/prefix                             one indexed dataset
+    {web: {prefix: a, weight: 3}, ...}      a blend: samples are drawn in proportion to weight
+`data.split` gives the shares of train, validation and test, by documents, in their order on disk.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fp4pretrain.data.indexed import DatasetIndex, read_index, unwritable
+from fp4pretrain.data.text import STDLIB, list_files
+from fp4pretrain.data.tokenizers import Tokenizer, load_tokenizer
+from fp4pretrain.errors import UserError
+
+SPLIT_NAMES = ("training", "validation", "test")
+
+Samples: TypeAlias = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The data of one run.
+
+    Attributes:
+        path: None, an indexed dataset's prefix, or {name: {"prefix": ..., "weight": ...}}.
+        tokenizer: see `load_tokenizer`.
+        split: shares of training, validation and test; any scale, "0.98,0.02,0" or "98,2".
+        seq_length: tokens a sample.
+        seed: of the order of documents and samples, and of mock tokens.
+        cache_dir: for the built corpus and megatron-core's sample indices; None is the user's
+            cache folder. All nodes of a run must share it.
+        mock: uniform random tokens in place of data, for benchmarks.
+        vocab_size: the model's, which the tokens must fit; None is the tokenizer's.
+    """
+
+    path: str | Mapping[str, Any] | None = None
+    tokenizer: str = "byte"
+    split: str = "0.98,0.02,0"
+    seq_length: int = 1024
+    seed: int = 1234
+    cache_dir: str | None = None
+    mock: bool = False
+    vocab_size: int | None = None
+
+    @property
+    def cache(self) -> Path:
+        """`cache_dir`, or $XDG_CACHE_HOME/fp4pretrain, or ~/.cache/fp4pretrain."""
+        if self.cache_dir is not None:
+            return Path(self.cache_dir).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fp4pretrain")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dataset of a blend; `weight` sums to 1 over the blend."""
+
+    key: str  # the config key that names it, for messages
+    prefix: str
+    weight: float
+
+
+def parts_of(spec: DataSpec) -> list[Part]:
+    """The datasets `data.path` names, weights normalized; none where it is null.
+
+    Raises:
+        UserError: an empty blend, a member without prefix, or a weight that is not above 0.
+    """
+    if spec.path is None:
+        return []
+    if isinstance(spec.path, str):
+        return [Part("data.path", str(Path(spec.path).expanduser()), 1.0)]
+    if not spec.path:
+        raise UserError(
+            "data.path: the blend is empty; name at least one {prefix: ..., weight: ...}"
+        )
+    parts = []
+    for name, member in spec.path.items():
+        key = f"data.path.{name}"
+        if not isinstance(member, Mapping) or not isinstance(member.get("prefix"), str):
+            raise UserError(f"{key}: needs a prefix; write {{prefix: some/prefix, weight: 1}}")
+        weight = member.get("weight", 1.0)
+        if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            raise UserError(f"{key}.weight: {weight} is not above 0; give a positive number")
+        parts.append(Part(key, str(Path(member["prefix"]).expanduser()), float(weight)))
+    total = sum(part.weight for part in parts)
+    return [Part(part.key, part.prefix, part.weight / total) for part in parts]
+
+
+def parse_split(split: str) -> tuple[float, float, float]:
+    """Shares of training, validation and test, scaled to sum to 1.
+
+    Raises:
+        UserError: not two or three numbers, one below 0, or no training share.
+    """
+    try:
+        shares = [float(part) for part in str(split).split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) not in (2, 3) or not all(0 <= share < math.inf for share in shares):
+        raise UserError(
+            f"data.split: '{split}' is not two or three shares; "
+            "write training,validation,test such as 0.98,0.02,0"
+        )
+    if shares[0] == 0:
+        raise UserError(f"data.split: '{split}' leaves no training data; give the first share > 0")
+    total = sum(shares)
+    train, valid, test = (share / total for share in (*shares, 0.0)[:3])
+    return train, valid, test
+
+
+def split_documents(split: str, documents: int) -> list[range]:
+    """The documents of each split, consecutive: megatron-core's rounding, to the document."""
+    marks, total = [0], 0.0
+    for share in parse_split(split):
+        total += share
+        marks.append(round(total * documents))
+    return [range(begin, end) for begin, end in pairwise(marks)]
+
+
+def validate(spec: DataSpec, *, samples: Samples | None = None) -> None:
+    """Everything that can be known before training: on any rank, in well under a second.
+
+    Args:
+        spec: the run's data.
+        samples: how many samples of each split the run will ask for; None asks for training and
+            validation. A split of which none is asked may be empty.
+
+    Raises:
+        UserError: naming the key and the cure.
+    """
+    tokenizer = load_tokenizer(spec.tokenizer)
+    if spec.vocab_size is not None and tokenizer.vocab_size > spec.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {spec.vocab_size} is below the {tokenizer.vocab_size} ids of "
+            f"tokenizer {tokenizer.name}; set model.vocab_size={tokenizer.vocab_size} or more"
+        )
+    if spec.seq_length < 1:
+        raise UserError(f"model.seq_length: {spec.seq_length} is not positive; give at least 1")
+    if spec.mock:
+        return
+    parse_split(spec.split)
+    _check_helpers()
+    _check_writable(spec)
+    parts = parts_of(spec)
+    if not parts:
+        list_files([STDLIB])
+    for part in parts:
+        index = read_index(part.prefix, key=part.key)
+        check_dataset(spec, index, key=part.key, tokenizer=tokenizer, samples=samples)
+
+
+def check_dataset(
+    spec: DataSpec,
+    index: DatasetIndex,
+    *,
+    key: str,
+    tokenizer: Tokenizer,
+    samples: Samples | None = None,
+) -> None:
+    """Whether one dataset can serve `spec`: its tokenizer, its ids, tokens enough in each split.
+
+    Raises:
+        UserError: naming the key and the cure.
+    """
+    made_by = index.meta.get("tokenizer", tokenizer.name)
+    if index.meta.get("tokenizer_fingerprint", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(
+            f"data.tokenizer: {tokenizer.name} is not what {index.prefix} was built with; "
+            f"set data.tokenizer={made_by} or build the dataset again"
+        )
+    if spec.vocab_size is not None and (largest := index.largest_id()) >= spec.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {spec.vocab_size} leaves out token id {largest} of {index.prefix}; "
+            f"set model.vocab_size={largest + 1} or more"
+        )
+    wanted = samples if samples is not None else (1, 1, 0)
+    ranges = split_documents(spec.split, index.documents)
+    for name, documents, count in zip(SPLIT_NAMES, ranges, wanted, strict=True):
+        if count == 0:
+            continue
+        if not documents:
+            raise UserError(
+                f"data.split: '{spec.split}' leaves no {name} data of the {index.documents} "
+                f"documents in {index.prefix}; raise that share or give more documents"
+            )
+        tokens = index.offset(documents.stop) - index.offset(documents.start)
+        if tokens < spec.seq_length + 1:
+            raise UserError(
+                f"{key}: {tokens:,} {name} tokens in {index.prefix} are too few for one sample of "
+                f"{spec.seq_length:,} + 1; give more text, another data.split, or a shorter "
+                "model.seq_length"
+            )
+
+
+def _check_helpers() -> None:
+    """megatron-core's wheels carry the compiled index builder; a source install may not."""
+    try:
+        import megatron.core.datasets.helpers_cpp  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "megatron-core: its dataset helpers are not compiled; run python -c 'from "
+            "megatron.core.datasets.utils import compile_helpers; compile_helpers()' once "
+            "(needs make, g++ and pybind11)"
+        ) from None
+
+
+def _check_writable(spec: DataSpec) -> None:
+    try:
+        spec.cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=spec.cache):
+            pass
+    except OSError as error:
+        raise unwritable("data.cache_dir", spec.cache, error) from None

@@ -1,0 +1,194 @@
+"""Text to token ids and back: bytes, a trained BPE, or a Hugging Face tokenizer on disk.
+
+A tokenizer is named by one string, ``data.tokenizer``:
+
+    byte                  256 byte values, and id 256 for the end of a document
+    path/tokenizer.json   of the `tokenizers` package; `fp4pretrain data train-bpe` makes one
+    path/                 a Hugging Face tokenizer's folder; nothing is ever downloaded
+
+Documents are encoded as plain text. Special tokens that are spelled out in a document
+("<|endoftext|>" stands in many a scraped page) stay the ordinary characters that they are: only
+`write_dataset` ends a document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fp4pretrain.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+# Tried in this order where no tokenizer_config.json names an eos_token.
+_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
+
+
+class Tokenizer(ABC):
+    """Text to ids.
+
+    Attributes:
+        name: what `data.tokenizer` says.
+        vocab_size: number of ids; every id is in [0, vocab_size).
+        eod: id that ends a document.
+        fingerprint: equal for tokenizers that give equal ids.
+    """
+
+    def __init__(self, name: str, *, vocab_size: int, eod: int, fingerprint: str) -> None:
+        self.name = name
+        self.vocab_size = vocab_size
+        self.eod = eod
+        self.fingerprint = fingerprint
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, str | int]:
+        """What megatron-core hashes into the names of its index caches."""
+        return OrderedDict(fingerprint=self.fingerprint, vocab_size=self.vocab_size, eod=self.eod)
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """One int64 array of ids a text, without any special token."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; the end of a document reads as its token's name."""
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        return self.encode_batch([text])[0]
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes 0..255, and 256 for the end of a document: nothing to train, nothing to lose."""
+
+    def __init__(self) -> None:
+        super().__init__("byte", vocab_size=257, eod=256, fingerprint="byte-257")
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Bytes that a cut left incomplete read as U+FFFD; ids past 256 (a padded head's) too."""
+        end, unknown = END_OF_TEXT.encode(), "\ufffd".encode()
+        parts = (bytes([i]) if i < 256 else end if i == self.eod else unknown for i in ids)
+        return b"".join(parts).decode(errors="replace")
+
+
+class FileTokenizer(Tokenizer):
+    """A `tokenizer.json` of the `tokenizers` package: a trained BPE or a Hugging Face model's."""
+
+    def __init__(self, name: str, file: Path) -> None:
+        tokenizers = _import("tokenizers")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the package raises plain Exception for a file it cannot parse
+            raise UserError(
+                f"data.tokenizer: {file} is not a tokenizer.json ({error}); "
+                "train one with `fp4pretrain data train-bpe`"
+            ) from None
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()  # many published files carry their model's 512 or 1024
+        self._tokenizer.no_padding()
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        super().__init__(
+            name,
+            vocab_size=max(vocabulary.values()) + 1,
+            eod=_end_id(vocabulary, file.parent / "tokenizer_config.json", name),
+            fingerprint=hashlib.sha256(file.read_bytes()).hexdigest()[:16],
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [np.asarray(one.ids, dtype=np.int64) for one in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+
+
+class TransformersTokenizer(Tokenizer):
+    """A Hugging Face folder that has no tokenizer.json: read by `transformers`, offline."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        transformers = _import("transformers")
+        try:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"data.tokenizer: {folder} holds no tokenizer that transformers can read "
+                f"({reason}); give a folder saved by `save_pretrained`"
+            ) from None
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        listing = json.dumps(sorted(vocabulary.items(), key=lambda item: item[1])).encode()
+        super().__init__(
+            name,
+            vocab_size=max(vocabulary.values()) + 1,
+            eod=_end_id(vocabulary, folder / "tokenizer_config.json", name),
+            fingerprint=hashlib.sha256(listing).hexdigest()[:16],
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+        return [np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"]]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names.
+
+    Raises:
+        UserError: unknown name, missing path, unreadable file, or no end-of-document token.
+    """
+    if name == "byte":
+        return ByteTokenizer()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        file = path / "tokenizer.json"
+        return FileTokenizer(name, file) if file.is_file() else TransformersTokenizer(name, path)
+    if path.is_file():
+        return FileTokenizer(name, path)
+    if path.suffix == ".json" or path.name != name:
+        raise UserError(
+            f"data.tokenizer: {name} does not exist; give byte, a tokenizer.json or a Hugging Face "
+            "tokenizer's local folder"
+        )
+    raise UserError(
+        f"data.tokenizer: unknown tokenizer '{name}'; give byte, a tokenizer.json or a Hugging "
+        "Face tokenizer's local folder"
+    )
+
+
+def _end_id(vocabulary: dict[str, int], config: Path, name: str) -> int:
+    """The id that ends a document: the config's eos_token, else the first customary name."""
+    named: Any = json.loads(config.read_text()).get("eos_token") if config.is_file() else None
+    if isinstance(named, dict):  # older files write {"content": "</s>", ...}
+        named = named.get("content")
+    for token in (named, *_END_TOKENS):
+        if token in vocabulary:
+            return vocabulary[token]
+    raise UserError(
+        f"data.tokenizer: {name} has no end-of-document token; "
+        f"name one of its tokens as eos_token in {config.name}"
+    )
+
+
+def _import(package: str) -> Any:
+    """Import an optional package, or say how to get it."""
+    try:
+        return __import__(package)
+    except ImportError:
+        raise UserError(
+            f"data.tokenizer: needs the {package} package; pip install {package}"
+        ) from None
