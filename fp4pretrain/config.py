@@ -1,0 +1,395 @@
+"""The run config: every key a user can set, with its default and its check, in one place.
+
+The dataclasses below are Hydra's schema. YAML files in ``configs/`` fill them in, command-line
+overrides change them, and an unknown key or value fails here, while composing. ``RunConfig`` is
+plain data; nothing below this module imports Hydra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.numerics import QuantSpec
+from fp4pretrain.precision import Dgrad, Fprop, Keep, Plan, Recipe, Rotation, Tail, Wgrad
+
+
+def _schema_of(frozen: type) -> type:
+    """The same dataclass unfrozen: Hydra treats frozen ones as read-only, so no override could land.
+
+    Nested dataclasses are mirrored too and tuples become lists, the YAML spelling.
+    """
+    fields = []
+    hints = get_type_hints(frozen)
+    for f in dataclasses.fields(frozen):
+        kind: Any = hints[f.name]
+        if dataclasses.is_dataclass(kind):
+            mirror = _schema_of(kind)
+            fields.append((f.name, mirror, field(default_factory=mirror)))
+        elif getattr(kind, "__origin__", None) is tuple:
+            values = list(f.default) if f.default is not dataclasses.MISSING else []
+            fields.append((f.name, list[get_args(kind)[0]], field(default_factory=values.copy)))  # type: ignore[misc]
+        else:
+            fields.append((f.name, kind, field(default=f.default)))
+    return dataclasses.make_dataclass(frozen.__name__ + "Config", fields)
+
+
+@dataclass
+class ModelConfig:
+    """A dense GPT. Sizes are global (before tensor parallelism)."""
+
+    num_layers: int = 4
+    hidden_size: int = 256
+    ffn_hidden_size: int = 768
+    num_attention_heads: int = 4
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    seq_length: int = 256
+    vocab_size: int = 257
+    activation: str = "swiglu"
+    normalization: str = "rmsnorm"
+    norm_epsilon: float = 1e-5
+    position: str = "rope"
+    rotary_base: int = 10000
+    tie_embeddings: bool = False
+    bias: bool = False
+    init_std: float = 0.02
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+
+
+@dataclass
+class DataConfig:
+    """What to train on. ``path``: null for the running Python's standard library, a prefix of an
+    indexed dataset, or ``{name: {prefix: ..., weight: ...}}`` for a blend."""
+
+    path: Any = None
+    tokenizer: str = "byte"
+    split: str = "0.98,0.02,0"
+    cache_dir: str | None = None
+    mock: bool = False
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with FP32 masters; ``schedule`` wsd (warmup, stable, decay) or cosine.
+
+    ``warmup`` and ``decay`` are fractions of the run's steps; ``params_dtype`` is what the GEMMs
+    read (bf16, or fp32 to separate effects).
+    """
+
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    schedule: str = "wsd"
+    warmup: float = 0.05
+    decay: float = 0.2
+    decay_shape: str = "linear"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    params_dtype: str = "bf16"
+
+
+@dataclass
+class ParallelConfig:
+    """Layout of the ranks; data parallelism takes what is left of the world size."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    sequence: bool = False
+    context: int = 1
+    distributed_optimizer: bool = True
+    overlap: bool = True
+    recompute: str = "none"
+    device: str = "auto"
+
+
+@dataclass
+class TrainConfig:
+    """Lengths in optimizer steps; ``micro_batch`` and ``global_batch`` in sequences."""
+
+    steps: int = 200
+    micro_batch: int = 8
+    global_batch: int = 16
+    log_interval: int = 1
+    eval_interval: int = 50
+    eval_batches: int = 8
+    eval_bf16: bool = True
+
+
+@dataclass
+class CheckpointConfig:
+    """``interval`` in steps (0: only the end of the run); ``keep_last`` complete ones are kept."""
+
+    interval: int = 0
+    keep_last: int = 2
+    at_end: bool = True
+
+
+@dataclass
+class WandbConfig:
+    """``mode`` auto: online where an API key is set, offline otherwise."""
+
+    mode: str = "auto"
+    project: str = "fp4pretrain"
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LoggingConfig:
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    console: str = "auto"
+
+
+RecipeFprop = _schema_of(Fprop)
+RecipeDgrad = _schema_of(Dgrad)
+RecipeWgrad = _schema_of(Wgrad)
+KeepConfig = _schema_of(Keep)
+TailConfig = _schema_of(Tail)
+
+
+@dataclass
+class PrecisionConfig:
+    """A recipe, what it leaves out, and who computes it.
+
+    ``amax``: the per-tensor amax of an operand that tensor parallelism shards is all-reduced over
+    the tensor-parallel group (``tensor_parallel``: the single process's numbers) or taken from the
+    rank's own shard (``rank``: no collective).
+    """
+
+    name: str = "bf16"
+    fprop: RecipeFprop = field(default_factory=RecipeFprop)  # type: ignore[valid-type]
+    dgrad: RecipeDgrad = field(default_factory=RecipeDgrad)  # type: ignore[valid-type]
+    wgrad: RecipeWgrad = field(default_factory=RecipeWgrad)  # type: ignore[valid-type]
+    keep: KeepConfig = field(default_factory=KeepConfig)  # type: ignore[valid-type]
+    tail: TailConfig = field(default_factory=TailConfig)  # type: ignore[valid-type]
+    amax: str = "tensor_parallel"
+    backend: str = "auto"
+
+
+@dataclass
+class RunConfig:
+    """One run. ``baseline``: null, or the recipe to train first and compare with."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    seed: int = 1234
+    name: str | None = None
+    run_dir: str | None = None
+    resume: str | None = None
+    baseline: str | None = None
+
+
+def config_dir() -> Path:
+    """Where the YAML groups are: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def groups() -> dict[str, list[str]]:
+    """Config group -> the options that its folder offers."""
+    found = {}
+    for folder in sorted(p for p in config_dir().iterdir() if p.is_dir()):
+        found[folder.name] = sorted(p.stem for p in folder.glob("*.yaml"))
+    return found
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    store.store(name="schema", node=RunConfig)
+    for group, node in (
+        ("model", ModelConfig),
+        ("data", DataConfig),
+        ("optim", OptimConfig),
+        ("parallel", ParallelConfig),
+        ("precision", PrecisionConfig),
+        ("logging", LoggingConfig),
+    ):
+        store.store(group=group, name="schema", node=node)
+
+
+_register()
+
+
+def compose(overrides: list[str]) -> RunConfig:
+    """``configs/train.yaml`` with overrides in Hydra's grammar, as a checked RunConfig.
+
+    Raises UserError, one line naming key and cure, for anything unknown or impossible. Checks that
+    need the number of ranks are in ``fp4pretrain.model.layout``.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            composed = hydra_compose("train", overrides=overrides)
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_one_line(error, overrides)) from None
+    assert isinstance(config, RunConfig)
+    check(config)
+    return config
+
+
+def expand_sweep(overrides: list[str]) -> list[list[str]]:
+    """Hydra's sweep grammar (``a=1,2 b=choice(x,y)``) as one list of overrides a run."""
+    runs: list[list[str]] = [[]]
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise UserError(_one_line(error, overrides)) from None
+    for override in parsed:
+        if override.is_sweep_override():
+            values = list(override.sweep_string_iterator())
+        else:
+            values = [override.get_value_element_as_str()]
+        key = override.get_key_element()
+        runs = [[*run, f"{key}={value}"] for run in runs for value in values]
+    return runs
+
+
+def plan_of(config: RunConfig) -> Plan:
+    """The frozen Plan that the precision section describes."""
+    p = config.precision
+
+    def frozen(cls: type, node: Any, **nested: Any) -> Any:
+        values = {f.name: getattr(node, f.name) for f in dataclasses.fields(cls)}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**values | nested)
+
+    def gemm(cls: type, node: Any, name: str) -> Any:
+        specs = {}
+        for f in dataclasses.fields(cls):
+            kind = Rotation if f.name == "rotation" else QuantSpec
+            try:
+                specs[f.name] = frozen(kind, getattr(node, f.name))
+            except UserError as error:
+                text = str(error).removeprefix("rotation.")
+                raise UserError(f"precision.{name}.{f.name}.{text}") from None
+        return cls(**specs)
+
+    recipe = Recipe(
+        fprop=gemm(Fprop, p.fprop, "fprop"),
+        dgrad=gemm(Dgrad, p.dgrad, "dgrad"),
+        wgrad=gemm(Wgrad, p.wgrad, "wgrad"),
+    )
+    return Plan(
+        recipe=recipe,
+        num_layers=config.model.num_layers,
+        keep=frozen(Keep, p.keep),
+        tail=frozen(Tail, p.tail),
+    )
+
+
+CHOICES = {
+    "model.activation": ("swiglu", "gelu", "squared_relu"),
+    "model.normalization": ("rmsnorm", "layernorm"),
+    "model.position": ("rope", "learned"),
+    "optim.schedule": ("wsd", "cosine"),
+    "optim.decay_shape": ("linear", "cosine", "exponential", "minus_sqrt"),
+    "optim.params_dtype": ("bf16", "fp32"),
+    "parallel.recompute": ("none", "full", "selective"),
+    "parallel.device": ("auto", "cpu", "cuda"),
+    "precision.amax": ("tensor_parallel", "rank"),
+    "precision.backend": ("auto", "reference", "triton", "native", "transformer_engine"),
+    "logging.wandb.mode": ("auto", "online", "offline", "disabled"),
+    "logging.console": ("auto", "progress", "lines", "quiet"),
+}
+
+POSITIVE = (
+    "model.num_layers model.hidden_size model.ffn_hidden_size model.num_attention_heads "
+    "model.seq_length model.vocab_size model.norm_epsilon optim.lr optim.eps train.steps "
+    "train.micro_batch train.global_batch train.log_interval train.eval_batches parallel.tensor "
+    "parallel.pipeline parallel.context checkpoint.keep_last"
+).split()
+
+FRACTIONS = ("optim.warmup", "optim.decay", "model.attention_dropout", "model.hidden_dropout")
+
+
+def check(config: RunConfig) -> None:
+    """Everything that can be refused without knowing the number of ranks."""
+
+    def value(key: str) -> Any:
+        node: Any = config
+        for part in key.split("."):
+            node = getattr(node, part)
+        return node
+
+    for key, allowed in CHOICES.items():
+        if value(key) not in allowed:
+            raise UserError(f"{key}: {value(key)!r} is unknown; choose {', '.join(allowed)}")
+    for key in POSITIVE:
+        if value(key) <= 0:
+            raise UserError(f"{key}: {value(key)} must be greater than 0")
+    for key in FRACTIONS:
+        if not 0 <= value(key) <= 1:
+            raise UserError(f"{key}: {value(key)} is no fraction; use 0 to 1")
+    m, t = config.model, config.train
+    groups_ = m.num_query_groups or m.num_attention_heads
+    if m.num_attention_heads % groups_:
+        raise UserError(
+            f"model.num_query_groups: {groups_} does not divide model.num_attention_heads="
+            f"{m.num_attention_heads}"
+        )
+    if m.kv_channels is None and m.hidden_size % m.num_attention_heads:
+        raise UserError(
+            f"model.num_attention_heads: {m.num_attention_heads} does not divide "
+            f"model.hidden_size={m.hidden_size}; change one or set model.kv_channels"
+        )
+    if t.global_batch % t.micro_batch:
+        raise UserError(
+            f"train.global_batch: {t.global_batch} is no multiple of train.micro_batch="
+            f"{t.micro_batch}; change one"
+        )
+    plan_of(config)
+
+
+def _one_line(error: Exception, overrides: list[str]) -> str:
+    """Hydra's and OmegaConf's messages as one line that names the key and a cure."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    if match := re.search(r"Could not find '([^']+)/([^']+)'", text):
+        group, option = match.groups()
+        offered = ", ".join(o for o in groups().get(group, []) if o != "schema")
+        return f"{group}: {option!r} is unknown; choose {offered or 'another group'}"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match.group(1)
+        return f"{key}: no such key; see the keys with `fp4pretrain train --cfg`"
+    if match := re.search(r"Key '([^']+)' (?:is )?not in '([^']+)'", text):
+        full = re.search(r"full_key: (\S+)", text)
+        key = full.group(1) if full else match.group(1)
+        return f"{key}: no such key; see the keys with `fp4pretrain train --cfg`"
+    if match := re.search(r"Error merging override ([^=\s]+)=(\S*)", text):
+        cause = error.__cause__ or error
+        reason = str(cause).splitlines()[0] if error.__cause__ else "wrong type"
+        return f"{match.group(1)}: {match.group(2)!r} is refused ({reason}); give another value"
+    if full := re.search(r"full_key: (\S+)", text):
+        return f"{full.group(1)}: {first}; give a value of that type"
+    if "parsing override" in text or "mismatched input" in text or "extraneous input" in text:
+        return f"{' '.join(overrides)}: {first}; overrides look like key=value"
+    return f"{first}; see `fp4pretrain train --help`"

@@ -1,0 +1,1 @@
+"""Process groups, seeds, and the bridge that lets megatron-core run without CUDA."""

@@ -1,0 +1,114 @@
+"""Joining and leaving: device, process group, megatron-core's model-parallel groups, seeds.
+
+Everything is read from torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*); a process
+started by plain ``python`` is a world of one.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from fp4pretrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands. ``device`` is its device, ``data_*`` its place in data parallelism."""
+
+    rank: int
+    size: int
+    device: torch.device
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world_size() -> int:
+    """The number of ranks torchrun started, 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def pick_device(wanted: str) -> torch.device:
+    """``auto`` | ``cpu`` | ``cuda`` as a device of this rank."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("parallel.device: cuda is asked for and torch sees none; use cpu or auto")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"--nproc-per-node: local rank {local} has no GPU (torch sees "
+            f"{torch.cuda.device_count()}); start fewer ranks or set parallel.device=cpu"
+        )
+    return torch.device("cuda", local)
+
+
+def join(
+    *,
+    device: torch.device,
+    tensor: int = 1,
+    pipeline: int = 1,
+    virtual_pipeline: int | None = None,
+    seed: int = 1234,
+) -> World:
+    """Form all groups. ``virtual_pipeline`` is the number of model chunks a pipeline rank holds.
+
+    The layout must fit ``world_size()``: that is checked while composing.
+    """
+    if device.type == "cpu":
+        from fp4pretrain.parallel.bridge import run_on_cpu
+
+        run_on_cpu()
+    else:
+        torch.cuda.set_device(device)
+
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        bind = {"device_id": device} if device.type == "cuda" else {}
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timedelta(minutes=10), **bind)
+        else:
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, **bind)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline,
+        create_gloo_process_groups=device.type == "cuda",
+    )
+    # The seed is the same on every rank: what is drawn from it (initial weights, rotation signs,
+    # rounding noise) is keyed by names and global coordinates, not by rank.
+    model_parallel_cuda_manual_seed(seed)
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=device,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def leave(*, destroy: bool = False) -> None:
+    """Undo ``join`` so that this process can train another layout.
+
+    ``destroy`` also ends the process group: for the end of the program.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    destroy_num_microbatches_calculator()
+    if destroy and dist.is_initialized():
+        dist.destroy_process_group()

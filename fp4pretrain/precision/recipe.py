@@ -1,0 +1,228 @@
+"""The recipe: how each operand of each of a linear's three GEMMs is cast.
+
+    GEMM    computes                 operands    contracts over
+    fprop   y  [t, n] = x  @ w.T     x, w        k  (input features)
+    dgrad   dx [t, k] = dy @ w       dy, w       n  (output features)
+    wgrad   dw [n, k] = dy.T @ x     dy, x       t  (tokens)
+
+Six operands, six rows: a recipe prints as that table. A rotation belongs to a GEMM, never to an
+operand, because it has to cancel in the product: a half-rotated GEMM cannot be written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.numerics import QuantSpec
+
+GEMMS = ("fprop", "dgrad", "wgrad")
+OPERANDS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
+CONTRACTION = {"fprop": "k", "dgrad": "n", "wgrad": "tokens"}
+
+ROTATION_KINDS = ("none", "hadamard", "random_hadamard")
+ROTATION_SIZES = (16, 32, 64, 128)
+RESAMPLE = ("never", "layer", "step", "gemm")
+SIGNS = ("seed", "te")
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A block Hadamard rotation along the contraction axis of both operands of one GEMM.
+
+    ``kind`` none, hadamard (no signs) or random_hadamard; ``size`` 16 to 128; ``resample``: the
+    random signs are one vector for the run (never), one a linear (layer), or drawn anew each step
+    or for each GEMM of each microbatch (gemm: arXiv:2502.20586); ``signs`` seed, or te for
+    Transformer Engine's fixed vector of 16 (arXiv:2509.25149's implementation).
+    """
+
+    kind: str = "none"
+    size: int = 16
+    resample: str = "never"
+    signs: str = "seed"
+
+    def __post_init__(self) -> None:
+        _one_of("rotation.kind", self.kind, ROTATION_KINDS)
+        _one_of("rotation.size", self.size, ROTATION_SIZES)
+        _one_of("rotation.resample", self.resample, RESAMPLE)
+        _one_of("rotation.signs", self.signs, SIGNS)
+        if self.signs == "te" and (self.size != 16 or self.resample != "never"):
+            raise UserError(
+                "rotation.signs: te is one fixed vector of 16 signs; use size: 16 and "
+                "resample: never, or signs: seed"
+            )
+
+    @property
+    def active(self) -> bool:
+        return self.kind != "none"
+
+    def __str__(self) -> str:
+        if not self.active:
+            return "-"
+        if self.kind == "hadamard":
+            return f"H{self.size}"
+        return f"random H{self.size}, {self.signs} signs, resample {self.resample}"
+
+
+@dataclass(frozen=True)
+class Fprop:
+    """y = x @ w.T"""
+
+    x: QuantSpec = field(default_factory=QuantSpec)
+    w: QuantSpec = field(default_factory=QuantSpec)
+    rotation: Rotation = field(default_factory=Rotation)
+
+
+@dataclass(frozen=True)
+class Dgrad:
+    """dx = dy @ w"""
+
+    dy: QuantSpec = field(default_factory=QuantSpec)
+    w: QuantSpec = field(default_factory=QuantSpec)
+    rotation: Rotation = field(default_factory=Rotation)
+
+
+@dataclass(frozen=True)
+class Wgrad:
+    """dw = dy.T @ x"""
+
+    dy: QuantSpec = field(default_factory=QuantSpec)
+    x: QuantSpec = field(default_factory=QuantSpec)
+    rotation: Rotation = field(default_factory=Rotation)
+
+
+Gemm = Fprop | Dgrad | Wgrad
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All six operand casts of a linear layer. Frozen and hashable; ``str()`` is its table."""
+
+    fprop: Fprop = field(default_factory=Fprop)
+    dgrad: Dgrad = field(default_factory=Dgrad)
+    wgrad: Wgrad = field(default_factory=Wgrad)
+
+    HEADER: ClassVar[tuple[str, ...]] = (
+        "GEMM",
+        "operand",
+        "format",
+        "block",
+        "rounding",
+        "scale",
+        "rotation",
+    )
+
+    def __post_init__(self) -> None:
+        for gemm in GEMMS:
+            _check_gemm(gemm, self.gemm(gemm))
+
+    def gemm(self, name: str) -> Gemm:
+        """The GEMM ``fprop``, ``dgrad`` or ``wgrad``."""
+        return getattr(self, name)
+
+    def operand(self, gemm: str, operand: str) -> QuantSpec:
+        """The cast of one operand, e.g. ``("wgrad", "dy")``."""
+        return getattr(self.gemm(gemm), operand)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any operand is cast below BF16."""
+        return any(spec.quantized for _, _, spec in self.operands())
+
+    def operands(self) -> list[tuple[str, str, QuantSpec]]:
+        """The six rows: (gemm, operand, spec)."""
+        return [(g, o, self.operand(g, o)) for g in GEMMS for o in OPERANDS[g]]
+
+    def to_bf16(self, gemms: tuple[str, ...]) -> Recipe:
+        """This recipe with the named GEMMs in BF16 (the late switch of arXiv:2509.25149, app. D)."""
+        return replace(self, **{g: type(self.gemm(g))() for g in gemms})
+
+    def warnings(self) -> list[str]:
+        """What the papers found harmful: allowed, since it may be the experiment, but said."""
+        said = []
+        for gemm, operand, spec in self.operands():
+            key = f"precision.{gemm}.{operand}"
+            if not spec.quantized:
+                continue
+            if gemm == "fprop" and spec.rounding != "nearest":
+                said.append(
+                    f"{key}.rounding: stochastic rounding in the forward pass diverged in "
+                    "arXiv:2509.25149 (sec. 4.4); nearest is usual"
+                )
+            if spec.block == "2d" and self.gemm(gemm).rotation.active:
+                said.append(
+                    f"{key}.block: 2d tiles exist so that w and its transpose share codes; rotating "
+                    "w undoes that; use block: 1d or no rotation"
+                )
+        return said
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The six rows as text, in the order of HEADER."""
+        rows = []
+        for gemm, operand, spec in self.operands():
+            quantized = spec.quantized
+            rounding = "nearest" if not quantized else spec.rounding
+            if quantized and spec.rounding == "nearest" and spec.ties != "even":
+                rounding += f", ties {spec.ties}"
+            rows.append(
+                (
+                    gemm,
+                    operand,
+                    spec.format,
+                    _block_text(spec) if quantized else "-",
+                    rounding,
+                    spec.scale if quantized else "-",
+                    str(self.gemm(gemm).rotation),
+                )
+            )
+        return rows
+
+    def __str__(self) -> str:
+        return text_table(self.HEADER, self.rows())
+
+
+def text_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Rows as aligned plain text, for logs and ``plan.txt``."""
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    head = "  ".join(c.ljust(w) for c, w in zip(header, widths, strict=True)).rstrip()
+    return "\n".join([head, "  ".join("-" * w for w in widths), *lines])
+
+
+def _block_text(spec: QuantSpec) -> str:
+    rows, cols = spec.row.blocks[spec.block]
+    return f"{rows}x{cols}" if cols else spec.block
+
+
+def _check_gemm(name: str, gemm: Gemm) -> None:
+    families = set()
+    for operand in OPERANDS[name]:
+        spec: QuantSpec = getattr(gemm, operand)
+        if spec.block == "2d" and operand != "w":
+            raise UserError(
+                f"precision.{name}.{operand}.block: 2d is for w, whose transpose shares its codes; "
+                "use 1d"
+            )
+        if spec.quantized:
+            families.add(spec.row.family)
+    if len(families) > 1:
+        first, second = OPERANDS[name]
+        raise UserError(
+            f"precision.{name}: {first} is {getattr(gemm, first).format} and {second} is "
+            f"{getattr(gemm, second).format}; the operands of one GEMM need formats of one family "
+            "(nvfp4, mx*, fp8_*), or bf16"
+        )
+    if gemm.rotation.active and not families:
+        raise UserError(
+            f"precision.{name}.rotation: both operands are bf16, a rotation would only cost time; "
+            "set kind: none or quantize an operand"
+        )
+
+
+def _one_of(key: str, value: object, allowed: tuple) -> None:
+    if value not in allowed:
+        raise UserError(f"{key}: {value!r} is none of {', '.join(map(str, allowed))}; choose one")
+
+
+BF16 = Recipe()
