@@ -1,0 +1,182 @@
+"""The GPT: megatron-core's GPTModel on our layer spec, with every linear bound to the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.activations import squared_relu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from fp4pretrain.config import RunConfig
+from fp4pretrain.model.init import initialize
+from fp4pretrain.nn.clock import Clock
+from fp4pretrain.nn.linear import Binding, ColumnParallelQuantLinear, QuantLinear
+from fp4pretrain.nn.spec import block_spec
+from fp4pretrain.ops import Backend
+from fp4pretrain.precision import Plan
+from fp4pretrain.precision.plan import LINEARS
+
+# The vocabulary is padded so that its shards are whole multiples of this on every layout up to TP 8.
+_VOCAB_MULTIPLE = 128
+_HEAD = len(LINEARS)
+
+
+class GPT(GPTModel):
+    """GPTModel whose head is a linear of ours too.
+
+    It always runs in BF16, but like the others it adds its weight gradient to the FP32 main gradient
+    (a BF16 sum there diverged at 8T tokens: arXiv:2606.15007).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            self.output_layer.__class__ = ColumnParallelQuantLinear
+
+
+@dataclass
+class PlanBinding:
+    """All quantized linears of this rank's chunks, and the plan they follow."""
+
+    plan: Plan
+    linears: list[tuple[int, str, QuantLinear]]
+    progress: float = 0.0
+
+    def apply(self, progress: float) -> bool:
+        """Give every linear its recipe for this moment; True if the plan's main recipe changed."""
+        changed = self.plan.main(progress) != self.plan.main(self.progress)
+        self.progress = progress
+        for layer, name, linear in self.linears:
+            assert linear.binding is not None
+            linear.binding.recipe = self.plan.at(layer, name, progress)
+        return changed
+
+
+def padded_vocab(vocab_size: int, tensor: int) -> int:
+    """``vocab_size`` rounded up so that every tensor-parallel layout up to 8 has the same matrix."""
+    multiple = _VOCAB_MULTIPLE * max(1, tensor // 8)
+    return -(-vocab_size // multiple) * multiple
+
+
+def model_config(config: RunConfig) -> TransformerConfig:
+    """megatron-core's TransformerConfig of a run. No fusions of its own: they need apex or TE."""
+    m, p = config.model, config.parallel
+    dtype = torch.bfloat16 if config.optim.params_dtype == "bf16" else torch.float32
+    activation = {"swiglu": F.silu, "gelu": F.gelu, "squared_relu": squared_relu}[m.activation]
+    recompute: dict[str, Any] = {}
+    if p.recompute == "full":
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    elif p.recompute == "selective":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return TransformerConfig(
+        num_layers=m.num_layers,
+        hidden_size=m.hidden_size,
+        ffn_hidden_size=m.ffn_hidden_size,
+        num_attention_heads=m.num_attention_heads,
+        num_query_groups=m.num_query_groups or m.num_attention_heads,
+        kv_channels=m.kv_channels,
+        activation_func=activation,
+        gated_linear_unit=m.activation == "swiglu",
+        normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[m.normalization],
+        layernorm_epsilon=m.norm_epsilon,
+        add_bias_linear=m.bias,
+        init_method_std=m.init_std,
+        attention_dropout=m.attention_dropout,
+        hidden_dropout=m.hidden_dropout,
+        tensor_model_parallel_size=p.tensor,
+        pipeline_model_parallel_size=p.pipeline,
+        virtual_pipeline_model_parallel_size=p.virtual_pipeline,
+        sequence_parallel=p.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        attention_softmax_in_fp32=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        batch_p2p_comm=True,
+        deallocate_pipeline_outputs=True,
+        **recompute,
+    )
+
+
+def build_model(
+    config: RunConfig,
+    plan: Plan,
+    *,
+    backend: Backend,
+    clock: Clock,
+    transformer: TransformerConfig,
+) -> tuple[list[GPT], PlanBinding]:
+    """This rank's model chunks (several with an interleaved pipeline), initialized and bound."""
+    chunks_here = config.parallel.virtual_pipeline or 1
+    chunks: list[GPT] = []
+    linears: list[tuple[int, str, QuantLinear]] = []
+    for index in range(chunks_here):
+        stage = index if chunks_here > 1 else None
+        chunk = _build_chunk(config, transformer, stage)
+        initialize(
+            chunk,
+            seed=config.seed,
+            std=config.model.init_std,
+            num_layers=config.model.num_layers,
+            vocab_size=config.model.vocab_size,
+        )
+        global_amax = config.precision.amax == "tensor_parallel"
+        linears += _bind(chunk, backend=backend, clock=clock, global_amax=global_amax)
+        chunks.append(chunk)
+    binding = PlanBinding(plan, linears)
+    binding.apply(0.0)
+    return chunks, binding
+
+
+def _build_chunk(config: RunConfig, transformer: TransformerConfig, stage: int | None) -> GPT:
+    m = config.model
+    chunk = GPT(
+        config=transformer,
+        transformer_layer_spec=block_spec(transformer, stage),
+        vocab_size=padded_vocab(m.vocab_size, config.parallel.tensor),
+        max_sequence_length=m.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        share_embeddings_and_output_weights=m.tie_embeddings,
+        position_embedding_type={"rope": "rope", "learned": "learned_absolute"}[m.position],
+        rotary_base=m.rotary_base,
+        vp_stage=stage,
+    )
+    return chunk.to(torch.cuda.current_device())
+
+
+def _bind(
+    chunk: GPT, *, backend: Backend, clock: Clock, global_amax: bool
+) -> list[tuple[int, str, QuantLinear]]:
+    """Bind every linear of a chunk; returns those the plan governs as (layer, name, linear)."""
+    found = []
+    for layer in chunk.decoder.layers:
+        for index, name in enumerate(LINEARS):
+            linear = layer.get_submodule(name)
+            linear.bind(
+                Binding(
+                    backend,
+                    clock,
+                    layer=layer.layer_number - 1,
+                    linear=index,
+                    global_amax=global_amax,
+                )
+            )
+            found.append((layer.layer_number - 1, name, linear))
+    if chunk.post_process:
+        chunk.output_layer.bind(Binding(backend, clock, layer=-1, linear=_HEAD))
+    return found

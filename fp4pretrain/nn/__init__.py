@@ -1,0 +1,1 @@
+"""megatron-core's linears with recipes, and the norm and attention that belong to them."""

@@ -1,0 +1,152 @@
+"""The three GEMMs of a linear layer as one autograd function, whatever their recipe.
+
+    forward    (gather x)  x, w -> y                   keeps for wgrad what the recipe says
+    backward   dy, w -> dx, its reduction started      then dy, x -> dw, added to the main gradient
+
+It redoes what megatron-core's own function does around its matmuls: the sequence-parallel
+all-gather (again in backward, so that only the local shard is kept), dgrad's reduction overlapped
+with wgrad, accumulation into the FP32 main gradient, frozen weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fp4pretrain.nn.operands import LinearCasts, WeightCache
+from fp4pretrain.ops import Backend, cast_operands
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """Everything but the tensors of one call: casts by recipe, backend, groups."""
+
+    casts: LinearCasts
+    backend: Backend
+    weights: WeightCache
+    weights_version: int
+    tp_group: dist.ProcessGroup
+    gather: bool  # sequence parallel: x is a shard of the tokens
+    allreduce_dgrad: bool
+    training: bool
+
+    def group_for(self, sharded: bool) -> dist.ProcessGroup | None:
+        """The group whose ranks hold the other shards of an operand."""
+        return self.tp_group if sharded and self.casts.global_amax else None
+
+
+class QuantLinearFunction(torch.autograd.Function):
+    """y [..., n] = x [..., k] @ weight [n, k].T (+ bias [n]), and both gradients, by a recipe."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        call: LinearCall,
+    ) -> torch.Tensor:
+        total = _gather(x, call.tp_group)[0] if call.gather else x
+        x_tk = total.reshape(-1, total.shape[-1])
+        keep = call.training and weight.requires_grad
+        keep_operand = keep and not call.gather
+        x_casts = [call.casts.fprop_x] + ([call.casts.wgrad_x] if keep_operand else [])
+        x_operands = cast_operands(
+            call.backend, x_tk, x_casts, amax_group=call.group_for(call.casts.x_sharded)
+        )
+        w_fprop, w_dgrad = call.weights.operands(weight, call)
+        y_tn = call.backend.gemm(x_operands[0], w_fprop, out_dtype=x.dtype)
+        if bias is not None:
+            y_tn += bias
+        ctx.call, ctx.use_bias, ctx.x_shape = call, bias is not None, x.shape
+        ctx.x_dtype = x.dtype
+        ctx.w_dgrad = w_dgrad
+        ctx.wgrad_x = x_operands[1] if keep_operand else None
+        # x itself is kept only where it must be gathered again (its shard is smaller than a cast
+        # of the whole); weight for its main gradient.
+        ctx.save_for_backward(x if keep and call.gather else None, weight)
+        return y_tn.view(*total.shape[:-1], y_tn.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple:  # type: ignore[override]
+        call: LinearCall = ctx.call
+        x, weight = ctx.saved_tensors
+        need_dx, need_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        gathering = _gather(x, call.tp_group, wait=False) if x is not None and need_dw else None
+        dy_tn = dy.reshape(-1, dy.shape[-1])
+
+        dy_casts = [call.casts.dgrad_dy] * need_dx + [call.casts.wgrad_dy] * need_dw
+        dy_operands = cast_operands(
+            call.backend, dy_tn, dy_casts, amax_group=call.group_for(call.casts.dy_sharded)
+        )
+        dx = dw = None
+        reducing = None
+        if need_dx:
+            dx_tk = call.backend.gemm(dy_operands[0], ctx.w_dgrad, out_dtype=ctx.x_dtype)
+            dx, reducing = _reduce(dx_tk, ctx.x_shape, call)
+        if need_dw:
+            wgrad_x = ctx.wgrad_x
+            if gathering is not None:
+                total, handle = gathering
+                handle.wait()
+                (wgrad_x,) = cast_operands(
+                    call.backend,
+                    total.reshape(-1, total.shape[-1]),
+                    [call.casts.wgrad_x],
+                    amax_group=call.group_for(call.casts.x_sharded),
+                )
+            dw = _weight_gradient(weight, dy_operands[-1], wgrad_x, call.backend)
+        db = dy_tn.sum(dim=0) if ctx.use_bias else None
+        if reducing is not None:
+            reducing.wait()
+        return dx, dw, db, None
+
+
+def _gather(
+    x: torch.Tensor, group: dist.ProcessGroup, *, wait: bool = True
+) -> tuple[torch.Tensor, Any]:
+    """All shards of x [s / tp, b, k] along the sequence: [s, b, k], and the handle if not waited."""
+    total = torch.empty(
+        (x.shape[0] * group.size(), *x.shape[1:]), dtype=x.dtype, device=x.device
+    )
+    handle = dist.all_gather_into_tensor(total, x.contiguous(), group=group, async_op=not wait)
+    return total, handle
+
+
+def _reduce(
+    dx_tk: torch.Tensor, x_shape: torch.Size, call: LinearCall
+) -> tuple[torch.Tensor, Any]:
+    """Start summing dx over the tensor-parallel ranks: scattered along the sequence, or in place."""
+    if call.gather:
+        dx = torch.empty(x_shape, dtype=dx_tk.dtype, device=dx_tk.device)
+        handle = dist.reduce_scatter_tensor(
+            dx.view(-1, x_shape[-1]), dx_tk, group=call.tp_group, async_op=True
+        )
+        return dx, handle
+    handle = None
+    if call.allreduce_dgrad:
+        handle = dist.all_reduce(dx_tk, group=call.tp_group, async_op=True)
+    return dx_tk.view(x_shape), handle
+
+
+def _weight_gradient(
+    weight: torch.Tensor, dy: Any, x: Any, backend: Backend
+) -> torch.Tensor | None:
+    """dw [n, k]: added to ``weight.main_grad`` (FP32) where megatron-core's DDP made one.
+
+    Then the returned gradient is a dummy that DDP knows not to add (``grad_added_to_main_grad``);
+    autograd needs one to fire the hooks that start the gradient's reduction.
+    """
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        return backend.gemm(dy, x, out_dtype=weight.dtype)
+    if main_grad.dtype == torch.float32:
+        backend.gemm(dy, x, out_dtype=torch.float32, accumulate_into=main_grad)
+    else:
+        main_grad.add_(backend.gemm(dy, x, out_dtype=main_grad.dtype))
+    weight.grad_added_to_main_grad = True
+    make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
+    return make(weight)

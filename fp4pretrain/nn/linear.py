@@ -1,0 +1,103 @@
+"""Column- and row-parallel linears: megatron-core's, with our three GEMMs.
+
+Only ``_forward_impl`` is ours. Initialization, tensor-parallel attributes, DDP, the distributed
+optimizer, pipeline stages, recompute and sharded checkpoints are inherited. BF16, FP8 and FP4 are
+recipes of this one class, so runs that are compared differ in the recipe alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+from fp4pretrain.nn.clock import Clock
+from fp4pretrain.nn.gemms import LinearCall, QuantLinearFunction
+from fp4pretrain.nn.operands import Shard, WeightCache, linear_casts
+from fp4pretrain.ops import Backend, NoiseKeys
+from fp4pretrain.precision import BF16, Recipe
+
+
+@dataclass
+class Binding:
+    """A linear's place in the model: which recipe it follows, who computes, and its noise keys."""
+
+    backend: Backend
+    clock: Clock
+    layer: int = 0
+    linear: int = 0
+    recipe: Recipe = BF16
+    global_amax: bool = True
+
+
+class QuantLinear:
+    """Mixed into a megatron-core linear. Unbound it cannot run: ``bind`` comes with the model."""
+
+    parallel: str
+    binding: Binding | None = None
+    _cache: WeightCache | None = None
+
+    def bind(self, binding: Binding) -> None:
+        """Attach recipe, backend and clock. Recipes may be swapped at any step after that."""
+        self.binding = binding
+        self._cache = WeightCache()
+
+    def _forward_impl(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        allreduce_dgrad: bool = False,
+        sequence_parallel: bool = False,
+        tp_group: Any = None,
+        **_other_matmuls: Any,
+    ) -> torch.Tensor:
+        # The remaining keywords configure megatron-core's own matmul (apex's fused accumulation,
+        # deferred embedding gradients): the three GEMMs here replace it.
+        binding, cache = self.binding, self._cache
+        if binding is None or cache is None:
+            raise RuntimeError(f"{type(self).__name__} was called before bind()")
+        clock = binding.clock
+        keys = NoiseKeys(clock.seed, clock.step, clock.microbatch, binding.layer, binding.linear)
+        call = LinearCall(
+            casts=linear_casts(
+                binding.recipe, keys, self._shard(), global_amax=binding.global_amax
+            ),
+            backend=binding.backend,
+            weights=cache,
+            weights_version=clock.weights_version,
+            tp_group=tp_group,
+            gather=sequence_parallel,
+            allreduce_dgrad=allreduce_dgrad,
+            training=torch.is_grad_enabled(),
+        )
+        return QuantLinearFunction.apply(input, weight, bias, call)
+
+    def _shard(self) -> Shard:
+        raise NotImplementedError
+
+
+class ColumnParallelQuantLinear(QuantLinear, ColumnParallelLinear):
+    """Y = X A, A sharded along its output features."""
+
+    parallel = "column"
+
+    def _shard(self) -> Shard:
+        rank, local = self.tp_group.rank(), self.output_size_per_partition
+        stride = getattr(self.weight, "partition_stride", 1) if self.weight is not None else 1
+        if stride == 1:
+            return Shard("column", n=(rank * local, 0, 0))
+        part = local // stride
+        return Shard("column", n=(rank * part, part, self.output_size // stride - part))
+
+
+class RowParallelQuantLinear(QuantLinear, RowParallelLinear):
+    """Y = X A, A sharded along its input features."""
+
+    parallel = "row"
+
+    def _shard(self) -> Shard:
+        return Shard("row", k=(self.tp_group.rank() * self.input_size_per_partition, 0, 0))

@@ -1,0 +1,118 @@
+"""From a recipe and a moment to the six casts of one linear, and the casts of its weight, kept.
+
+Which operands a tensor-parallel rank holds only a shard of, and where that shard sits:
+
+    parallel   x (fprop, wgrad)     w (fprop, dgrad)     dy (dgrad, wgrad)
+    column     whole                rows of n            columns of n
+    row        columns of k         columns of k         whole
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fp4pretrain.ops import Cast, NoiseKeys, cast_operands
+from fp4pretrain.ops.keys import Placement
+from fp4pretrain.precision import Recipe
+
+if TYPE_CHECKING:
+    from fp4pretrain.nn.gemms import LinearCall
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of a linear [n, k] this rank holds. ``n`` and ``k`` place it in the whole."""
+
+    parallel: str  # column | row
+    n: Placement = (0, 0, 0)
+    k: Placement = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class LinearCasts:
+    """The six casts of one linear at one moment, and which tensors are shards."""
+
+    fprop_x: Cast
+    fprop_w: Cast
+    dgrad_dy: Cast
+    dgrad_w: Cast
+    wgrad_dy: Cast
+    wgrad_x: Cast
+    x_sharded: bool
+    dy_sharded: bool
+    global_amax: bool
+
+
+def linear_casts(recipe: Recipe, keys: NoiseKeys, shard: Shard, *, global_amax: bool) -> LinearCasts:
+    """The casts of ``recipe`` for the shard, with the noise and signs that ``keys`` give."""
+
+    def cast(gemm: str, operand: str, *, transpose: bool) -> Cast:
+        spec = recipe.operand(gemm, operand)
+        rotation = recipe.gemm(gemm).rotation
+        noise = None
+        if spec.stochastic:
+            row, col = _place(gemm, operand, shard)
+            noise = keys.noise(gemm, operand, row=row, col=col)
+        return Cast(
+            spec=spec,
+            transpose=transpose,
+            rotation_size=rotation.size if rotation.active else 0,
+            signs=keys.signs(gemm, rotation),
+            noise=noise,
+        )
+
+    return LinearCasts(
+        fprop_x=cast("fprop", "x", transpose=False),
+        fprop_w=cast("fprop", "w", transpose=False),
+        dgrad_dy=cast("dgrad", "dy", transpose=False),
+        dgrad_w=cast("dgrad", "w", transpose=True),
+        wgrad_dy=cast("wgrad", "dy", transpose=True),
+        wgrad_x=cast("wgrad", "x", transpose=True),
+        x_sharded=shard.parallel == "row",
+        dy_sharded=shard.parallel == "column",
+        global_amax=global_amax,
+    )
+
+
+def _place(gemm: str, operand: str, shard: Shard) -> tuple[Placement, Placement]:
+    """(row, column) placement of an operand's shard, in the operand's own orientation."""
+    t = (0, 0, 0)
+    return {
+        ("fprop", "x"): (t, shard.k),
+        ("fprop", "w"): (shard.n, shard.k),
+        ("dgrad", "dy"): (t, shard.n),
+        ("dgrad", "w"): (shard.k, shard.n),
+        ("wgrad", "dy"): (shard.n, t),
+        ("wgrad", "x"): (shard.k, t),
+    }[gemm, operand]
+
+
+class WeightCache:
+    """The casts of one weight, made once a step and used by every microbatch.
+
+    Stale is impossible by two keys: the clock's ``weights_version``, which the trainer advances
+    after each optimizer step and load, and the casts themselves (a switched recipe or freshly drawn
+    signs are another cast). Weights that no operand quantizes are not kept: their cast is the
+    weight.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple | None = None
+        self._operands: list[Any] = []
+
+    def operands(self, weight: torch.Tensor, call: LinearCall) -> tuple[Any, Any]:
+        """(fprop's w, dgrad's w or None when no gradient will be asked for)."""
+        casts = [call.casts.fprop_w] + ([call.casts.dgrad_w] if call.training else [])
+        key = (call.weights_version, weight.data_ptr(), tuple(casts))
+        if key != self._key or not self._operands:
+            detached = weight.detach()
+            operands = cast_operands(
+                call.backend, detached, casts, amax_group=call.group_for(True)
+            )
+            if all(not c.spec.quantized for c in casts):
+                return operands[0], operands[1] if call.training else None
+            self._key, self._operands = key, operands
+        return self._operands[0], self._operands[1] if call.training else None

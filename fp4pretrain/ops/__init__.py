@@ -1,0 +1,10 @@
+"""Casting operands and multiplying them, one call each, on a backend.
+
+    backend             runs on                   operands
+    reference           any device, plain torch   element x block scale, exact
+"""
+
+from fp4pretrain.ops.backend import Backend, Cast, cast_operands, choose
+from fp4pretrain.ops.keys import NoiseKeys
+
+__all__ = ["Backend", "Cast", "NoiseKeys", "cast_operands", "choose"]

@@ -1,0 +1,145 @@
+"""The seam between what a GEMM computes and who computes it.
+
+Every GEMM is ``out[m, n] = sum_k a[m, k] * b[n, k]``, both operands with the contraction axis last:
+
+    GEMM    a                b                 contracts over
+    fprop   x      [t, k]    w      [n, k]     k
+    dgrad   dy     [t, n]    w.T    [k, n]     n
+    wgrad   dy.T   [n, t]    x.T    [k, t]     t
+
+A ``Cast`` says how one of them is made from the tensor in memory, so that a backend can make the
+row-wise and the column-wise copy of one tensor from a single read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.numerics import Noise, QuantSpec
+from fp4pretrain.precision import Gemm, Plan, Recipe
+
+
+@dataclass(frozen=True)
+class Cast:
+    """How one operand is made from a tensor x [rows, cols].
+
+    ``transpose``: the operand is x.T, contracted over x's rows. ``rotation_size`` 0 or 16 to 128:
+    block Hadamard along the contraction axis, after multiplying by ``signs`` (None: no signs).
+    ``noise`` keys stochastic rounding, in the operand's own coordinates. Backends compare casts by
+    value, so an operand made by an equal cast from an unchanged tensor can be reused.
+    """
+
+    spec: QuantSpec
+    transpose: bool = False
+    rotation_size: int = 0
+    signs: tuple[int, ...] | None = None
+    noise: Noise | None = None
+
+
+class Operand(Protocol):
+    """One side of a GEMM, in whatever form its backend likes."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+
+class Backend(Protocol):
+    """Who casts and multiplies. All methods take 2D tensors on the backend's device."""
+
+    name: str
+
+    def why_not(self, gemm: Gemm, device: torch.device) -> str | None:
+        """None if this backend can run the GEMM on the device, otherwise the reason in one clause."""
+
+    def amax(self, x: torch.Tensor, casts: Sequence[Cast]) -> torch.Tensor:
+        """max |x| for each cast, after its rotation: fp32 [len(casts)]."""
+
+    def quantize(
+        self, x: torch.Tensor, casts: Sequence[Cast], amax: torch.Tensor | None
+    ) -> list[Any]:
+        """The operands, from one read of x where the backend can. ``amax`` fp32 [len(casts)] is
+        needed by formats with a tensor scale; None when no cast has one."""
+
+    def gemm(
+        self,
+        a: Any,
+        b: Any,
+        *,
+        out_dtype: torch.dtype,
+        accumulate_into: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """a @ b.T as ``out_dtype``, or added in FP32 to ``accumulate_into``, which is returned."""
+
+
+
+
+def cast_operands(
+    backend: Backend,
+    x: torch.Tensor,
+    casts: Sequence[Cast],
+    *,
+    amax_group: dist.ProcessGroup | None = None,
+) -> list[Any]:
+    """Operands of x [rows, cols], one for each cast.
+
+    ``amax_group``: the tensor amax is all-reduced (max) over this group, so that every shard of a
+    tensor is cast by the scale of the whole tensor.
+    """
+    amax = None
+    if any(c.spec.needs_tensor_amax for c in casts):
+        amax = backend.amax(x, casts)
+        if amax_group is not None and amax_group.size() > 1:
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=amax_group)
+    return backend.quantize(x, casts, amax)
+
+
+def available() -> dict[str, Backend]:
+    """All backends by name, fastest first: the order in which ``auto`` tries them."""
+    from fp4pretrain.ops.reference import ReferenceBackend
+
+    return {b.name: b for b in (ReferenceBackend(),)}
+
+
+def refusals(backend: Backend, recipe: Recipe, device: torch.device) -> list[str]:
+    """Why the backend cannot run the recipe on the device: one clause a GEMM, none if it can."""
+    reasons = []
+    for name in ("fprop", "dgrad", "wgrad"):
+        reason = backend.why_not(recipe.gemm(name), device)
+        if reason:
+            reasons.append(f"{name}: {reason}")
+    return reasons
+
+
+def choose(name: str, plan: Plan, device: torch.device) -> tuple[Backend, str]:
+    """The backend for a plan on a device, and one line that says why.
+
+    A named backend that cannot run raises UserError; ``auto`` takes the first that can. Nothing
+    falls back silently.
+    """
+    backends = available()
+    if name != "auto":
+        if name not in backends:
+            raise UserError(
+                f"precision.backend: {name!r} is not here; choose auto, {', '.join(backends)}"
+            )
+        reasons = refusals(backends[name], plan.recipe, device)
+        if reasons:
+            raise UserError(
+                f"precision.backend: {name} cannot run this recipe on {device.type} "
+                f"({'; '.join(reasons)}); use auto"
+            )
+        return backends[name], f"backend {name} (asked for)"
+    passed = []
+    for backend in backends.values():
+        reasons = refusals(backend, plan.recipe, device)
+        if not reasons:
+            why = f"; not {', '.join(passed)}" if passed else ""
+            return backend, f"backend {backend.name} (auto{why})"
+        passed.append(f"{backend.name} ({reasons[0]})")
+    raise UserError(f"precision.backend: none can run this recipe: {', '.join(passed)}")

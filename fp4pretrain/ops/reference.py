@@ -1,0 +1,93 @@
+"""The reference backend: plain torch, any device, the numbers every other backend is held to.
+
+An operand is kept as element x block scale, which is exact in BF16 for nvfp4, mxfp4, mxfp8 and
+per-tensor FP8; the tensor scales multiply the result (alpha), never an operand. On CUDA exact
+operands are multiplied in BF16 with FP32 accumulation; on a CPU in FP32, which gives the same
+products and is faster there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fp4pretrain.numerics import emulate, rotate, tensor_amax
+from fp4pretrain.ops.backend import Cast
+from fp4pretrain.precision import Gemm
+
+
+@dataclass
+class EmulatedOperand:
+    """values [rows, k] (element x block scale) and alpha, an fp32 scalar or None for 1."""
+
+    values: torch.Tensor
+    alpha: torch.Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+
+class ReferenceBackend:
+    """Plain PyTorch on any device."""
+
+    name = "reference"
+
+    def why_not(self, gemm: Gemm, device: torch.device) -> str | None:
+        return None
+
+    def amax(self, x: torch.Tensor, casts: Sequence[Cast]) -> torch.Tensor:
+        return torch.stack([tensor_amax(_oriented(x, c)) for c in casts])
+
+    def quantize(
+        self, x: torch.Tensor, casts: Sequence[Cast], amax: torch.Tensor | None
+    ) -> list[EmulatedOperand]:
+        operands = []
+        for i, cast in enumerate(casts):
+            oriented = _oriented(x, cast)
+            if not cast.spec.quantized:
+                operands.append(EmulatedOperand(oriented.bfloat16(), None))
+                continue
+            own = amax[i] if amax is not None and cast.spec.needs_tensor_amax else None
+            values, alpha = emulate(oriented, cast.spec, noise=cast.noise, amax=own)
+            if cast.spec.exact_in_bf16 and x.is_cuda:
+                values = values.bfloat16()
+            operands.append(EmulatedOperand(values, alpha))
+        return operands
+
+    def gemm(
+        self,
+        a: EmulatedOperand,
+        b: EmulatedOperand,
+        *,
+        out_dtype: torch.dtype,
+        accumulate_into: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        out = _matmul_fp32(a.values, b.values)
+        for alpha in (a.alpha, b.alpha):
+            if alpha is not None:
+                out *= alpha
+        if accumulate_into is not None:
+            return accumulate_into.add_(out)
+        return out.to(out_dtype)
+
+
+def _oriented(x: torch.Tensor, cast: Cast) -> torch.Tensor:
+    """x [rows, cols] or its transpose, rotated along its last axis where the cast says so."""
+    if cast.transpose:
+        x = x.t()
+    if cast.rotation_size:
+        signs = None
+        if cast.signs is not None:
+            signs = torch.tensor(cast.signs, dtype=torch.float32, device=x.device)
+        x = rotate(x.contiguous(), size=cast.rotation_size, signs=signs)
+    return x
+
+
+def _matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b.T in FP32: from BF16 operands with FP32 output on CUDA, in FP32 elsewhere."""
+    if a.is_cuda and a.dtype == b.dtype == torch.bfloat16:
+        return torch.mm(a, b.t(), out_dtype=torch.float32)
+    return a.float() @ b.float().t()
