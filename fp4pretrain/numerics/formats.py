@@ -65,6 +65,11 @@ class Format:
     scale_rules: tuple[str, ...]
 
     @property
+    def family(self) -> str:
+        """Which formats may meet in one GEMM: nvfp4, mx, fp8 or bf16."""
+        return {"e4m3": "nvfp4", "e8m0": "mx", "fp32": "fp8", "none": "bf16"}[self.scale_type]
+
+    @property
     def roundings(self) -> tuple[str, ...]:
         """Stochastic rounding is for 4-bit elements: no published recipe uses it on 8 bits."""
         return ROUNDINGS if self.element.packed else ("nearest",)
@@ -148,6 +153,21 @@ class QuantSpec:
     def stochastic(self) -> bool:
         """Whether a cast needs noise."""
         return self.rounding != "nearest"
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the operand is cast below BF16."""
+        return self.row.scale_type != "none"
+
+    @property
+    def needs_tensor_amax(self) -> bool:
+        """Whether its scales depend on the amax of the whole tensor."""
+        return self.row.scale_type == "e4m3" or self.block == "tensor"
+
+    @property
+    def exact_in_bf16(self) -> bool:
+        """Whether element x block scale fits in bfloat16: all but fp8 with fp32 block scales."""
+        return self.row.scale_type != "fp32" or self.block == "tensor"
 
     def block_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of one block of a tensor of this shape.

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fp4pretrain.numerics.blocks import row_slices
+
 ROUNDS = 7
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
@@ -35,11 +37,21 @@ Word = int | Tensor
 
 @dataclass(frozen=True)
 class Noise:
-    """A 64-bit key, and where the tensor at hand sits in the global one (in its own rows, cols)."""
+    """A 64-bit key, and where the tensor at hand sits in the global one (in its own rows, cols).
+
+    Local row r is global row ``row_offset + r``. Where a shard is made of several parts that are apart
+    in the whole (tensor-parallel SwiGLU holds a piece of the gate and one of the up projection),
+    ``row_part`` is the length of a part and each further part is ``row_gap`` rows further on:
+    ``row_offset + r + (r // row_part) * row_gap``. Columns likewise; column parts are whole calls.
+    """
 
     key: int
     row_offset: int = 0
     col_offset: int = 0
+    row_part: int = 0
+    row_gap: int = 0
+    col_part: int = 0
+    col_gap: int = 0
 
 
 def derive_key(seed: int, *path: int) -> int:
@@ -71,11 +83,19 @@ def philox(
         # int64 products wrap modulo 2^64; the shift is arithmetic, so the mask comes last. c1 and c3
         # carry their product's high half along: it is only ever XORed in before that mask.
         product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0 = ((product_1 >> 32) ^ c1 ^ k0) & _MASK32
-        c2 = ((product_0 >> 32) ^ c3 ^ k1) & _MASK32
+        c0, c2 = (product_1 >> 32) ^ c1, (product_0 >> 32) ^ c3
+        c0 ^= k0
+        c0 &= _MASK32
+        c2 ^= k1
+        c2 &= _MASK32
         c1, c3 = product_1, product_0
         k0, k1 = (k0 + _WEYL_0) & _MASK32, (k1 + _WEYL_1) & _MASK32
     return c0, c1 & _MASK32, c2, c3 & _MASK32
+
+
+def _apart(index: Tensor, part: int, gap: int) -> Tensor:
+    """Indices with ``gap`` left out after every ``part`` (no parts: 0)."""
+    return index + index // part * gap if part else index
 
 
 def _words(
@@ -85,12 +105,15 @@ def _words(
     rows, cols = shape
     first, skip = divmod(noise.col_offset, per_call)
     calls = -(-(skip + cols) // per_call)
-    call_c = torch.arange(first, first + calls, device=device)
-    row_r1 = torch.arange(noise.row_offset, noise.row_offset + rows, device=device)[:, None]
-    words = philox((call_c, row_r1, stream, 0), noise.key)
+    call_c = torch.arange(calls, device=device)
+    call_c = first + _apart(call_c, noise.col_part // per_call, noise.col_gap // per_call)
+    row_r = _apart(torch.arange(rows, device=device), noise.row_part, noise.row_gap)
+    row_r1 = (noise.row_offset + row_r)[:, None]
     out = torch.empty(rows, calls, 4, dtype=torch.int32, device=device)
-    for index, word in enumerate(words):
-        out[:, :, index] = word  # keeps the low 32 bits
+    for part in row_slices((rows, 4 * calls), 1, device):
+        words = philox((call_c, row_r1[part], stream, 0), noise.key)
+        for index, word in enumerate(words):
+            out[part, :, index] = word  # keeps the low 32 bits
     return out.view(rows, calls * 4), skip
 
 

@@ -8,21 +8,15 @@ on a CPU it handles each operand of each GEMM, in cache-sized slices and in plac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fp4pretrain.numerics.blocks import block_view, row_slices, spread
+from fp4pretrain.numerics.blocks import block_view, row_major, row_slices, spread
 from fp4pretrain.numerics.formats import QuantSpec
 from fp4pretrain.numerics.noise import Noise, noise_bytes, noise_words
-from fp4pretrain.numerics.rounding import (
-    decode_e2m1,
-    encode_e2m1,
-    pack_codes,
-    round_to_grid_,
-    unpack_codes,
-)
+from fp4pretrain.numerics.rounding import decode_e2m1, encode_e2m1, round_to_grid_
 from fp4pretrain.numerics.scaling import NVFP4_RULES, BlockScales, operand_scales
 
 
@@ -58,7 +52,7 @@ class QuantizedTensor:
     def values(self) -> Tensor:
         """Element times block scale, fp32 [rows, cols]; exact in bfloat16 for all but blocked fp8."""
         packed = self.spec.row.element.packed
-        values = decode_e2m1(unpack_codes(self.codes)) if packed else self.codes.to(torch.float32)
+        values = decode_e2m1(self.codes) if packed else self.codes.to(torch.float32)
         if self.scales is None or self.spec.block == "tensor":
             return values
         block = self.spec.block_shape(self.shape)
@@ -70,6 +64,7 @@ class QuantizedTensor:
         return (self.values() * self.alpha()).to(dtype)
 
 
+@torch.no_grad()
 def quantize(
     x: Tensor, spec: QuantSpec, *, noise: Noise | None = None, amax: Tensor | None = None
 ) -> QuantizedTensor:
@@ -84,7 +79,7 @@ def quantize(
         UserError: where the blocks do not divide x.
         ValueError: for stochastic rounding without noise, or an x that is not a matrix.
     """
-    shape = _check(x, spec, noise)
+    x, shape = _checked(x, spec, noise)
     element = spec.row.element
     if spec.row.scale_type == "none":
         return QuantizedTensor(x.to(element.dtype), None, None, spec, shape)
@@ -93,10 +88,11 @@ def quantize(
     if spec.row.scale_type != "fp32":  # the scale alone carries the NaN: codes are 0
         elements.nan_to_num_(nan=0.0)
         block_view(elements, spec.block_shape(shape)).masked_fill_(spread(scales.decode.isnan()), 0)
-    codes = pack_codes(encode_e2m1(elements)) if element.packed else elements.to(element.dtype)
+    codes = encode_e2m1(elements) if element.packed else elements.to(element.dtype)
     return QuantizedTensor(codes, scales.stored, scales.amax, spec, shape)
 
 
+@torch.no_grad()
 def emulate(
     x: Tensor, spec: QuantSpec, *, noise: Noise | None = None, amax: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -109,21 +105,22 @@ def emulate(
             mxfp8, per-tensor fp8 and bf16, so a bfloat16 GEMM may carry them.
         alpha: fp32 scalar for the GEMM's result.
     """
-    _check(x, spec, noise)
+    x, _ = _checked(x, spec, noise)
     if spec.row.scale_type == "none":
         return x.to(torch.bfloat16).to(torch.float32), torch.ones((), device=x.device)
     scales = operand_scales(x, spec, amax)
     return _round_scaled(x, spec, scales, noise, dequantize=True), scales.alpha
 
 
-def _check(x: Tensor, spec: QuantSpec, noise: Noise | None) -> tuple[int, int]:
+def _checked(x: Tensor, spec: QuantSpec, noise: Noise | None) -> tuple[Tensor, tuple[int, int]]:
+    """The operand, row-major and at most fp32, and its shape."""
     if x.dim() != 2:
         raise ValueError(f"quantize takes a matrix [rows, cols], got {list(x.shape)}")
     if spec.stochastic and noise is None:
         raise ValueError(f"{spec} needs noise: pass a Noise with its key")
     shape = (x.shape[0], x.shape[1])
     spec.block_shape(shape)
-    return shape
+    return row_major(x.to(torch.float32) if x.dtype == torch.float64 else x), shape
 
 
 def _round_scaled(
@@ -136,20 +133,22 @@ def _round_scaled(
     if encode.shape[0] == 1:  # one block spans the rows: slices may cut it
         block_rows, encode = 1, encode.expand(shape[0], -1)
         decode = None if decode is None else decode.expand(shape[0], -1)
+    bits = _noise_bits(spec, noise, shape, x.device) if spec.stochastic else None
     out = torch.empty(shape, dtype=torch.float32, device=x.device)
     for rows in row_slices(shape, block_rows, x.device):
         blocks = slice(rows.start // block_rows, rows.stop // block_rows)
         y, y_b = out[rows], block_view(out[rows], (block_rows, block_cols))
-        x_b = block_view(x[rows], (block_rows, block_cols)).to(torch.float32)
-        torch.mul(x_b, spread(encode[blocks]), out=y_b)
-        bits = _bits(spec, noise, rows, shape[1], x.device) if spec.stochastic else None
-        round_to_grid_(y, spec.row.element, ties=spec.ties, noise=bits)
+        x_b = block_view(x[rows], (block_rows, block_cols))
+        torch.mul(x_b.to(torch.float32), spread(encode[blocks]), out=y_b)
+        noise_y = None if bits is None else bits[rows]
+        round_to_grid_(y, spec.row.element, ties=spec.ties, noise=noise_y)
         if decode is not None:
             y_b.mul_(spread(decode[blocks]))
     return out
 
 
-def _bits(spec: QuantSpec, noise: Noise, rows: slice, cols: int, device: torch.device) -> Tensor:
+def _noise_bits(
+    spec: QuantSpec, noise: Noise, shape: tuple[int, int], device: torch.device
+) -> Tensor:
     draw = noise_bytes if spec.rounding == "stochastic" else noise_words
-    here = replace(noise, row_offset=noise.row_offset + rows.start)
-    return draw(here, (rows.stop - rows.start, cols), device)
+    return draw(noise, shape, device)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fp4pretrain.errors import UserError
+from fp4pretrain.numerics.blocks import tiles
 
 SIZES = (16, 32, 64, 128)
 
@@ -63,17 +64,31 @@ def rotate(
             f"rotation.size: {size} does not divide the contraction dimension {x.shape[-1]}; "
             f"use a smaller size or kind=none"
         )
-    v = x.to(torch.float32).unflatten(-1, (-1, size))
-    if signs is not None:
-        v = v * torch.as_tensor(signs, dtype=torch.float32, device=x.device)
-    stride = 1
+    x_rn = x.reshape(-1, x.shape[-1])
+    factors = torch.ones(size) if signs is None else torch.as_tensor(signs).to(torch.float32)
+    out_rn = torch.empty(
+        x_rn.shape, dtype=torch.bfloat16 if round_bf16 else torch.float32, device=x.device
+    )
+    factors_s1 = factors.to(x.device)[:, None]
+    for rows, cols in tiles((x_rn.shape[0], x_rn.shape[1]), multiple=size, device=x.device):
+        # Rotated axis first: additions then run along contiguous rows, whatever their stride.
+        v_nr = x_rn[rows, cols].t().to(torch.float32).contiguous()
+        out_rn[rows, cols] = (
+            _butterfly(v_nr.unflatten(0, (-1, size)) * factors_s1).flatten(0, 1).t()
+        )
+    return out_rn.view(x.shape)
+
+
+def _butterfly(v: Tensor) -> Tensor:
+    """``H @ v / sqrt(size)`` along dim 1 of [groups, size, columns]; ``v`` is overwritten."""
+    size, stride, other = v.shape[1], 1, torch.empty_like(v)
     while stride < size:
-        pairs = v.unflatten(-1, (-1, 2, stride))
-        a, b = pairs.unbind(-2)
-        v = torch.stack((a + b, a - b), dim=-2).flatten(-3)
-        stride *= 2
-    v = (v * torch.tensor(1.0 / math.sqrt(size), device=x.device)).flatten(-2)
-    return v.to(torch.bfloat16) if round_bf16 else v
+        a, b = v.unflatten(1, (-1, 2, stride)).unbind(2)
+        sums, differences = other.unflatten(1, (-1, 2, stride)).unbind(2)
+        torch.add(a, b, out=sums)
+        torch.sub(a, b, out=differences)
+        v, other, stride = other, v, stride * 2
+    return v.mul_(torch.tensor(1.0 / math.sqrt(size), device=v.device))
 
 
 def _check_size(size: int) -> None:

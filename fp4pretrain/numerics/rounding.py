@@ -51,7 +51,7 @@ def round_to_grid_(
     elif noise is None:
         y.add_(torch.full_like(y, _ALMOST_HALF).copysign_(y)).trunc_()
     elif noise.dtype == torch.uint8:
-        y.add_(noise.to(torch.float32).add_(0.5).mul_(2.0**-8).copysign_(y)).trunc_()
+        y.add_(noise.to(torch.float32).add_(0.5).copysign_(y), alpha=2.0**-8).trunc_()
     else:
         # 24 random bits on a 24-bit number: only float64 holds the sum, so that u just below 1
         # never lifts a value that is on the grid already.
@@ -61,23 +61,18 @@ def round_to_grid_(
 
 
 def encode_e2m1(q: Tensor) -> Tensor:
-    """Codes sign<<3 | index, uint8 and one a byte, of fp32 values that lie on the E2M1 grid."""
-    magnitudes = torch.tensor(E2M1_MAGNITUDES, device=q.device)
-    index = torch.bucketize(q.abs(), magnitudes)
-    return (index + 8 * torch.signbit(q)).to(torch.uint8)
+    """uint8 [..., n / 2]: codes sign<<3 | index of fp32 values [..., n] that lie on the E2M1 grid.
 
-
-def decode_e2m1(codes: Tensor) -> Tensor:
-    """fp32 values of unpacked E2M1 codes; code 8 is -0.0."""
-    table = torch.tensor((*E2M1_MAGNITUDES, *(-m for m in E2M1_MAGNITUDES)), device=codes.device)
-    return table[codes.long()]
-
-
-def pack_codes(codes: Tensor) -> Tensor:
-    """uint8 [..., n] codes below 16 to [..., n / 2] bytes, the even element in the low nibble."""
+    Two codes a byte, the even element in the low nibble.
+    """
+    doubled = q.abs().mul_(2.0).to(torch.uint8)  # 0 1 2 3 4 6 8 12, whose indices are 0 to 7
+    index = torch.minimum(torch.minimum(doubled, (doubled >> 1) + 2), (doubled >> 2) + 4)
+    codes = index | (torch.signbit(q).to(torch.uint8) << 3)
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
-def unpack_codes(packed: Tensor) -> Tensor:
-    """The inverse of ``pack_codes``."""
-    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
+def decode_e2m1(packed: Tensor) -> Tensor:
+    """fp32 values [..., n] of packed codes [..., n / 2]; code 8 is -0.0."""
+    values = torch.tensor((*E2M1_MAGNITUDES, *(-m for m in E2M1_MAGNITUDES)), device=packed.device)
+    pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=-1)
+    return pairs[packed.long()].flatten(-2)
