@@ -70,13 +70,17 @@ def block_amax(x: Tensor, block: tuple[int, int]) -> Tensor:
     Compared as integers, the bits of magnitudes are ordered as the floats are, NaN over Inf over any
     finite number, and PyTorch reduces integers twice as fast.
     """
-    integer, magnitude = (
-        (torch.int16, 0x7FFF) if x.element_size() == 2 else (torch.int32, 0x7FFFFFFF)
-    )
-    parts = []
+    integer = torch.int16 if x.element_size() == 2 else torch.int32
+    magnitude = torch.tensor(torch.iinfo(integer).max, dtype=integer, device=x.device)
+    x_b = block_view(x.view(integer), block)
+    parts, scratch = [], None
     for rows in row_slices((x.shape[0], x.shape[1]), block[0], x.device):
-        bits = block_view(x[rows].view(integer) & magnitude, block)
-        parts.append(bits.amax(dim=1).amax(dim=-1))
+        bits = x_b[rows.start // block[0] : rows.stop // block[0]]
+        if scratch is None or scratch.shape != bits.shape:
+            scratch = torch.empty_like(bits)
+        torch.bitwise_and(bits, magnitude, out=scratch)
+        rows_max = scratch.squeeze(1) if block[0] == 1 else scratch.amax(dim=1)
+        parts.append(rows_max.amax(dim=-1))
     return torch.cat(parts).view(x.dtype).to(torch.float32)
 
 

@@ -133,15 +133,24 @@ def _round_scaled(
     if encode.shape[0] == 1:  # one block spans the rows: slices may cut it
         block_rows, encode = 1, encode.expand(shape[0], -1)
         decode = None if decode is None else decode.expand(shape[0], -1)
-    bits = _noise_bits(spec, noise, shape, x.device) if spec.stochastic else None
     out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    x_b, out_b = (block_view(t, (block_rows, block_cols)) for t in (x, out))
+    bits_b = scratch = None
+    if spec.stochastic:
+        bits_b = block_view(_noise_bits(spec, noise, shape, x.device), (block_rows, block_cols))
     for rows in row_slices(shape, block_rows, x.device):
         blocks = slice(rows.start // block_rows, rows.stop // block_rows)
-        y, y_b = out[rows], block_view(out[rows], (block_rows, block_cols))
-        x_b = block_view(x[rows], (block_rows, block_cols))
-        torch.mul(x_b.to(torch.float32), spread(encode[blocks]), out=y_b)
-        noise_y = None if bits is None else bits[rows]
-        round_to_grid_(y, spec.row.element, ties=spec.ties, noise=noise_y)
+        y_b = out_b[blocks]
+        if scratch is None or scratch.shape != y_b.shape:
+            scratch = torch.empty_like(y_b)
+        torch.mul(x_b[blocks], spread(encode[blocks]), out=y_b)
+        round_to_grid_(
+            y_b,
+            spec.row.element,
+            ties=spec.ties,
+            noise=None if bits_b is None else bits_b[blocks],
+            scratch=scratch,
+        )
         if decode is not None:
             y_b.mul_(spread(decode[blocks]))
     return out

@@ -18,21 +18,20 @@ from fp4pretrain.numerics.formats import Element
 
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
-_EXPONENT_FIELD = 0x7F800000
+# Zero-dimensional tensors, not Python numbers: PyTorch builds a tensor of a number at every call.
+_EXPONENT_FIELD = torch.tensor(0x7F800000, dtype=torch.int32)
 # The largest float below a half. Adding a half itself would carry 0.5 - 2^-25 over to 1; with this
 # one every tie still reaches its integer when the sum is rounded to even, and nothing else does.
 _ALMOST_HALF = 0.49999997
 
 
-def grid_step(y: Tensor, element: Element) -> Tensor:
-    """The distance between grid neighbours around each ``y`` (fp32, |y| <= element.max)."""
-    power = (y.view(torch.int32) & _EXPONENT_FIELD).view(torch.float32)
-    power.clamp_(2.0**element.emin, 2.0**element.emax)
-    return power.mul_(2.0**-element.mantissa_bits)
-
-
 def round_to_grid_(
-    y: Tensor, element: Element, *, ties: str, noise: Tensor | None = None
+    y: Tensor,
+    element: Element,
+    *,
+    ties: str,
+    noise: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """Round fp32 ``y`` onto the element's grid in place, saturating; NaN stays NaN.
 
@@ -40,11 +39,14 @@ def round_to_grid_(
         ties: "even" or "away", for nearest rounding.
         noise: None for nearest rounding; uint8 bytes k (u = (k + 0.5) / 256), or int64 24-bit
             integers (u = k * 2^-24). A magnitude a becomes the grid's floor of a + u * step(a).
+        scratch: fp32 like ``y``, overwritten; one that is reused stays in the cache.
     """
+    step = torch.empty_like(y) if scratch is None else scratch
     y.clamp_(-element.max, element.max)
     if element.packed:
         y.add_(0.0)  # -0.0 + 0.0 = +0.0
-    step = grid_step(y, element)
+    torch.bitwise_and(y.view(torch.int32), _EXPONENT_FIELD, out=step.view(torch.int32))
+    step.clamp_(2.0**element.emin, 2.0**element.emax).mul_(2.0**-element.mantissa_bits)
     y.div_(step)
     if noise is None and ties == "even":
         y.round_()
