@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from fp4pretrain.data.datasets import RandomTokens
 from fp4pretrain.data.indexed import DatasetIndex
 
 _MAX_TOKENS = 1 << 26
@@ -31,16 +33,19 @@ def unigram_entropy(source: Any, *, max_tokens: int = _MAX_TOKENS) -> float:
 
 def _frequencies(source: Any, max_tokens: int) -> NDArray[np.float64]:
     """Share of each id, summing to 1."""
+    if isinstance(source, RandomTokens):
+        return np.full(source.vocab_size, 1 / source.vocab_size)
     if hasattr(source, "datasets"):  # BlendedDataset
         members = [_frequencies(member, max_tokens) for member in source.datasets]
         blend = np.zeros(max(map(len, members)))
         for weight, shares in zip(source.weights, members, strict=True):
             blend[: len(shares)] += weight * shares
         return blend
-    if hasattr(source, "indices"):  # GPTDataset, whose .dataset is megatron-core's IndexedDataset
+    if isinstance(source, torch.utils.data.Dataset):  # GPTDataset: of its documents, not samples
         counts = np.zeros(0, dtype=np.int64)
-        for document in source.indices:
-            found = np.bincount(source.dataset[int(document)], minlength=len(counts))
+        for document in source.indices:  # type: ignore[attr-defined]
+            ids = source.dataset[int(document)]  # type: ignore[attr-defined]
+            found = np.bincount(ids, minlength=len(counts))
             found[: len(counts)] += counts
             counts = found
             if counts.sum() >= max_tokens:

@@ -138,8 +138,8 @@ def _folder_files(root: Path, suffixes: frozenset[str], *, skip: frozenset[str])
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in skip]  # and do not descend
         for name in names:
-            if os.path.splitext(name)[1] in suffixes:
-                path = Path(folder, name)
+            path = Path(folder, name)
+            if path.suffix in suffixes and path.is_file():
                 label = path.relative_to(root).as_posix()
                 found.append(TextFile(path, label, path.stat().st_size, named=False))
     return sorted(found, key=lambda file: hashlib.sha256(file.name.encode()).digest())
