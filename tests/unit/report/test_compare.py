@@ -1,0 +1,264 @@
+"""compare on synthetic runs whose gap is known in closed form."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.report import Comparison, compare
+from fp4pretrain.report.comparison import tokens_text
+from fp4pretrain.report.differences import differences, refuse_unequal
+
+STEPS = 200
+TOKENS = 1024
+
+
+def _loss(tokens: float) -> float:
+    return 6 - 4 * tokens / (STEPS * TOKENS)
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Write a run: loss ``_loss * (1 + gap)``, validation 0.1 above with half the gap."""
+
+    def make(
+        name: str,
+        *,
+        gap: float = 0.0,
+        steps: range = range(1, STEPS + 1),
+        batch: int = TOKENS,
+        rate: float = 1000.0,
+        rows: dict[str, Any] | None = None,
+        **config: Any,
+    ) -> Path:
+        path = tmp_path / name
+        path.mkdir()
+        with (path / "metrics.jsonl").open("w") as file:
+            for step in steps:
+                tokens = step * batch
+                warming = step < steps.start + 5
+                row = {
+                    "event": "train",
+                    "step": step,
+                    "tokens": tokens,
+                    "loss": _loss(tokens) * (1 + gap),
+                    "tokens_per_second": 1.0 if warming else rate,
+                    **(rows or {}),
+                }
+                file.write(json.dumps(row) + "\n")
+                if step % 50 == 0:
+                    val = (_loss(tokens) + 0.1) * (1 + gap / 2)
+                    row = {"event": "eval", "step": step, "tokens": tokens, "val_loss": val}
+                    file.write(json.dumps(row) + "\n")
+        tree = {
+            "seed": 1,
+            "run_dir": str(path),
+            "name": name,
+            "optim": {"eps": 1e-8, "lr": 1e-3},
+            "precision": {"fprop": {"x": {"format": name}}},
+            **config,
+        }
+        (path / "config.yaml").write_text(yaml.safe_dump(tree))
+        (path / "plan.txt").write_text(f"fprop x {name} <1d>\n")
+        return path
+
+    return make
+
+
+def _shown(comparison: Comparison) -> str:
+    console = Console(width=200, color_system=None)
+    with console.capture() as capture:
+        console.print(comparison.table())
+    return capture.get()
+
+
+def test_gaps_losses_and_rates_are_those_put_in(make_run: Any, tmp_path: Path) -> None:
+    runs = [make_run("bf16"), make_run("nvfp4", gap=0.02, rate=1500.0)]
+    comparison = compare(runs, out=tmp_path / "out")
+    base, run = comparison.results
+    assert comparison.window == 20
+    assert base.loss.gap is None
+    # The last 20 of 200 rows, 9.5 rows before the end on average.
+    assert base.loss.loss == pytest.approx(_loss((STEPS - 9.5) * TOKENS))
+    assert run.loss.gap == pytest.approx(0.02)
+    assert run.val_loss is not None
+    assert run.val_loss.loss == pytest.approx((_loss(STEPS * TOKENS) + 0.1) * 1.01)
+    assert run.val_loss.gap == pytest.approx(0.01)
+    assert run.val_loss_bf16 is None
+    assert (base.tokens_per_second, run.tokens_per_second) == (1000.0, 1500.0)
+
+
+def test_other_batch_size_and_a_shorter_run_are_matched_by_tokens(
+    make_run: Any, tmp_path: Path
+) -> None:
+    base = make_run("bf16")
+    short = make_run("nvfp4", gap=0.01, steps=range(1, 41), batch=3 * TOKENS)
+    comparison = compare([short], baseline=base, out=tmp_path)
+    result = comparison.results[1]
+    assert result.tokens == 120 * TOKENS
+    assert result.loss.gap == pytest.approx(0.01)
+    assert any("different tokens" in note for note in comparison.notes())
+
+
+def test_the_table_holds_the_judgement(make_run: Any, tmp_path: Path) -> None:
+    runs = [make_run("bf16"), make_run("mxfp4", gap=-0.005), make_run("nvfp4", gap=0.0213)]
+    shown = _shown(compare(runs, out=tmp_path / "out", unigram_entropy=4.5))
+    assert re.search(r"nvfp4 .*205K .*\+2\.13 .*\+1\.0[67] .*1,000", shown)
+    assert re.search(r"mxfp4 .*-0\.50 ", shown)
+    assert "mean of the last 20 logged rows" in shown
+    assert "4.5000 nats" in shown
+    assert "val BF16" not in shown
+
+
+def test_validation_in_bf16_has_its_column_where_a_run_has_it(
+    make_run: Any, tmp_path: Path
+) -> None:
+    base = make_run("fp8", rows={"val_loss_bf16": 2.0})
+    run = make_run("nvfp4", rows={"val_loss_bf16": 2.06})
+    comparison = compare([base, run], out=tmp_path)
+    assert "val BF16" in comparison.header()
+    score = comparison.results[1].val_loss_bf16
+    assert score is not None
+    assert score.gap == pytest.approx(0.03)
+
+
+def test_a_diverged_run_is_said_to_be(make_run: Any, tmp_path: Path) -> None:
+    diverged = make_run("nvfp4", rows={"loss": "NaN"})
+    comparison = compare([make_run("bf16"), diverged], out=tmp_path)
+    assert comparison.cells()[1][2:4] == ["diverged", "-"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 2},
+        {"optim": {"eps": 1e-5, "lr": 1e-3}},
+        {"optim": {"lr": 1e-3}},
+        {"data": {"path": "elsewhere"}},
+        {"parallel": {"tensor": 2}},
+        {"precisions": {"name": "not the recipe, whatever its prefix"}},
+    ],
+)
+def test_a_baseline_that_differs_in_more_than_the_recipe_is_refused(
+    make_run: Any, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    runs = [make_run("bf16"), make_run("nvfp4", **change)]
+    with pytest.raises(UserError, match="more than the recipe") as refused:
+        compare(runs, out=tmp_path / "out")
+    assert "--force" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_forced_comparison_says_what_differs(make_run: Any, tmp_path: Path) -> None:
+    runs = [make_run("bf16"), make_run("nvfp4", seed=2, data={"split": "1,0,0"})]
+    forced = compare(runs, out=tmp_path / "out", force=True)
+    assert "FORCED: the runs also differ in data.split, seed." in forced.notes()
+
+
+def test_the_refusal_names_key_and_both_values(make_run: Any, tmp_path: Path) -> None:
+    runs = [make_run("bf16"), make_run("nvfp4", optim={"eps": 1e-5, "lr": 1e-3})]
+    with pytest.raises(UserError, match=r"optim\.eps \(1e-05 against 1e-08\)"):
+        compare(runs, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logging": {"wandb": {"mode": "offline"}}},
+        {"resume": "auto"},
+        {"baseline": "bf16"},
+        {"checkpoint": {"interval": 100}},
+        {"train": {"log_interval": 5}},
+    ],
+)
+def test_bookkeeping_may_differ(change: dict[str, Any]) -> None:
+    found = differences("nvfp4", {"seed": 1, **change}, {"seed": 1})
+    assert found
+    refuse_unequal(found, baseline="bf16")
+
+
+def _break(path: Path, what: str) -> None:
+    if what == "empty":
+        (path / "metrics.jsonl").write_text("")
+    else:
+        (path / what).unlink()
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("empty", "no training loss"),
+        ("metrics.jsonl", "no metrics.jsonl"),
+        ("config.yaml", "no config.yaml"),
+    ],
+)
+def test_what_a_run_lacks_is_named(make_run: Any, tmp_path: Path, what: str, said: str) -> None:
+    runs = [make_run("bf16"), make_run("nvfp4")]
+    _break(runs[1], what)
+    with pytest.raises(UserError, match=said):
+        compare(runs, out=tmp_path / "out")
+
+
+def test_a_missing_run_disjoint_tokens_and_a_lonely_run_are_refused(
+    make_run: Any, tmp_path: Path
+) -> None:
+    base = make_run("bf16", steps=range(1, 50))
+    late = make_run("nvfp4", steps=range(100, 150))
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="no such run"):
+        compare([base, tmp_path / "nowhere"], out=out)
+    with pytest.raises(UserError, match=r"no tokens in common.*102K to 153K against 1.02K to 50"):
+        compare([base, late], out=out)
+    with pytest.raises(UserError, match="give two runs"):
+        compare([base, base], out=out)
+    with pytest.raises(UserError, match=r"neither a folder nor a \.png"):
+        compare([base, late], out=tmp_path / "gap.pdf")
+
+
+def test_the_picture_is_a_png_and_the_page_needs_no_other_file(
+    make_run: Any, tmp_path: Path
+) -> None:
+    runs = [make_run("bf16"), make_run("nvfp4", gap=0.02, rows={"loss": "NaN"})]
+    comparison = compare(runs, out=tmp_path / "gap.png", html=True, unigram_entropy=4.5)
+    assert comparison.picture == tmp_path / "gap.png"
+    picture = comparison.picture.read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert comparison.page == tmp_path / "gap.html"
+    page = comparison.page.read_text()
+    assert base64.b64encode(picture).decode() in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    for text in ("fprop x bf16 &lt;1d&gt;", "fprop x nvfp4", "precision.fprop.x.format"):
+        assert text in page
+    assert "run_dir" not in page
+
+
+def test_runs_of_one_name_are_told_apart(make_run: Any, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    comparison = compare([make_run("a/nvfp4"), make_run("b/nvfp4")], out=tmp_path / "out")
+    assert [result.run.name for result in comparison.results] == ["a/nvfp4", "b/nvfp4"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1024, "1.02K"),
+        (999_600, "1M"),
+        (1_048_576, "1.05M"),
+        (26_214_400_000, "26.2B"),
+        (1e12, "1T"),
+    ],
+)
+def test_tokens_are_written_to_three_digits(tokens: float, text: str) -> None:
+    assert tokens_text(tokens) == text
