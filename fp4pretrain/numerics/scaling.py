@@ -89,9 +89,8 @@ def _nvfp4_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None) -> BlockScale
         scale_b = _four_over_six(x, amax_b, encode_tensor, spec, block)
     else:
         inverse_max = torch.tensor(1.0 / rule.element_max, device=x.device)
-        scale_b = _to_e4m3(amax_b * (encode_tensor * inverse_max))
-    finite = torch.isfinite(amax_b) & torch.isfinite(amax)
-    stored = torch.where(finite, scale_b.to(torch.float32), torch.nan).to(torch.float8_e4m3fn)
+        scale_b = _clamp_e4m3(amax_b * (encode_tensor * inverse_max))
+    stored = torch.where(_finite(amax_b), scale_b, torch.nan).to(torch.float8_e4m3fn)
     decode = stored.to(torch.float32)
     return BlockScales(
         stored=stored,
@@ -107,13 +106,17 @@ def _tensor_amax_of(amax_b: Tensor, given: Tensor | None) -> Tensor:
 
 
 def _tensor_encode(amax: Tensor, tensor_max: float) -> Tensor:
-    """S_enc = min(tensor_max / amax, FLT_MAX); 1 where amax is 0 or S_enc is."""
+    """S_enc = min(tensor_max / amax, FLT_MAX); 1 where amax is 0, NaN where it is not finite."""
     encode = (torch.tensor(tensor_max, device=amax.device) / amax).clamp(max=FLT_MAX)
-    return torch.where((amax == 0) | (encode == 0), 1.0, encode)
+    return torch.where(_finite(amax), torch.where(amax == 0, 1.0, encode), torch.nan)
 
 
-def _to_e4m3(scale: Tensor) -> Tensor:
-    return scale.clamp(max=FLT_MAX).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+def _finite(amax: Tensor) -> Tensor:
+    return amax < torch.inf  # false for NaN too
+
+
+def _clamp_e4m3(scale: Tensor) -> Tensor:
+    return scale.clamp(-E4M3_MAX, E4M3_MAX)  # Inf too: min(_, FLT_MAX) of the definition is implied
 
 
 def _nvfp4_encode(decode: Tensor, encode_tensor: Tensor) -> Tensor:
@@ -128,18 +131,20 @@ def _inverse(x: Tensor) -> Tensor:
 def _four_over_six(
     x: Tensor, amax_b: Tensor, encode_tensor: Tensor, spec: QuantSpec, block: tuple[int, int]
 ) -> Tensor:
-    """The E4M3 scale, block to 6 or block to 4, with the smaller squared error; a tie goes to 6.
+    """The E4M3 scale (as fp32), block to 6 or block to 4, with the smaller squared error; a tie goes to 6.
 
     The error of a block is sum((q * s_b - x * S_enc)^2) in fp32, summed as a tree of neighbours:
     ((e0 + e1) + (e2 + e3)) + ..., along the columns first, then (2d) along the rows.
     """
     scale = amax_b / torch.tensor(6.0, device=x.device) * encode_tensor
-    scale_6, scale_4 = _to_e4m3(scale), _to_e4m3(scale * 1.5)
-    error_6, error_4 = (
-        _squared_error(x, candidate.to(torch.float32), encode_tensor, spec, block)
-        for candidate in (scale_6, scale_4)
+    scale_6, scale_4 = (
+        _clamp_e4m3(wanted).to(torch.float8_e4m3fn).to(torch.float32)
+        for wanted in (scale, scale * 1.5)
     )
-    return torch.where(error_4 < error_6, scale_4.to(torch.float32), scale_6.to(torch.float32))
+    error_6, error_4 = (
+        _squared_error(x, candidate, encode_tensor, spec, block) for candidate in (scale_6, scale_4)
+    )
+    return torch.where(error_4 < error_6, scale_4, scale_6)
 
 
 def _squared_error(
@@ -194,7 +199,7 @@ def mx_scale_bytes(amax_b: Tensor, element: Element, rule: str) -> Tensor:
         elif rule == "even":
             bits = bits + (1 << (22 - element.mantissa_bits))  # 0x200000 for E2M1
         byte = ((bits >> 23) - element.emax).clamp(0, 254)
-    return torch.where(torch.isfinite(amax_b), byte, 255).to(torch.uint8)
+    return torch.where(_finite(amax_b), byte, 255).to(torch.uint8)
 
 
 def e8m0_round_up(value: Tensor) -> Tensor:
@@ -205,7 +210,7 @@ def e8m0_round_up(value: Tensor) -> Tensor:
     bits = value.view(torch.int32)
     field, mantissa = bits >> 23, bits & 0x7FFFFF
     up = torch.where(field == 0, mantissa > 0x400000, mantissa > 0)
-    return torch.where(torch.isfinite(value), field + up, 255)
+    return torch.where(_finite(value), field + up, 255)
 
 
 def _fp8_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None) -> BlockScales:
@@ -219,7 +224,7 @@ def _fp8_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None) -> BlockScales:
     encode = _tensor_encode(amax_b, spec.row.element.max)
     if spec.scale == "pow2":
         encode = (encode.view(torch.int32) & 0x7F800000).view(torch.float32)
-    encode = torch.where(torch.isfinite(amax_b), encode, torch.nan)
+        encode = torch.where(_finite(amax_b), encode, torch.nan)
     stored = _inverse(encode)
     return BlockScales(
         stored=stored,
