@@ -36,7 +36,11 @@ def unpack(codes: torch.Tensor) -> torch.Tensor:
 
 def moved(row: dict) -> float:
     target = math.inf if row["next"] > 0 else 0.0
-    return float(np.nextafter(np.float32(row["value"]), np.float32(target))) if row["next"] else row["value"]
+    return (
+        float(np.nextafter(np.float32(row["value"]), np.float32(target)))
+        if row["next"]
+        else row["value"]
+    )
 
 
 @pytest.mark.parametrize("ties", ["even", "away"])

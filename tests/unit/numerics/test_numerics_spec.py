@@ -1,0 +1,119 @@
+"""A QuantSpec that exists can be computed; one that makes no sense names the key and the cure."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.numerics import FORMATS, Noise, QuantSpec, emulate, quantize
+
+
+@pytest.mark.parametrize(
+    "fields, key",
+    [
+        ({"format": "fp5"}, "format"),
+        ({"format": "nvfp4", "block": "row"}, "block"),
+        ({"format": "bf16", "block": "1d"}, "block"),
+        ({"format": "mxfp4", "scale": "cap256"}, "scale"),
+        ({"format": "nvfp4", "scale": "rceil"}, "scale"),
+        ({"format": "mxfp8", "scale": "unbiased"}, "scale"),
+        ({"format": "nvfp4", "rounding": "random"}, "rounding"),
+        ({"format": "mxfp8", "rounding": "stochastic"}, "rounding"),
+        ({"format": "bf16", "rounding": "stochastic"}, "rounding"),
+        ({"format": "fp8_e4m3", "ties": "away"}, "ties"),
+        ({"format": "nvfp4", "ties": "odd"}, "ties"),
+        ({"format": "nvfp4", "scale": "four_over_six", "rounding": "stochastic"}, "scale"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_cure(fields: dict, key: str) -> None:
+    with pytest.raises(UserError, match=rf"^{key}: .*; ?use |^{key}: .*use "):
+        QuantSpec(**fields)
+
+
+def test_default_means_the_same_as_its_name() -> None:
+    assert QuantSpec("nvfp4") == QuantSpec("nvfp4", block="1d", scale="default")
+    assert QuantSpec("mxfp4") == QuantSpec("mxfp4", block="1d", scale="floor")
+    assert QuantSpec("fp8_e4m3") == QuantSpec("fp8_e4m3", block="tensor")
+    assert len({QuantSpec("mxfp4"), QuantSpec("mxfp4", scale="floor")}) == 1
+
+
+@pytest.mark.parametrize(
+    "spec, shape",
+    [
+        (QuantSpec("nvfp4"), (4, 24)),
+        (QuantSpec("nvfp4", "2d"), (24, 32)),
+        (QuantSpec("mxfp4"), (4, 48)),
+        (QuantSpec("mxfp8", "2d"), (16, 32)),
+        (QuantSpec("fp8_e4m3", "1d"), (4, 192)),
+        (QuantSpec("fp8_e5m2", "2d"), (64, 128)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cast", [quantize, emulate])
+def test_blocks_that_do_not_divide_are_refused(spec: QuantSpec, shape: tuple, cast) -> None:
+    with pytest.raises(UserError, match="^block: .*do not divide.*pad"):
+        cast(torch.ones(shape), spec)
+
+
+def test_stochastic_rounding_without_noise_is_refused() -> None:
+    with pytest.raises(ValueError, match="noise"):
+        emulate(torch.ones(1, 16), QuantSpec("nvfp4", rounding="stochastic"))
+
+
+def every_spec() -> list[QuantSpec]:
+    specs = []
+    for row in FORMATS.values():
+        for fields in itertools.product(row.blocks, row.roundings, row.ties, row.scale_rules):
+            if not (fields[3] == "four_over_six" and fields[1] != "nearest"):
+                specs.append(QuantSpec(row.name, *fields))
+    return specs
+
+
+@pytest.mark.parametrize("spec", every_spec(), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_emulate_is_dequantize_bit_for_bit(spec: QuantSpec, dtype: torch.dtype) -> None:
+    """And values are exact in bfloat16 wherever the spec says so; the layout is design.md's."""
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(3)) * 0.01
+    x[:, 32:64] *= 1e-6
+    x[3, 5], x[3, 6], x[7] = 40.0, -0.0, 0.0
+    x = x.to(dtype)
+    noise = Noise(11, 5, 32)
+    q = quantize(x, spec, noise=noise)
+    values, alpha = emulate(x, spec, noise=noise)
+    assert values.dtype == alpha.dtype == torch.float32 and alpha.shape == ()
+    assert values.shape == x.shape and values.is_contiguous()
+    assert torch.equal((values * alpha).view(torch.int32), q.dequantize().view(torch.int32))
+    assert torch.equal(q.alpha(), alpha)
+    assert torch.equal(values.bfloat16().float(), values) or not spec.exact_in_bf16
+    assert (q.amax is not None) == (spec.needs_tensor_amax)
+    element = spec.row.element
+    assert q.codes.dtype == element.dtype
+    assert q.codes.shape == (256, 256 // (2 if element.packed else 1))
+    if q.scales is not None:
+        block = spec.block_shape((256, 256))
+        assert q.scales.shape == (256 // block[0], 256 // block[1])
+        dtypes = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu, "fp32": torch.float32}
+        assert q.scales.dtype == dtypes[spec.row.scale_type]
+
+
+@pytest.mark.parametrize("spec", [s for s in every_spec() if not s.stochastic], ids=str)
+def test_bfloat16_input_is_its_fp32_copy(spec: QuantSpec) -> None:
+    x = torch.randn(128, 128, generator=torch.Generator().manual_seed(4)).bfloat16()
+    assert torch.equal(emulate(x, spec)[0], emulate(x.float(), spec)[0])
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "fp8_e4m3", "fp8_e5m2"])
+def test_a_given_amax_replaces_the_tensors_own(name: str) -> None:
+    """A shard under the whole tensor's amax is that shard of the whole tensor's cast."""
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(5))
+    x[60, 60] = 9.0
+    spec = QuantSpec(name)
+    whole = quantize(x, spec)
+    shard = quantize(x[:32], spec, amax=whole.amax)
+    assert torch.equal(shard.codes.view(torch.uint8), whole.codes.view(torch.uint8)[:32])
+    assert torch.equal(shard.dequantize(), whole.dequantize()[:32])
+    assert shard.amax == 9.0
+    assert not torch.equal(quantize(x[:32], spec).dequantize(), shard.dequantize())
