@@ -19,7 +19,8 @@ _CPU_TILE_ROWS = 128
 
 def block_view(x: Tensor, block: tuple[int, int]) -> Tensor:
     """[rows, cols] as [rows / block rows, block rows, cols / block cols, block cols], a view."""
-    return x.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+    rows, cols = x.shape
+    return x.view(rows // block[0], block[0], cols // block[1], block[1])
 
 
 def spread(scales: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from fp4pretrain.numerics.scaling import operand_scales
 
 def relative_error(x: Tensor, y: Tensor) -> Tensor:
     """``||y - x|| / ||x||`` (Frobenius); 0 where y equals x, even if both are 0."""
-    noise, signal = (y.double() - x.double()).norm(), x.double().norm()
+    noise = torch.linalg.vector_norm(y.double() - x.double())
+    signal = torch.linalg.vector_norm(x.double())
     return torch.where(noise == 0, 0.0, noise / signal).float()
 
 
@@ -28,7 +29,8 @@ def sqnr_db(x: Tensor, y: Tensor) -> Tensor:
 def cosine(x: Tensor, y: Tensor) -> Tensor:
     """The cosine of the angle between x and y taken as vectors, in [-1, 1]; NaN where one is 0."""
     x_n, y_n = x.double().flatten(), y.double().flatten()
-    return (x_n @ y_n / (x_n.norm() * y_n.norm())).float()
+    norms = torch.linalg.vector_norm(x_n) * torch.linalg.vector_norm(y_n)
+    return (torch.dot(x_n, y_n) / norms).float()
 
 
 def underflow_fraction(x: Tensor, y: Tensor) -> Tensor:

@@ -43,10 +43,10 @@ class QuantizedTensor:
     def alpha(self) -> Tensor:
         """The fp32 scalar that belongs on a GEMM's result: amax / 2688 for nvfp4."""
         one = torch.ones((), device=self.codes.device)
-        if self.spec.row.scale_type == "e4m3":
-            return self.amax / (one * NVFP4_RULES[self.spec.scale].tensor_max)
-        if self.spec.block == "tensor":
+        if self.scales is not None and self.spec.block == "tensor":
             return self.scales.reshape(())
+        if self.amax is not None:
+            return self.amax / (one * NVFP4_RULES[self.spec.scale].tensor_max)
         return one * (4.0 / 3.0) if self.spec.scale == "unbiased" else one
 
     def values(self) -> Tensor:
@@ -87,7 +87,7 @@ def quantize(
     elements = _round_scaled(x, spec, scales, noise, dequantize=False)
     if spec.row.scale_type != "fp32":  # the scale alone carries the NaN: codes are 0
         elements.nan_to_num_(nan=0.0)
-        block_view(elements, spec.block_shape(shape)).masked_fill_(spread(scales.decode.isnan()), 0)
+        block_view(elements, spec.block_shape(shape)).masked_fill_(spread(scales.encode.isnan()), 0)
     codes = encode_e2m1(elements) if element.packed else elements.to(element.dtype)
     return QuantizedTensor(codes, scales.stored, scales.amax, spec, shape)
 
@@ -136,7 +136,7 @@ def _round_scaled(
     out = torch.empty(shape, dtype=torch.float32, device=x.device)
     x_b, out_b = (block_view(t, (block_rows, block_cols)) for t in (x, out))
     bits_b = scratch = None
-    if spec.stochastic:
+    if noise is not None and spec.stochastic:
         bits_b = block_view(_noise_bits(spec, noise, shape, x.device), (block_rows, block_cols))
     for rows in row_slices(shape, block_rows, x.device):
         blocks = slice(rows.start // block_rows, rows.stop // block_rows)

@@ -73,18 +73,19 @@ def rotate(
     for rows, cols in tiles((x_rn.shape[0], x_rn.shape[1]), multiple=size, device=x.device):
         # Rotated axis first: additions then run along contiguous rows, whatever their stride.
         v_nr = x_rn[rows, cols].t().to(torch.float32).contiguous()
-        out_rn[rows, cols] = (
-            _butterfly(v_nr.unflatten(0, (-1, size)) * factors_s1).flatten(0, 1).t()
-        )
+        v_gsr = v_nr.view(-1, size, v_nr.shape[1]) * factors_s1
+        out_rn[rows, cols] = _butterfly(v_gsr).flatten(0, 1).t()
     return out_rn.view(x.shape)
 
 
 def _butterfly(v: Tensor) -> Tensor:
     """``H @ v / sqrt(size)`` along dim 1 of [groups, size, columns]; ``v`` is overwritten."""
-    size, stride, other = v.shape[1], 1, torch.empty_like(v)
+    groups, size, columns = v.shape
+    other, stride = torch.empty_like(v), 1
     while stride < size:
-        a, b = v.unflatten(1, (-1, 2, stride)).unbind(2)
-        sums, differences = other.unflatten(1, (-1, 2, stride)).unbind(2)
+        pairs = groups, size // (2 * stride), 2, stride, columns
+        a, b = v.view(pairs).unbind(2)
+        sums, differences = other.view(pairs).unbind(2)
         torch.add(a, b, out=sums)
         torch.sub(a, b, out=differences)
         v, other, stride = other, v, stride * 2
