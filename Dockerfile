@@ -3,7 +3,8 @@
 # requirement that cannot live with it fails the build.
 #
 #   docker build -t fp4pretrain .
-#   docker run --rm --gpus all --ipc=host -v "$PWD/runs:/workspace/runs" fp4pretrain train model=tiny
+#   docker run --rm --gpus all --ipc=host -v "$PWD/runs:/workspace/runs" \
+#       fp4pretrain train model=tiny
 ARG NGC=26.05
 FROM nvcr.io/nvidia/pytorch:${NGC}-py3
 

@@ -48,7 +48,8 @@ if [[ -n "${RDZV_ENDPOINT:-}" ]]; then
 elif [[ "$nnodes" == 1 ]]; then
   where+=(--standalone) # finds a free port, so that two runs can share a machine
 elif [[ -n "${MASTER_ADDR:-}" ]]; then
-  where+=(--node-rank "$node_rank" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+  where+=(--node-rank "$node_rank" --master-addr "$MASTER_ADDR")
+  where+=(--master-port "${MASTER_PORT:-29500}")
 else
   echo "MASTER_ADDR: not set for $nnodes nodes; give the host name of node 0" >&2
   exit 2
