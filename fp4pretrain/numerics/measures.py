@@ -30,7 +30,7 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
     """The cosine of the angle between x and y taken as vectors, in [-1, 1]; NaN where one is 0."""
     x_n, y_n = x.double().flatten(), y.double().flatten()
     norms = torch.linalg.vector_norm(x_n) * torch.linalg.vector_norm(y_n)
-    return (torch.dot(x_n, y_n) / norms).float()
+    return torch.div(torch.dot(x_n, y_n), norms).float()
 
 
 def underflow_fraction(x: Tensor, y: Tensor) -> Tensor:

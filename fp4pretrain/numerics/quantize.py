@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp4pretrain.numerics.blocks import block_view, row_major, row_slices, spread
+from fp4pretrain.numerics.blocks import block_view, row_slices, spread
 from fp4pretrain.numerics.formats import QuantSpec
 from fp4pretrain.numerics.noise import Noise, noise_bytes, noise_words
 from fp4pretrain.numerics.rounding import decode_e2m1, encode_e2m1, round_to_grid_
@@ -120,7 +120,7 @@ def _checked(x: Tensor, spec: QuantSpec, noise: Noise | None) -> tuple[Tensor, t
         raise ValueError(f"{spec} needs noise: pass a Noise with its key")
     shape = (x.shape[0], x.shape[1])
     spec.block_shape(shape)
-    return row_major(x.to(torch.float32) if x.dtype == torch.float64 else x), shape
+    return (x.to(torch.float32) if x.dtype == torch.float64 else x).contiguous(), shape
 
 
 def _round_scaled(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4pretrain.numerics import Noise, QuantSpec, emulate, quantize, tensor_amax
-from fp4pretrain.numerics.blocks import block_amax, row_major
+from fp4pretrain.numerics.blocks import block_amax
 from fp4pretrain.numerics.rounding import decode_e2m1, encode_e2m1
 
 MX = [
@@ -149,7 +149,6 @@ def test_codes_survive_packing(packed: list[int]) -> None:
 @laws
 @given(x=tensors(rows=160, cols=576))
 def test_a_transposed_view_is_its_copy(x: torch.Tensor) -> None:
-    assert torch.equal(row_major(x.t()), x.t().contiguous()) and row_major(x.t()).is_contiguous()
     spec = QuantSpec("nvfp4")
     assert torch.equal(emulate(x.t(), spec)[0], emulate(x.t().contiguous(), spec)[0])
 
