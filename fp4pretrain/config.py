@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from hydra import compose as hydra_compose
@@ -25,14 +24,15 @@ from omegaconf.errors import OmegaConfBaseException
 from fp4pretrain.errors import UserError
 from fp4pretrain.numerics import QuantSpec
 from fp4pretrain.precision import Dgrad, Fprop, Keep, Plan, Recipe, Rotation, Tail, Wgrad
+from fp4pretrain.presets import config_dir, groups
 
 
-def _schema_of(frozen: type) -> type:
+def _schema_of(frozen: Any) -> type:
     """The same dataclass unfrozen: Hydra treats frozen ones as read-only, so no override could land.
 
     Nested dataclasses are mirrored too and tuples become lists, the YAML spelling.
     """
-    fields = []
+    fields: list[tuple[str, Any, Any]] = []
     hints = get_type_hints(frozen)
     for f in dataclasses.fields(frozen):
         kind: Any = hints[f.name]
@@ -41,7 +41,8 @@ def _schema_of(frozen: type) -> type:
             fields.append((f.name, mirror, field(default_factory=mirror)))
         elif getattr(kind, "__origin__", None) is tuple:
             values = list(f.default) if f.default is not dataclasses.MISSING else []
-            fields.append((f.name, list[get_args(kind)[0]], field(default_factory=values.copy)))  # type: ignore[misc]
+            item = get_args(kind)[0]
+            fields.append((f.name, list.__class_getitem__(item), field(default_factory=values.copy)))
         else:
             fields.append((f.name, kind, field(default=f.default)))
     return dataclasses.make_dataclass(frozen.__name__ + "Config", fields)
@@ -205,21 +206,6 @@ class RunConfig:
     baseline: str | None = None
 
 
-def config_dir() -> Path:
-    """Where the YAML groups are: beside the package in a checkout, inside it in a wheel."""
-    package = Path(__file__).resolve().parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-def groups() -> dict[str, list[str]]:
-    """Config group -> the options that its folder offers."""
-    found = {}
-    for folder in sorted(p for p in config_dir().iterdir() if p.is_dir()):
-        found[folder.name] = sorted(p.stem for p in folder.glob("*.yaml"))
-    return found
-
-
 def _register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
@@ -321,11 +307,25 @@ CHOICES = {
 }
 
 POSITIVE = (
-    "model.num_layers model.hidden_size model.ffn_hidden_size model.num_attention_heads "
-    "model.seq_length model.vocab_size model.norm_epsilon optim.lr optim.eps train.steps "
-    "train.micro_batch train.global_batch train.log_interval train.eval_batches parallel.tensor "
-    "parallel.pipeline parallel.context checkpoint.keep_last"
-).split()
+    "model.num_layers",
+    "model.hidden_size",
+    "model.ffn_hidden_size",
+    "model.num_attention_heads",
+    "model.seq_length",
+    "model.vocab_size",
+    "model.norm_epsilon",
+    "optim.lr",
+    "optim.eps",
+    "train.steps",
+    "train.micro_batch",
+    "train.global_batch",
+    "train.log_interval",
+    "train.eval_batches",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.context",
+    "checkpoint.keep_last",
+)
 
 FRACTIONS = ("optim.warmup", "optim.decay", "model.attention_dropout", "model.hidden_dropout")
 
@@ -375,7 +375,7 @@ def _one_line(error: Exception, overrides: list[str]) -> str:
     first = lines[0] if lines else type(error).__name__
     if match := re.search(r"Could not find '([^']+)/([^']+)'", text):
         group, option = match.groups()
-        offered = ", ".join(o for o in groups().get(group, []) if o != "schema")
+        offered = ", ".join(groups().get(group, []))
         return f"{group}: {option!r} is unknown; choose {offered or 'another group'}"
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)

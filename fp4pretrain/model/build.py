@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from fp4pretrain.nn.clock import Clock
 from fp4pretrain.nn.linear import Binding, ColumnParallelQuantLinear, QuantLinear
 from fp4pretrain.nn.spec import block_spec
 from fp4pretrain.ops import Backend
-from fp4pretrain.precision import Plan
+from fp4pretrain.precision import Plan, Recipe
 from fp4pretrain.precision.plan import LINEARS
 
 # The vocabulary is padded so that its shards are whole multiples of this on every layout up to TP 8.
@@ -47,13 +48,20 @@ class PlanBinding:
     linears: list[tuple[int, str, QuantLinear]]
     progress: float = 0.0
 
+    def recipes(self) -> list[Recipe]:
+        """The recipe of each linear now, in the order of ``linears``."""
+        return [linear.bound.recipe for _, _, linear in self.linears]
+
+    def set_recipes(self, recipes: Sequence[Recipe]) -> None:
+        """Give each linear the recipe at its place."""
+        for (_, _, linear), recipe in zip(self.linears, recipes, strict=True):
+            linear.bound.recipe = recipe
+
     def apply(self, progress: float) -> bool:
         """Give every linear its recipe for this moment; True if the plan's main recipe changed."""
         changed = self.plan.main(progress) != self.plan.main(self.progress)
         self.progress = progress
-        for layer, name, linear in self.linears:
-            assert linear.binding is not None
-            linear.binding.recipe = self.plan.at(layer, name, progress)
+        self.set_recipes([self.plan.at(layer, name, progress) for layer, name, _ in self.linears])
         return changed
 
 
@@ -132,7 +140,6 @@ def build_model(
             seed=config.seed,
             std=config.model.init_std,
             num_layers=config.model.num_layers,
-            vocab_size=config.model.vocab_size,
         )
         global_amax = config.precision.amax == "tensor_parallel"
         linears += _bind(chunk, backend=backend, clock=clock, global_amax=global_amax)

@@ -9,8 +9,10 @@ same kind of device.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 
 from fp4pretrain.numerics import derive_key
 
@@ -19,24 +21,25 @@ _INIT = 3
 _OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 
-def initialize(
-    model: torch.nn.Module, *, seed: int, std: float, num_layers: int, vocab_size: int
-) -> None:
+def initialize(model: GPTModel, *, seed: int, std: float, num_layers: int) -> None:
     """Fill the matrices of one model chunk: N(0, std), std / sqrt(2 layers) for residual outputs.
 
-    Norm weights and biases keep their ones and zeros. Rows of the vocabulary beyond ``vocab_size``
-    (padding) are drawn too; no token reaches them.
+    Norm weights and biases keep their ones and zeros. A head tied to the embedding on another
+    pipeline stage is drawn as that embedding.
     """
     group = model.pg_collection.tp
+    tied = model.share_embeddings_and_output_weights
     first = _first_layer(model)
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             continue
         scale = std / math.sqrt(2 * num_layers) if name.endswith(_OUTPUTS) else std
+        if tied and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"
         _fill(parameter, _global_name(name, first), scale, seed, group)
 
 
-def _first_layer(model: torch.nn.Module) -> int:
+def _first_layer(model: GPTModel) -> int:
     layers = model.decoder.layers
     return layers[0].layer_number - 1 if len(layers) else 0
 
@@ -46,13 +49,11 @@ def _global_name(name: str, first_layer: int) -> str:
     if "layers" in parts:
         index = parts.index("layers") + 1
         parts[index] = str(int(parts[index]) + first_layer)
-    if parts[-2:] == ["word_embeddings", "weight"]:
-        parts = ["embedding", "word_embeddings", "weight"]
     return ".".join(parts)
 
 
 def _fill(
-    parameter: torch.nn.Parameter,
+    parameter: Any,  # a Parameter with megatron-core's tensor-parallel attributes
     name: str,
     std: float,
     seed: int,

@@ -23,7 +23,7 @@ def check_layout(config: RunConfig, world_size: int) -> Layout:
     Raises UserError naming the key: ranks that do not factor, sizes that do not divide, fewer
     layers than stages, batches that do not split, blocks that do not fit a rank's share.
     """
-    p, m, t = config.parallel, config.model, config.train
+    p, t = config.parallel, config.train
     if p.context != 1:
         raise UserError("parallel.context: context parallelism is not supported yet; use 1")
     model_ranks = p.tensor * p.pipeline

@@ -42,6 +42,10 @@ class CoreAttention(torch.nn.Module):
 
         Causal always: ``attention_mask`` is megatron-core's and stays None here.
         """
+        dtype = query.dtype
+        if not query.is_cuda:
+            # BF16 attention costs three times FP32's on a CPU without BF16 units.
+            query, key, value = query.float(), key.float(), value.float()
         q_bhsd, k_bgsd, v_bgsd = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out_bhsd = F.scaled_dot_product_attention(
             q_bhsd,
@@ -52,4 +56,5 @@ class CoreAttention(torch.nn.Module):
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
-        return out_bhsd.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        out_sbn = out_bhsd.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+        return out_sbn.to(dtype)

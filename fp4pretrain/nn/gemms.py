@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from fp4pretrain.nn.operands import LinearCasts, WeightCache
 from fp4pretrain.ops import Backend, cast_operands
+from fp4pretrain.parallel.bridge import plain_torch
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class QuantLinearFunction(torch.autograd.Function):
     """y [..., n] = x [..., k] @ weight [n, k].T (+ bias [n]), and both gradients, by a recipe."""
 
     @staticmethod
+    @plain_torch
     def forward(
         ctx: Any,
         x: torch.Tensor,
@@ -71,6 +73,7 @@ class QuantLinearFunction(torch.autograd.Function):
         return y_tn.view(*total.shape[:-1], y_tn.shape[-1])
 
     @staticmethod
+    @plain_torch
     def backward(ctx: Any, dy: torch.Tensor) -> tuple:  # type: ignore[override]
         call: LinearCall = ctx.call
         x, weight = ctx.saved_tensors
@@ -109,16 +112,12 @@ def _gather(
     x: torch.Tensor, group: dist.ProcessGroup, *, wait: bool = True
 ) -> tuple[torch.Tensor, Any]:
     """All shards of x [s / tp, b, k] along the sequence: [s, b, k], and the handle if not waited."""
-    total = torch.empty(
-        (x.shape[0] * group.size(), *x.shape[1:]), dtype=x.dtype, device=x.device
-    )
+    total = torch.empty((x.shape[0] * group.size(), *x.shape[1:]), dtype=x.dtype, device=x.device)
     handle = dist.all_gather_into_tensor(total, x.contiguous(), group=group, async_op=not wait)
     return total, handle
 
 
-def _reduce(
-    dx_tk: torch.Tensor, x_shape: torch.Size, call: LinearCall
-) -> tuple[torch.Tensor, Any]:
+def _reduce(dx_tk: torch.Tensor, x_shape: torch.Size, call: LinearCall) -> tuple[torch.Tensor, Any]:
     """Start summing dx over the tensor-parallel ranks: scattered along the sequence, or in place."""
     if call.gather:
         dx = torch.empty(x_shape, dtype=dx_tk.dtype, device=dx_tk.device)
@@ -132,9 +131,7 @@ def _reduce(
     return dx_tk.view(x_shape), handle
 
 
-def _weight_gradient(
-    weight: torch.Tensor, dy: Any, x: Any, backend: Backend
-) -> torch.Tensor | None:
+def _weight_gradient(weight: Any, dy: Any, x: Any, backend: Backend) -> torch.Tensor | None:
     """dw [n, k]: added to ``weight.main_grad`` (FP32) where megatron-core's DDP made one.
 
     Then the returned gradient is a dummy that DDP knows not to add (``grad_added_to_main_grad``);

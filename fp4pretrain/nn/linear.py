@@ -37,12 +37,19 @@ class QuantLinear:
 
     parallel: str
     binding: Binding | None = None
-    _cache: WeightCache | None = None
+    _cache: WeightCache
 
     def bind(self, binding: Binding) -> None:
         """Attach recipe, backend and clock. Recipes may be swapped at any step after that."""
         self.binding = binding
         self._cache = WeightCache()
+
+    @property
+    def bound(self) -> Binding:
+        """The binding. Raises RuntimeError before ``bind``."""
+        if self.binding is None:
+            raise RuntimeError(f"{type(self).__name__} was called before bind()")
+        return self.binding
 
     def _forward_impl(
         self,
@@ -57,9 +64,7 @@ class QuantLinear:
     ) -> torch.Tensor:
         # The remaining keywords configure megatron-core's own matmul (apex's fused accumulation,
         # deferred embedding gradients): the three GEMMs here replace it.
-        binding, cache = self.binding, self._cache
-        if binding is None or cache is None:
-            raise RuntimeError(f"{type(self).__name__} was called before bind()")
+        binding = self.bound
         clock = binding.clock
         keys = NoiseKeys(clock.seed, clock.step, clock.microbatch, binding.layer, binding.linear)
         call = LinearCall(
@@ -67,7 +72,7 @@ class QuantLinear:
                 binding.recipe, keys, self._shard(), global_amax=binding.global_amax
             ),
             backend=binding.backend,
-            weights=cache,
+            weights=self._cache,
             weights_version=clock.weights_version,
             tp_group=tp_group,
             gather=sequence_parallel,
@@ -77,7 +82,8 @@ class QuantLinear:
         return QuantLinearFunction.apply(input, weight, bias, call)
 
     def _shard(self) -> Shard:
-        raise NotImplementedError
+        """Which part of the whole weight this rank holds."""
+        raise AssertionError("the column- and row-parallel classes say it")
 
 
 class ColumnParallelQuantLinear(QuantLinear, ColumnParallelLinear):

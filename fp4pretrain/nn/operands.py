@@ -46,7 +46,9 @@ class LinearCasts:
     global_amax: bool
 
 
-def linear_casts(recipe: Recipe, keys: NoiseKeys, shard: Shard, *, global_amax: bool) -> LinearCasts:
+def linear_casts(
+    recipe: Recipe, keys: NoiseKeys, shard: Shard, *, global_amax: bool
+) -> LinearCasts:
     """The casts of ``recipe`` for the shard, with the noise and signs that ``keys`` give."""
 
     def cast(gemm: str, operand: str, *, transpose: bool) -> Cast:
@@ -109,9 +111,7 @@ class WeightCache:
         key = (call.weights_version, weight.data_ptr(), tuple(casts))
         if key != self._key or not self._operands:
             detached = weight.detach()
-            operands = cast_operands(
-                call.backend, detached, casts, amax_group=call.group_for(True)
-            )
+            operands = cast_operands(call.backend, detached, casts, amax_group=call.group_for(True))
             if all(not c.spec.quantized for c in casts):
                 return operands[0], operands[1] if call.training else None
             self._key, self._operands = key, operands

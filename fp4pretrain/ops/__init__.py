@@ -1,7 +1,7 @@
 """Casting operands and multiplying them, one call each, on a backend.
 
-    backend             runs on                   operands
-    reference           any device, plain torch   element x block scale, exact
+backend             runs on                   operands
+reference           any device, plain torch   element x block scale, exact
 """
 
 from fp4pretrain.ops.backend import Backend, Cast, cast_operands, choose

@@ -13,7 +13,7 @@ row-wise and the column-wise copy of one tensor from a single read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,6 +42,9 @@ class Cast:
     noise: Noise | None = None
 
 
+ReduceAmax = Callable[[torch.Tensor], torch.Tensor]
+
+
 class Operand(Protocol):
     """One side of a GEMM, in whatever form its backend likes."""
 
@@ -57,14 +60,15 @@ class Backend(Protocol):
     def why_not(self, gemm: Gemm, device: torch.device) -> str | None:
         """None if this backend can run the GEMM on the device, otherwise the reason in one clause."""
 
-    def amax(self, x: torch.Tensor, casts: Sequence[Cast]) -> torch.Tensor:
-        """max |x| for each cast, after its rotation: fp32 [len(casts)]."""
-
     def quantize(
-        self, x: torch.Tensor, casts: Sequence[Cast], amax: torch.Tensor | None
+        self, x: torch.Tensor, casts: Sequence[Cast], reduce_amax: ReduceAmax | None = None
     ) -> list[Any]:
-        """The operands, from one read of x where the backend can. ``amax`` fp32 [len(casts)] is
-        needed by formats with a tensor scale; None when no cast has one."""
+        """One operand of x [rows, cols] for each cast, from one read of x where the backend can.
+
+        ``reduce_amax`` is called once with the tensor amaxes (after rotation; fp32, one for each
+        cast whose format has a tensor scale, in order) and returns what to use in their place:
+        tensor parallelism all-reduces them there. It is not called when no cast has one.
+        """
 
     def gemm(
         self,
@@ -75,8 +79,6 @@ class Backend(Protocol):
         accumulate_into: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """a @ b.T as ``out_dtype``, or added in FP32 to ``accumulate_into``, which is returned."""
-
-
 
 
 def cast_operands(
@@ -91,12 +93,14 @@ def cast_operands(
     ``amax_group``: the tensor amax is all-reduced (max) over this group, so that every shard of a
     tensor is cast by the scale of the whole tensor.
     """
-    amax = None
-    if any(c.spec.needs_tensor_amax for c in casts):
-        amax = backend.amax(x, casts)
-        if amax_group is not None and amax_group.size() > 1:
-            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=amax_group)
-    return backend.quantize(x, casts, amax)
+    if amax_group is None or amax_group.size() == 1:
+        return backend.quantize(x, casts)
+
+    def reduce_amax(amax: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=amax_group)
+        return amax
+
+    return backend.quantize(x, casts, reduce_amax)
 
 
 def available() -> dict[str, Backend]:
@@ -135,7 +139,7 @@ def choose(name: str, plan: Plan, device: torch.device) -> tuple[Backend, str]:
                 f"({'; '.join(reasons)}); use auto"
             )
         return backends[name], f"backend {name} (asked for)"
-    passed = []
+    passed: list[str] = []
     for backend in backends.values():
         reasons = refusals(backend, plan.recipe, device)
         if not reasons:

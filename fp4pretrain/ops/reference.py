@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fp4pretrain.numerics import emulate, rotate, tensor_amax
-from fp4pretrain.ops.backend import Cast
+from fp4pretrain.ops.backend import Cast, ReduceAmax
 from fp4pretrain.precision import Gemm
 
 
@@ -38,24 +38,19 @@ class ReferenceBackend:
     def why_not(self, gemm: Gemm, device: torch.device) -> str | None:
         return None
 
-    def amax(self, x: torch.Tensor, casts: Sequence[Cast]) -> torch.Tensor:
-        return torch.stack([tensor_amax(_oriented(x, c)) for c in casts])
-
     def quantize(
-        self, x: torch.Tensor, casts: Sequence[Cast], amax: torch.Tensor | None
+        self, x: torch.Tensor, casts: Sequence[Cast], reduce_amax: ReduceAmax | None = None
     ) -> list[EmulatedOperand]:
-        operands = []
-        for i, cast in enumerate(casts):
-            oriented = _oriented(x, cast)
-            if not cast.spec.quantized:
-                operands.append(EmulatedOperand(oriented.bfloat16(), None))
-                continue
-            own = amax[i] if amax is not None and cast.spec.needs_tensor_amax else None
-            values, alpha = emulate(oriented, cast.spec, noise=cast.noise, amax=own)
-            if cast.spec.exact_in_bf16 and x.is_cuda:
-                values = values.bfloat16()
-            operands.append(EmulatedOperand(values, alpha))
-        return operands
+        oriented = [_oriented(x, cast) for cast in casts]
+        amax = [
+            tensor_amax(o) if c.spec.needs_tensor_amax else None
+            for o, c in zip(oriented, casts, strict=True)
+        ]
+        found = [a for a in amax if a is not None]
+        if reduce_amax is not None and found:
+            reduced = iter(reduce_amax(torch.stack(found)))
+            amax = [None if a is None else next(reduced) for a in amax]
+        return [_emulated(o, cast, a) for o, cast, a in zip(oriented, casts, amax, strict=True)]
 
     def gemm(
         self,
@@ -74,6 +69,15 @@ class ReferenceBackend:
         return out.to(out_dtype)
 
 
+def _emulated(x: torch.Tensor, cast: Cast, amax: torch.Tensor | None) -> EmulatedOperand:
+    if not cast.spec.quantized:
+        return EmulatedOperand(x.bfloat16(), None)
+    values, alpha = emulate(x, cast.spec, noise=cast.noise, amax=amax)
+    if cast.spec.exact_in_bf16 and x.is_cuda:
+        values = values.bfloat16()
+    return EmulatedOperand(values, alpha)
+
+
 def _oriented(x: torch.Tensor, cast: Cast) -> torch.Tensor:
     """x [rows, cols] or its transpose, rotated along its last axis where the cast says so."""
     if cast.transpose:
@@ -82,8 +86,8 @@ def _oriented(x: torch.Tensor, cast: Cast) -> torch.Tensor:
         signs = None
         if cast.signs is not None:
             signs = torch.tensor(cast.signs, dtype=torch.float32, device=x.device)
-        x = rotate(x.contiguous(), size=cast.rotation_size, signs=signs)
-    return x
+        return rotate(x, size=cast.rotation_size, signs=signs)
+    return x.contiguous()  # a transpose is copied once here, not in every pass that follows
 
 
 def _matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ and only when the run's device is the CPU; on GPUs this module does nothing at a
 
 from __future__ import annotations
 
+import functools
 import logging
 from contextlib import nullcontext
 from typing import Any
@@ -68,7 +69,7 @@ def run_on_cpu() -> None:
     # The gradient buckets wait on streams before and after a collective.
     torch.cuda.current_stream = lambda device=None: _NoStream()  # type: ignore[assignment, return-value]
     torch.cuda.default_stream = lambda device=None: _NoStream()  # type: ignore[assignment, return-value]
-    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment, return-value]
 
     # The RNG tracker saves and restores the CUDA generator around dropout and recompute; here the
     # CPU generator is that generator.
@@ -81,3 +82,15 @@ def run_on_cpu() -> None:
     # ... so the tracker's warning that the CPU generator moved inside a fork is expected.
     megatron_random_log = logging.getLogger(megatron_random.__name__)
     megatron_random_log.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def plain_torch(function: Any) -> Any:
+    """Run ``function`` outside the mode above: for code of ours that runs many small operations and
+    never names CUDA, since the mode costs microseconds an operation."""
+
+    @functools.wraps(function)
+    def without_mode(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return function(*args, **kwargs)
+
+    return without_mode

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,7 +76,7 @@ def join(
 
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "nccl"
-        bind = {"device_id": device} if device.type == "cuda" else {}
+        bind: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timedelta(minutes=10), **bind)
         else:
@@ -85,7 +86,7 @@ def join(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual_pipeline,
-        create_gloo_process_groups=device.type == "cuda",
+        create_gloo_process_groups=True,
     )
     # The seed is the same on every rank: what is drawn from it (initial weights, rotation signs,
     # rounding noise) is keyed by names and global coordinates, not by rank.

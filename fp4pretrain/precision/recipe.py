@@ -12,7 +12,7 @@ operand, because it has to cancel in the product: a half-rotated GEMM cannot be 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.numerics import QuantSpec
@@ -136,7 +136,8 @@ class Recipe:
 
     def to_bf16(self, gemms: tuple[str, ...]) -> Recipe:
         """This recipe with the named GEMMs in BF16 (the late switch of arXiv:2509.25149, app. D)."""
-        return replace(self, **{g: type(self.gemm(g))() for g in gemms})
+        plain: dict[str, Any] = {g: type(self.gemm(g))() for g in gemms}
+        return replace(self, **plain)
 
     def warnings(self) -> list[str]:
         """What the papers found harmful: allowed, since it may be the experiment, but said."""
@@ -159,7 +160,7 @@ class Recipe:
 
     def rows(self) -> list[tuple[str, ...]]:
         """The six rows as text, in the order of HEADER."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for gemm, operand, spec in self.operands():
             quantized = spec.quantized
             rounding = "nearest" if not quantized else spec.rounding

@@ -1,0 +1,44 @@
+# Every target does its own set-up: a virtual environment in .venv, installed from constraints.txt.
+# Where torch is installed already and should be kept (an NGC image), use PYTHON=python3 VENV_FLAGS=--system-site-packages.
+PYTHON ?= python3
+VENV ?= .venv
+VENV_FLAGS ?=
+NAME ?= $(shell date +%Y%m%d-%H%M%S)
+BIN := $(VENV)/bin
+# Tests start up to four processes each; more threads would only get in each other's way.
+THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: train test test-gpu check bench clean
+
+train: $(VENV)/.installed ## FP8 then NVFP4 on this machine, and the gap between them
+	$(BIN)/fp4pretrain train precision=nvfp4 baseline=fp8 name=$(NAME)
+
+test: $(VENV)/.installed-dev ## the whole CPU suite
+	$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-gpu: $(VENV)/.installed-dev ## kernels, layers and NCCL layouts, on this machine's GPUs
+	$(BIN)/python -m pytest tests/gpu
+
+check: $(VENV)/.installed-dev ## style, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed ## kernels and linears beside BF16 and a device copy
+	$(BIN)/fp4pretrain bench kernels
+	$(BIN)/fp4pretrain bench linear
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,174 @@
+"""The command line: ``fp4pretrain VERB``. Parsing and printing only; the work is in the rooms.
+
+A mistake of the user's (UserError) is one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.presets import groups
+
+TRAIN_HELP = """\
+Train a GPT. Keys are set as key=value (Hydra's grammar); groups pick a YAML file.
+
+  fp4pretrain train precision=nvfp4                      one run, into runs/nvfp4-seed1234
+  fp4pretrain train precision=nvfp4 baseline=fp8         first FP8, then NVFP4, then their gap
+  fp4pretrain train -m precision=bf16,fp8,nvfp4          a sweep: one run after the other
+  fp4pretrain train run_dir=runs/a resume=auto           continue (or start) runs/a
+  torchrun --nproc-per-node 4 -m fp4pretrain train parallel.tensor=2 parallel.pipeline=2
+
+Groups and their options:
+{groups}
+Every key with its value: fp4pretrain train --cfg. Keys used most: train.steps, train.micro_batch,
+train.global_batch, optim.lr, parallel.tensor, parallel.pipeline, parallel.sequence, data.path, seed,
+run_dir, resume, logging.wandb.mode, precision.wgrad.rotation.kind, precision.keep.last_blocks.
+"""
+
+COMPARE_HELP = """\
+The loss gap of runs to a baseline (the first run, or --baseline) at matched tokens: a table, a PNG
+and with --html one self-contained page. Refuses runs that differ in more than the recipe.
+
+  fp4pretrain compare runs/demo-fp8 runs/demo-nvfp4 --out runs/demo.png
+"""
+
+DATA_HELP = """\
+Build and look at datasets: Megatron indexed datasets (PREFIX.bin, PREFIX.idx).
+
+  fp4pretrain data build notes/ more.jsonl --out data/notes             bytes
+  fp4pretrain data train-bpe notes/ --vocab-size 8192 --out bpe.json    a tokenizer of your own
+  fp4pretrain data build notes/ --out data/notes --tokenizer bpe.json
+  fp4pretrain data inspect data/notes
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one verb; exits with 0, or 2 after one line about the user's mistake."""
+    _quiet_libraries()
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.work(arguments)
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"fp4pretrain: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("fp4pretrain: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fp4pretrain",
+        description="Pretrain GPT models in 4-bit floating point on megatron-core.",
+        epilog="fp4pretrain VERB --help explains each verb.",
+    )
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def verb(name: str, summary: str, text: str, work: Callable) -> argparse.ArgumentParser:
+        added = verbs.add_parser(
+            name,
+            help=summary,
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(work=work)
+        return added
+
+    train = verb(
+        "train", "train a model, a sweep, or a recipe with a baseline", _train_help(), _train
+    )
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument("-m", "--multirun", action="store_true", help="sweep over a=1,2 values")
+    train.add_argument("--cfg", action="store_true", help="print the composed config and stop")
+
+    compare = verb("compare", "the loss gap between finished runs", COMPARE_HELP, _compare)
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    compare.add_argument("--baseline", type=Path, metavar="RUN_DIR")
+    compare.add_argument("--out", type=Path, default=Path("runs"), metavar="PNG or DIR")
+    compare.add_argument("--html", action="store_true", help="write a page beside the picture")
+    compare.add_argument("--force", action="store_true", help="compare unequal runs too")
+
+    data = verb("data", "build, inspect and tokenize datasets", DATA_HELP, _data)
+    jobs = data.add_subparsers(title="jobs", required=True, metavar="JOB", dest="job")
+    build = jobs.add_parser("build", help="text or JSONL files to an indexed dataset")
+    build.add_argument("inputs", nargs="+", metavar="FILE or DIR or stdlib")
+    build.add_argument("--out", required=True, metavar="PREFIX")
+    build.add_argument("--tokenizer", default="byte", help="byte, a tokenizer.json, or a HF folder")
+    bpe = jobs.add_parser("train-bpe", help="train a byte-level BPE tokenizer")
+    bpe.add_argument("inputs", nargs="+", metavar="FILE or DIR or stdlib")
+    bpe.add_argument("--vocab-size", type=int, required=True)
+    bpe.add_argument("--out", required=True, metavar="tokenizer.json")
+    inspect = jobs.add_parser("inspect", help="what is in an indexed dataset")
+    inspect.add_argument("prefix", metavar="PREFIX")
+    return parser
+
+
+def _train_help() -> str:
+    offered = groups()
+    width = max(map(len, offered))
+    lines = "".join(f"  {g:{width}}  {' '.join(o)}\n" for g, o in offered.items() if o)
+    return TRAIN_HELP.format(groups=lines)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from fp4pretrain.config import compose, expand_sweep
+
+    if arguments.cfg:
+        from omegaconf import OmegaConf
+
+        config = compose(arguments.overrides)
+        print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+        return
+
+    from fp4pretrain.parallel.groups import leave
+    from fp4pretrain.train.beside import train_all
+
+    sweep = expand_sweep(arguments.overrides) if arguments.multirun else [arguments.overrides]
+    try:
+        train_all(sweep)
+    finally:
+        leave(destroy=True)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from fp4pretrain.report import compare
+
+    comparison = compare(
+        arguments.runs,
+        out=arguments.out,
+        baseline=arguments.baseline,
+        force=arguments.force,
+        html=arguments.html,
+    )
+    console = Console(highlight=False)
+    console.print(comparison.table())
+    for path in (comparison.picture, comparison.page):
+        if path is not None:
+            console.print(str(path))
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from fp4pretrain import data
+
+    if arguments.job == "build":
+        data.prepare_text(arguments.inputs, arguments.out, arguments.tokenizer)
+        data.inspect(arguments.out)
+    elif arguments.job == "train-bpe":
+        print(data.train_bpe(arguments.inputs, arguments.vocab_size, arguments.out))
+    else:
+        data.inspect(arguments.prefix)
+
+
+def _quiet_libraries() -> None:
+    """megatron-core warns at import that apex and Transformer Engine are missing; neither is used."""
+    warnings.filterwarnings("ignore", module="megatron")
+    warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex.*")

@@ -1,0 +1,187 @@
+"""Checkpoints in megatron-core's distributed format, and which one is the latest.
+
+    checkpoints/
+      step_00000100/      model, optimizer and schedule shards, and run.json
+      latest              the name of the newest complete checkpoint
+
+A checkpoint is written under a temporary name, renamed when every rank has finished, and only then
+named in ``latest`` (written beside it and renamed too), so what ``latest`` names is complete. Noise
+needs no saved state: its keys follow from the seed and the step. Weights and optimizer state are
+stored whole-tensor-wise ("fully reshardable"), so another layout can read them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.train.trainer import Trainer, unwrapped
+
+LATEST = "latest"
+_RUN = "run.json"
+# Tells megatron-core to store optimizer state as whole parameters, readable by any layout.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def save(trainer: Trainer, folder: Path, *, keep_last: int) -> Path:
+    """Write ``folder/step_N`` and make it the latest; older ones than ``keep_last`` are removed.
+
+    Collective: every rank calls it. Raises OSError where the disk does.
+    """
+    name = f"step_{trainer.step:08d}"
+    partial, final = folder / f".{name}.partial", folder / name
+    if trainer.world.is_main:
+        for leftover in (partial, final):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    with _quiet():
+        dist_checkpointing.save(_state(trainer, loading=False), str(partial))
+    dist.barrier()
+    if trainer.world.is_main:
+        (partial / _RUN).write_text(json.dumps(_description(trainer), indent=1))
+        os.replace(partial, final)
+        _write_latest(folder, name)
+        for old in _complete(folder)[:-keep_last]:
+            shutil.rmtree(folder / old)
+    dist.barrier()
+    return final
+
+
+def find(folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint that ``resume`` names: None, ``auto`` (the latest, if any) or a path.
+
+    Raises UserError for a path that is no checkpoint.
+    """
+    if resume is None:
+        return None
+    if resume == "auto":
+        latest = folder / LATEST
+        return folder / latest.read_text().strip() if latest.is_file() else None
+    path = Path(resume)
+    if (path / LATEST).is_file():
+        path = path / (path / LATEST).read_text().strip()
+    if not (path / _RUN).is_file():
+        raise UserError(f"resume: {resume} is no checkpoint; give auto or a .../step_N folder")
+    return path
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What ``run.json`` of a checkpoint says: step, consumed_samples, the model and the seed."""
+    try:
+        return dict(json.loads((path / _RUN).read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"resume: {path} is damaged ({type(error).__name__}: {_RUN}); resume from another "
+            "checkpoint"
+        ) from None
+
+
+def load(trainer: Trainer, path: Path) -> None:
+    """Continue from a checkpoint: weights, optimizer, schedule and step.
+
+    Raises UserError for a checkpoint of another model.
+    """
+    found = described(path)
+    wanted = _description(trainer)
+    for key, value in wanted["model"].items():
+        if found["model"].get(key) != value:
+            raise UserError(
+                f"resume: {path.name} holds another model (model.{key} is "
+                f"{found['model'].get(key)} there and {value} here); set model.{key} or resume "
+                "another run"
+            )
+    with _quiet():
+        state = dist_checkpointing.load(_state(trainer, loading=True), str(path))
+    for index, chunk in enumerate(trainer.chunks):
+        unwrapped(chunk).load_state_dict(state[_model_key(trainer, index)], strict=True)
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.schedule.load_state_dict(state["schedule"])
+    _set_rng(state["rng"])
+    trainer.step = int(found["step"])
+    trainer.clock.weights_changed()
+
+
+def _state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
+    metadata = _METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(True)}
+    state: dict[str, Any] = {}
+    for index, chunk in enumerate(trainer.chunks):
+        key = _model_key(trainer, index)
+        state[key] = unwrapped(chunk).sharded_state_dict(metadata=metadata)
+    models = dict(state)
+    state["optimizer"] = trainer.optimizer.sharded_state_dict(
+        models.get("model", models), is_loading=loading, metadata=metadata
+    )
+    state["schedule"] = trainer.schedule.state_dict()
+    state["rng"] = _rng()
+    return state
+
+
+def _model_key(trainer: Trainer, index: int) -> str:
+    return "model" if len(trainer.chunks) == 1 else f"model{index}"
+
+
+def _rng() -> dict[str, torch.Tensor]:
+    """Dropout's generators. The same on every rank of a data-parallel replica."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _description(trainer: Trainer) -> dict[str, Any]:
+    config = trainer.config
+    return {
+        "step": trainer.step,
+        "consumed_samples": trainer.consumed_samples,
+        "model": asdict(config.model),
+        "precision": config.precision.name,
+        "parallel": asdict(config.parallel),
+        "seed": config.seed,
+    }
+
+
+def _complete(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.glob("step_*") if (p / _RUN).is_file())
+
+
+def _write_latest(folder: Path, name: str) -> None:
+    temporary = folder / f".{LATEST}"
+    temporary.write_text(name + "\n")
+    os.replace(temporary, folder / LATEST)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Only errors from megatron-core's and torch's checkpoint loggers: they warn on every save."""
+    loggers = [logging.getLogger(n) for n in ("megatron.core", "torch.distributed.checkpoint")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,34 @@
+"""Held-out loss every ``eval_interval`` steps and at the end: in the run's recipe and in BF16.
+
+The BF16 number tells how much of the gap is in the weights and how much in evaluating them in FP4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fp4pretrain.train.hooks.logging import Logging
+from fp4pretrain.train.loop import Hook
+from fp4pretrain.train.step import evaluate
+from fp4pretrain.train.trainer import Trainer
+
+
+class Evaluation(Hook):
+    """Evaluates and logs one row: val_loss, and val_loss_bf16 where a recipe quantizes."""
+
+    def __init__(self, logging: Logging) -> None:
+        self._logging = logging
+
+    def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        train = trainer.config.train
+        last = trainer.step == train.steps
+        due = train.eval_interval > 0 and trainer.step % train.eval_interval == 0
+        if not (last or due):
+            return
+        with self._logging.throughput.paused():
+            losses = {"val_loss": evaluate(trainer)}
+            if train.eval_bf16 and trainer.binding.plan.recipe.quantized:
+                losses["val_loss_bf16"] = evaluate(trainer, bf16=True)
+        self._logging.write(
+            {"event": "eval", "step": trainer.step, "tokens": trainer.tokens, **losses}
+        )

@@ -1,0 +1,51 @@
+"""Rows of numbers to the sinks, with throughput and memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fp4pretrain.observe import Sink, Throughput, flops_per_token, memory_gib, peak_flops
+from fp4pretrain.train.loop import Hook
+from fp4pretrain.train.trainer import Trainer
+
+
+class Logging(Hook):
+    """Writes each ``log_interval``-th training row; other hooks hand theirs to ``write``.
+
+    Only the main rank has sinks; everywhere the clock of the throughput runs, so that evaluation
+    and saving can be left out of it.
+    """
+
+    def __init__(self, trainer: Trainer, sink: Sink | None) -> None:
+        self._sink = sink
+        self._interval = trainer.config.train.log_interval
+        self._logged_tokens = trainer.tokens
+        m = trainer.config.model
+        head_size = m.kv_channels or m.hidden_size // m.num_attention_heads
+        self.throughput = Throughput(
+            flops=flops_per_token(
+                parameters=trainer.parameters,
+                input_embedding=0 if m.tie_embeddings else m.vocab_size * m.hidden_size,
+                layers=m.num_layers,
+                attention_width=m.num_attention_heads * head_size,
+                seq_length=m.seq_length,
+            ),
+            peak=peak_flops(trainer.world.device),
+            devices=trainer.world.size,
+        )
+
+    def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        if trainer.step % self._interval and trainer.step != trainer.config.train.steps:
+            return
+        rates = self.throughput.report(trainer.tokens - self._logged_tokens)
+        self._logged_tokens = trainer.tokens
+        self.write({**row, **rates, "memory_gib": memory_gib(trainer.world.device)})
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Hand one row to the sinks, on the main rank."""
+        if self._sink is not None:
+            self._sink.write(row)
+
+    def close(self) -> None:
+        if self._sink is not None:
+            self._sink.close()

@@ -1,0 +1,112 @@
+"""Training a checked config, and a recipe beside its baseline."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+
+from fp4pretrain.config import RunConfig
+from fp4pretrain.data import validate
+from fp4pretrain.model.layout import check_layout
+from fp4pretrain.observe import (
+    CompositeSink,
+    ConsoleSink,
+    JsonlSink,
+    Sink,
+    WandbSink,
+    stored_run_id,
+)
+from fp4pretrain.parallel.groups import join, leave, pick_device, world_size
+from fp4pretrain.train import checkpoint
+from fp4pretrain.train.hooks import Checkpointing, Evaluation, Logging
+from fp4pretrain.train.loop import fit
+from fp4pretrain.train.run_dir import check_free, find_checkpoint, on_main, prepare, run_path
+from fp4pretrain.train.trainer import Trainer, build_trainer, data_spec, samples_needed
+
+
+def check_run(config: RunConfig) -> None:
+    """Everything that can be refused before any rank starts to work. Raises UserError."""
+    check_layout(config, world_size())
+    pick_device(config.parallel.device)
+    validate(data_spec(config), samples=samples_needed(config))
+
+
+def train(config: RunConfig) -> Path:
+    """Train one run from start or checkpoint to end; returns its folder. Leaves no groups behind."""
+    layout = check_layout(config, world_size())
+    path = run_path(config)
+    device = pick_device(config.parallel.device)
+    world = join(
+        device=device,
+        tensor=config.parallel.tensor,
+        pipeline=config.parallel.pipeline,
+        virtual_pipeline=config.parallel.virtual_pipeline,
+        seed=config.seed,
+    )
+    try:
+        on_main(lambda: check_free(path, config.resume), is_main=world.is_main)
+        start = find_checkpoint(path, config.resume)
+        trainer = build_trainer(config, world, layout)
+        if start is not None:
+            checkpoint.load(trainer, start)
+        plan_text = f"{trainer.backend_choice}\n\n{trainer.binding.plan}"
+        on_main(lambda: prepare(path, config, plan_text), is_main=world.is_main)
+        if world.is_main:
+            _announce(trainer, path, start)
+        logging = Logging(trainer, _sinks(trainer, path) if world.is_main else None)
+        folder = path / "checkpoints"
+        fit(trainer, [logging, Evaluation(logging), Checkpointing(folder, logging)])
+    finally:
+        leave()
+    return path
+
+
+def _announce(trainer: Trainer, path: Path, start: Path | None) -> None:
+    config, world = trainer.config, trainer.world
+    if config.logging.console == "quiet":
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.rule(f"[bold]{config.precision.name}[/bold]  {path}")
+    console.print(
+        f"{trainer.parameters / 1e6:.1f}M parameters, {config.train.steps} steps of "
+        f"{config.train.global_batch} x {config.model.seq_length} tokens on {world.size} "
+        f"{world.device.type} rank(s): TP {config.parallel.tensor}, PP {config.parallel.pipeline}, "
+        f"DP {trainer.layout.data}; {trainer.backend_choice}"
+    )
+    if start is not None:
+        console.print(f"continuing from {start} (step {trainer.step})")
+    console.print(str(trainer.binding.plan))
+    for warning in trainer.binding.plan.recipe.warnings():
+        console.print(f"[yellow]warning[/yellow] {warning}")
+
+
+def _sinks(trainer: Trainer, path: Path) -> Sink:
+    config = trainer.config
+    resumed = trainer.step if config.resume is not None else None
+    sinks: list[Sink] = [JsonlSink(path / "metrics.jsonl", resume_step=resumed)]
+    if config.logging.console != "quiet":
+        console = Console(
+            highlight=False,
+            force_terminal={"progress": True, "lines": False}.get(config.logging.console),
+        )
+        sinks.append(
+            ConsoleSink(total_steps=config.train.steps, start_step=trainer.step, console=console)
+        )
+    w = config.logging.wandb
+    if w.mode != "disabled":
+        sinks.append(
+            WandbSink(
+                asdict(config),
+                path,
+                mode=w.mode,
+                project=w.project,
+                entity=w.entity,
+                group=w.group,
+                tags=w.tags,
+                name=w.name or path.name,
+                resume_id=stored_run_id(path) if config.resume is not None else None,
+            )
+        )
+    return CompositeSink(sinks)

@@ -1,0 +1,63 @@
+"""AdamW with FP32 masters and its schedules: megatron-core's, from the run config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from fp4pretrain.config import RunConfig
+from fp4pretrain.errors import UserError
+
+
+def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> Any:
+    """megatron-core's optimizer over DDP-wrapped chunks: sharded over data-parallel ranks where
+    ``parallel.distributed_optimizer`` says so. Weight decay skips norms and biases."""
+    o = config.optim
+    dtype = torch.bfloat16 if o.params_dtype == "bf16" else torch.float32
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=o.lr,
+            min_lr=o.min_lr,
+            weight_decay=o.weight_decay,
+            adam_beta1=o.beta1,
+            adam_beta2=o.beta2,
+            adam_eps=o.eps,
+            clip_grad=o.clip,
+            params_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+        ),
+        list(chunks),
+    )
+
+
+def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
+    """Warmup, then WSD (stable, decay over the last fraction) or cosine, counted in steps."""
+    o, steps = config.optim, config.train.steps
+    warmup = round(o.warmup * steps)
+    if o.min_lr > o.lr:
+        raise UserError(f"optim.min_lr: {o.min_lr} is above optim.lr={o.lr}; lower it")
+    if warmup >= steps:
+        raise UserError(f"optim.warmup: it takes all {steps} steps; use a smaller fraction")
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=o.lr,
+        min_lr=o.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=steps,
+        lr_decay_style={"wsd": "WSD", "cosine": "cosine"}[o.schedule],
+        start_wd=o.weight_decay,
+        end_wd=o.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=max(1, round(o.decay * steps)) if o.schedule == "wsd" else None,
+        lr_wsd_decay_style=o.decay_shape if o.schedule == "wsd" else None,
+    )

@@ -1,0 +1,127 @@
+"""One optimizer step and one evaluation, on megatron-core's pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from fp4pretrain.precision import BF16
+from fp4pretrain.train.trainer import Batch, Trainer
+
+# Evaluation draws its noise from microbatch numbers that training never reaches.
+_EVALUATION = 1 << 24
+
+
+def masked_mean(
+    loss_mask_bs: torch.Tensor, loss_bs: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean loss (nats a token) of one microbatch [b, s] over the tokens that count."""
+    loss = (loss_bs.float() * loss_mask_bs).sum() / loss_mask_bs.sum().clamp(min=1)
+    # a copy: megatron-core divides the loss by the number of microbatches in place
+    return loss, {"loss": loss.detach().clone()}
+
+
+class ForwardStep:
+    """megatron-core's ``forward_step_func``: next microbatch through one model chunk.
+
+    Each chunk sees its microbatches in order on every schedule, so counting its calls gives the
+    microbatch; over data-parallel ranks microbatch m of rank r is m * ranks + r, the order in which
+    one rank alone would read them.
+    """
+
+    def __init__(self, trainer: Trainer, *, first_microbatch: int = 0) -> None:
+        self._trainer = trainer
+        self._first = first_microbatch
+        self._calls: dict[int, int] = {}
+
+    def __call__(
+        self, iterator: Iterator[Batch] | None, chunk: Any
+    ) -> tuple[torch.Tensor, Callable]:
+        world = self._trainer.world
+        call = self._calls.get(id(chunk), 0)
+        self._calls[id(chunk)] = call + 1
+        self._trainer.clock.microbatch = self._first + call * world.data_size + world.data_rank
+        batch: dict[str, Any] = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"))
+        if iterator is not None:
+            batch = {k: v.to(world.device, non_blocking=True) for k, v in next(iterator).items()}
+        output = chunk(
+            batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
+        )
+        return output, partial(masked_mean, batch["loss_mask"])
+
+
+def train_step(trainer: Trainer, iterators: list[Iterator[Batch] | None]) -> dict[str, float]:
+    """Forward, backward, clip and update once; returns loss, grad_norm and lr of this step."""
+    trainer.clock.step = trainer.step
+    for chunk in trainer.chunks:
+        chunk.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    losses = _schedule(trainer, iterators, ForwardStep(trainer), forward_only=False)
+    _, grad_norm, _ = trainer.optimizer.step()
+    lr = trainer.optimizer.param_groups[0]["lr"]
+    trainer.schedule.step(increment=1)
+    trainer.clock.weights_changed()
+    trainer.step += 1
+    return {"loss": mean_loss(losses, trainer), "grad_norm": float(grad_norm or 0.0), "lr": lr}
+
+
+def evaluate(trainer: Trainer, *, bf16: bool = False) -> float:
+    """Mean validation loss (nats a token) over ``train.eval_batches`` global batches.
+
+    The same held-out sequences every time; in the run's recipe, or with every linear in BF16.
+    """
+    recipes = trainer.binding.recipes()
+    if bf16:
+        trainer.binding.set_recipes([BF16] * len(recipes))
+    for chunk in trainer.chunks:
+        chunk.eval()
+    trainer.clock.step = trainer.step
+    forward = ForwardStep(trainer, first_microbatch=_EVALUATION)
+    iterators = trainer.batches(trainer.valid_data, 0)
+    total = 0.0
+    with torch.no_grad():
+        for _ in range(trainer.config.train.eval_batches):
+            losses = _schedule(trainer, iterators, forward, forward_only=True)
+            total += mean_loss(losses, trainer)
+    for chunk in trainer.chunks:
+        chunk.train()
+    trainer.binding.set_recipes(recipes)
+    return total / trainer.config.train.eval_batches
+
+
+def _schedule(
+    trainer: Trainer,
+    iterators: list[Iterator[Batch] | None],
+    forward: ForwardStep,
+    *,
+    forward_only: bool,
+) -> list[dict[str, torch.Tensor]]:
+    single = len(trainer.chunks) == 1
+    return get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iterators[0] if single else iterators,
+        model=trainer.chunks[0] if single else trainer.chunks,
+        num_microbatches=trainer.layout.microbatches,
+        seq_length=trainer.config.model.seq_length,
+        micro_batch_size=trainer.config.train.micro_batch,
+        forward_only=forward_only,
+    )
+
+
+def mean_loss(losses: list[dict[str, torch.Tensor]], trainer: Trainer) -> float:
+    """Mean over microbatches and data-parallel ranks, known to every rank.
+
+    Only the last pipeline stage has losses; the others add zero.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=trainer.world.device)
+    if losses:
+        total += torch.stack([entry["loss"].double() for entry in losses]).mean()
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    return float(total) / trainer.world.data_size

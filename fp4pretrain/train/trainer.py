@@ -1,0 +1,185 @@
+"""Everything one run is made of, put together once: groups, plan, model, optimizer, data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from fp4pretrain.config import RunConfig, plan_of
+from fp4pretrain.data import DataSpec, batches, build_datasets
+from fp4pretrain.model import build_model, model_config
+from fp4pretrain.model.build import PlanBinding
+from fp4pretrain.model.layout import Layout
+from fp4pretrain.nn.clock import Clock
+from fp4pretrain.ops import choose
+from fp4pretrain.parallel.groups import World
+from fp4pretrain.train.optimizer import build_optimizer, build_schedule
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Trainer:
+    """The state of a run. ``step`` counts finished optimizer steps."""
+
+    config: RunConfig
+    world: World
+    layout: Layout
+    clock: Clock
+    chunks: list[DistributedDataParallel]
+    binding: PlanBinding
+    transformer: TransformerConfig
+    optimizer: Any
+    schedule: Any
+    train_data: Any
+    valid_data: Any
+    backend_choice: str
+    parameters: int
+    step: int = 0
+
+    @property
+    def consumed_samples(self) -> int:
+        return self.step * self.config.train.global_batch
+
+    @property
+    def tokens(self) -> int:
+        return self.consumed_samples * self.config.model.seq_length
+
+    @property
+    def progress(self) -> float:
+        """The part of the run that is done: 0 at the first step."""
+        return self.step / self.config.train.steps
+
+    def batches(self, dataset: Any, consumed_samples: int) -> list[Iterator[Batch] | None]:
+        """This rank's microbatches for each of its model chunks, None for chunks that read none."""
+
+        def iterator() -> Iterator[Batch]:
+            return batches(
+                dataset,
+                consumed_samples=consumed_samples,
+                micro_batch=self.config.train.micro_batch,
+                dp_rank=self.world.data_rank,
+                dp_size=self.world.data_size,
+            )
+
+        return [iterator() if reads_data(chunk) else None for chunk in self.chunks]
+
+
+def unwrapped(chunk: Any) -> Any:
+    """The GPT inside DDP and the precision wrapper."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def reads_data(chunk: Any) -> bool:
+    """Whether a model chunk needs tokens (first stage) or labels (last stage)."""
+    gpt = unwrapped(chunk)
+    return gpt.pre_process or gpt.post_process
+
+
+def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
+    """Model, optimizer and data of a checked config on formed groups. Raises UserError for data."""
+    train_data, valid_data = _datasets(config, world)
+    plan = plan_of(config)
+    backend, choice = choose(config.precision.backend, plan, world.device)
+    clock = Clock(config.seed)
+    transformer = model_config(config)
+    gpts, binding = build_model(config, plan, backend=backend, clock=clock, transformer=transformer)
+    parameters = _count_parameters(gpts)
+    chunks = _wrap(config, world, transformer, gpts)
+    optimizer = build_optimizer(config, chunks)
+    return Trainer(
+        config=config,
+        world=world,
+        layout=layout,
+        clock=clock,
+        chunks=chunks,
+        binding=binding,
+        transformer=transformer,
+        optimizer=optimizer,
+        schedule=build_schedule(config, optimizer),
+        train_data=train_data,
+        valid_data=valid_data,
+        backend_choice=choice,
+        parameters=parameters,
+    )
+
+
+def data_spec(config: RunConfig) -> DataSpec:
+    """The data section as the data room's own spec."""
+    d = config.data
+    return DataSpec(
+        path=d.path,
+        tokenizer=d.tokenizer,
+        split=d.split,
+        seq_length=config.model.seq_length,
+        seed=config.seed,
+        cache_dir=d.cache_dir,
+        mock=d.mock,
+        vocab_size=config.model.vocab_size,
+    )
+
+
+def samples_needed(config: RunConfig) -> tuple[int, int, int]:
+    """How many sequences training, validation and test must serve."""
+    t = config.train
+    return t.steps * t.global_batch, t.eval_batches * t.global_batch, 0
+
+
+def _datasets(config: RunConfig, world: World) -> tuple[Any, Any]:
+    train, valid, _ = build_datasets(
+        data_spec(config),
+        samples=samples_needed(config),
+        is_builder=world.is_main,
+        barrier=dist.barrier,
+    )
+    return train, valid
+
+
+def _count_parameters(gpts: Sequence[torch.nn.Module]) -> int:
+    """Parameters of the whole model: shards summed over its ranks, whole tensors counted once."""
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    count = 0
+    for gpt in gpts:
+        for parameter in gpt.parameters():
+            if getattr(parameter, "shared", False):
+                continue
+            if getattr(parameter, "tensor_model_parallel", False) or tensor_rank == 0:
+                count += parameter.numel()
+    total = torch.tensor([count], dtype=torch.int64, device=torch.cuda.current_device())
+    dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return int(total.item())
+
+
+def _wrap(
+    config: RunConfig, world: World, transformer: TransformerConfig, gpts: Sequence[torch.nn.Module]
+) -> list[DistributedDataParallel]:
+    """Precision wrapper and DDP with FP32 gradients, and the hooks that schedules call."""
+    overlap = config.parallel.overlap and world.data_size > 1 and world.device.type == "cuda"
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+    chunks = []
+    for index, gpt in enumerate(gpts):
+        inner = Float16Module(transformer, gpt) if transformer.bf16 else gpt
+        chunks.append(DistributedDataParallel(transformer, ddp, inner, disable_bucketing=index > 0))
+    if overlap:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    transformer.finalize_model_grads_func = finalize_model_grads
+    return chunks
