@@ -1,7 +1,7 @@
 """The truth of this project: formats, rounding, scales, rotation and GEMM in plain PyTorch.
 
-Runs on any device, knows nothing of the rest of fp4pretrain, and every kernel is held to it: codes and
-scales under nearest rounding bit for bit, stochastic rounding by law.
+Runs on any device, knows nothing of the rest of fp4pretrain, and every kernel is held to it: codes
+and scales under nearest rounding bit for bit, stochastic rounding by law.
 
     q = quantize(x, QuantSpec(format="nvfp4"))          # packed codes, block scales, amax
     values, alpha = emulate(x, QuantSpec("nvfp4"))      # the same numbers, unpacked and fast

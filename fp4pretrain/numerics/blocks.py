@@ -1,7 +1,7 @@
 """Blocks of a matrix as a view, the largest magnitude of each, and slices that fit a CPU's cache.
 
-Blocks lie along the columns, the contraction axis of every GEMM here. A tile of the 2d kind is as tall
-as it is wide, so a weight and its transpose share tiles and therefore codes.
+Blocks lie along the columns, the contraction axis of every GEMM here. A tile of the 2d kind is as
+tall as it is wide, so a weight and its transpose share tiles and therefore codes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Elementwise passes on a CPU run over slices that stay in a core's second-level cache: a step is ten
-# passes, and from main memory each costs three times as much. Smaller slices drown in call overhead.
+# Elementwise passes on a CPU run over slices that stay in a core's second-level cache: a step is
+# ten passes, and from main memory each costs three times as much. Smaller slices drown in call
+# overhead.
 _CPU_SLICE_ELEMENTS = 1 << 16
 _CPU_TILE_ROWS = 128
 
@@ -58,8 +59,8 @@ def tiles(
 def block_amax(x: Tensor, block: tuple[int, int]) -> Tensor:
     """The largest magnitude of each block, fp32 [row blocks, col blocks]; NaN where one is in it.
 
-    Compared as integers, the bits of magnitudes are ordered as the floats are, NaN over Inf over any
-    finite number, and PyTorch reduces integers twice as fast.
+    Compared as integers, the bits of magnitudes are ordered as the floats are, NaN over Inf over
+    any finite number, and PyTorch reduces integers twice as fast.
     """
     integer = torch.int16 if x.element_size() == 2 else torch.int32
     magnitude = torch.tensor(torch.iinfo(integer).max, dtype=integer, device=x.device)

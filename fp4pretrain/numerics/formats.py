@@ -1,9 +1,9 @@
 """Which 4- and 8-bit formats exist, and how one operand is cast: two tables and one frozen record.
 
 A *format* is a grid of element values plus a rule for sharing a scale among a block of them. All of
-them are rows of ``FORMATS``: nothing else in this package asks for a format by name, so a new format
-is a new row. ``QuantSpec`` picks a row and says how to round to it; it is checked when it is made, so
-a spec that exists can be computed.
+them are rows of ``FORMATS``: nothing else in this package asks for a format by name, so a new
+format is a new row. ``QuantSpec`` picks a row and says how to round to it; it is checked when it is
+made, so a spec that exists can be computed.
 
 Sources: OCP Microscaling Formats (MX) v1.0; NVFP4, arXiv:2509.25149; unbiased MXFP4,
 arXiv:2502.20586; Quartet II, arXiv:2601.22813; Four Over Six, arXiv:2512.02010.
@@ -25,8 +25,8 @@ WHOLE = 0  # in a block shape: the block spans the whole axis
 class Element:
     """One element grid: sign, exponent with subnormals below ``2**emin``, ``mantissa_bits``.
 
-    Neighbouring magnitudes around ``a`` are ``2**(max(floor(log2 a), emin) - mantissa_bits)`` apart.
-    ``dtype`` is what codes are stored in; uint8 stands for two packed 4-bit codes.
+    Neighbouring magnitudes around ``a`` are ``2**(max(floor(log2 a), emin) - mantissa_bits)``
+    apart. ``dtype`` is what codes are stored in; uint8 stands for two packed 4-bit codes.
     """
 
     name: str
@@ -180,7 +180,7 @@ class QuantSpec:
         block_rows, block_cols = block_rows or rows, block_cols or cols
         if rows % block_rows or cols % block_cols:
             raise UserError(
-                f"block: {self.format} {self.block} needs blocks of {block_rows}x{block_cols}, which "
-                f"do not divide [{rows}, {cols}]; pad the tensor or keep this GEMM in bf16"
+                f"block: {self.format} {self.block} needs blocks of {block_rows}x{block_cols}, "
+                f"which do not divide [{rows}, {cols}]; pad the tensor or keep this GEMM in bf16"
             )
         return block_rows, block_cols

@@ -1,19 +1,19 @@
 """Noise for stochastic rounding: a function of who asks and of which element, never a state.
 
-Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a 64-bit key
-and a 128-bit counter into four random words. The key names the draw (seed, step, microbatch, layer,
-GEMM, operand: ``derive_key``), the counter names the element by its global coordinates. So activation
-recompute, a resumed run and another parallel layout all draw the same noise.
+Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a 64-bit
+key and a 128-bit counter into four random words. The key names the draw (seed, step, microbatch,
+layer, GEMM, operand: ``derive_key``), the counter names the element by its global coordinates. So
+activation recompute, a resumed run and another parallel layout all draw the same noise.
 
     rounding          counter (c0, c1, c2, c3)              what an element gets
     stochastic        (col // 16, row, 0, 0)  byte col%16    u = (byte + 0.5) / 256
     stochastic_full   (col // 4,  row, 1, 0)  word col%4     u = (word >> 8) * 2^-24
     random signs      (0, 0, 2, 0)            bit j          sign j is - where the bit is set
 
-Byte j of a call is byte j % 4 (lowest first) of word j // 4. Row and col are those of the tensor that
-is quantized (for a column-wise copy, of the transpose) plus the offsets of ``Noise``. Seven rounds are
-the fewest that pass BigCrush (their table 2); the tests hold the ten-round version to the published
-vectors.
+Byte j of a call is byte j % 4 (lowest first) of word j // 4. Row and col are those of the tensor
+that is quantized (for a column-wise copy, of the transpose) plus the offsets of ``Noise``. Seven
+rounds are the fewest that pass BigCrush (their table 2); the tests hold the ten-round version to
+the published vectors.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ Word = int | Tensor
 class Noise:
     """A 64-bit key, and where the tensor at hand sits in the global one (in its own rows, cols).
 
-    Local row r is global row ``row_offset + r``. Where a shard is made of several parts that are apart
-    in the whole (tensor-parallel SwiGLU holds a piece of the gate and one of the up projection),
-    ``row_part`` is the length of a part and each further part is ``row_gap`` rows further on:
-    ``row_offset + r + (r // row_part) * row_gap``. Columns likewise; column parts are whole calls.
+    Local row r is global row ``row_offset + r``. Where a shard is made of several parts that are
+    apart in the whole (tensor-parallel SwiGLU holds a piece of the gate and one of the up
+    projection), ``row_part`` is the length of a part and each further part is ``row_gap`` rows
+    further on: ``row_offset + r + (r // row_part) * row_gap``. Columns likewise; column parts are
+    whole calls.
     """
 
     key: int
@@ -74,14 +75,15 @@ def philox(
 ) -> tuple[Word, Word, Word, Word]:
     """Philox4x32: four 32-bit words from a counter of four 32-bit words and a 64-bit key.
 
-    Words are Python integers or int64 tensors that broadcast together. A counter that is a column of
-    rows and a row of columns stays small for the first rounds: only the last ones see every pair.
+    Words are Python integers or int64 tensors that broadcast together. A counter that is a column
+    of rows and a row of columns stays small for the first rounds: only the last ones see every
+    pair.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key & _MASK32, (key >> 32) & _MASK32
     for _ in range(rounds):
-        # int64 products wrap modulo 2^64; the shift is arithmetic, so the mask comes last. c1 and c3
-        # carry their product's high half along: it is only ever XORed in before that mask.
+        # int64 products wrap modulo 2^64; the shift is arithmetic, so the mask comes last. c1 and
+        # c3 carry their product's high half along: it is only ever XORed in before that mask.
         product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
         c0, c2 = (product_1 >> 32) ^ c1, (product_0 >> 32) ^ c3
         c0 ^= k0

@@ -1,9 +1,9 @@
-"""Quantize one matrix: to packed codes (``quantize``), or straight to what they stand for (``emulate``).
+"""Quantize one matrix: to packed codes (``quantize``), or to what they stand for (``emulate``).
 
 Both run the same steps: scales of the blocks, element = round(x * encode), then either codes or
 element * block scale. So ``emulate`` equals ``quantize(...).dequantize()`` bit for bit, by
-construction, and costs no packing. It is the fast path of the reference backend: in every training step
-on a CPU it handles each operand of each GEMM, in cache-sized slices and in place.
+construction, and costs no packing. It is the fast path of the reference backend: in every training
+step on a CPU it handles each operand of each GEMM, in cache-sized slices and in place.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class QuantizedTensor:
         return one * (4.0 / 3.0) if self.spec.scale == "unbiased" else one
 
     def values(self) -> Tensor:
-        """Element times block scale, fp32 [rows, cols]; exact in bfloat16 for all but blocked fp8."""
+        """Element times block scale, fp32 [rows, cols]; exact in bfloat16 but for blocked fp8."""
         packed = self.spec.row.element.packed
         values = decode_e2m1(self.codes) if packed else self.codes.to(torch.float32)
         if self.scales is None or self.spec.block == "tensor":

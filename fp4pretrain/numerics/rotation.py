@@ -1,9 +1,9 @@
 """The Hadamard rotation: spreads an outlier over its block, and cancels in the product of a GEMM.
 
-Sylvester's H is symmetric and orthogonal up to ``sqrt(size)``. Rotating the last (contraction) axis of
-BOTH operands by ``diag(signs) @ H / sqrt(size)`` leaves their product as it was, so a rotation belongs
-to the GEMM, never to one operand. It is computed as a butterfly, log2(size) rounds of additions, whose
-order of operations is part of the definition: kernels repeat it bit for bit.
+Sylvester's H is symmetric and orthogonal up to ``sqrt(size)``. Rotating the last (contraction) axis
+of BOTH operands by ``diag(signs) @ H / sqrt(size)`` leaves their product as it was, so a rotation
+belongs to the GEMM, never to one operand. It is computed as a butterfly, log2(size) rounds of
+additions, whose order of operations is part of the definition: kernels repeat it bit for bit.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Rounding to a small floating-point grid by arithmetic, and packing 4-bit codes.
 
 Around a magnitude ``a`` the grid has one step, ``2**(max(floor(log2 a), emin) - mantissa_bits)``;
-divided by it, rounding to the grid is rounding to an integer. The power of two is the exponent field
-of the float itself, so there is no table and no branch, every pass is in place, and one function
-serves E2M1, E4M3 and E5M2 alike.
+divided by it, rounding to the grid is rounding to an integer. The power of two is the exponent
+field of the float itself, so there is no table and no branch, every pass is in place, and one
+function serves E2M1, E4M3 and E5M2 alike.
 
-Where the sign of zero goes: a negative that rounds to zero stays -0.0 (code 8). An exact -0.0 becomes
-+0.0 (code 0) in E2M1, as in Transformer Engine's reference, and stays -0.0 in FP8, as in every cast.
+Where the sign of zero goes: a negative that rounds to zero stays -0.0 (code 8). An exact -0.0
+becomes +0.0 (code 0) in E2M1, as in Transformer Engine's reference, and stays -0.0 in FP8, as in
+every cast.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Scale rules: from the largest magnitude of a block to the factor it is divided by.
 
-Every line below keeps the order of its fp32 operations, because kernels reproduce scales bit for bit:
-``S_enc * fp32(1/6)`` is rounded before it meets the block's amax. Divisions are between tensors, never
-by a Python number: PyTorch turns those into a product with the reciprocal, which rounds twice.
+Every line below keeps the order of its fp32 operations, because kernels reproduce scales bit for
+bit: ``S_enc * fp32(1/6)`` is rounded before it meets the block's amax. Divisions are between
+tensors, never by a Python number: PyTorch turns those into a product with the reciprocal, which
+rounds twice.
 
-Not-a-number policy: a block whose amax is Inf or NaN (or, where a tensor scale exists, whose tensor's
-amax is) gets the scale NaN, so a non-finite input never becomes a finite number.
+Not-a-number policy: a block whose amax is Inf or NaN (or, where a tensor scale exists, whose
+tensor's amax is) gets the scale NaN, so a non-finite input never becomes a finite number.
 
-Sources: Transformer Engine (core_nvfp4.cuh, reference_nvfp4.py); OCP MX v1.0; torchao; AMD (ROCm TE,
-AITER) for ``even``; arXiv:2506.08027 for ``rceil``; arXiv:2502.20586 for mxfp4's ``unbiased``;
+Sources: Transformer Engine (core_nvfp4.cuh, reference_nvfp4.py); OCP MX v1.0; torchao; AMD (ROCm
+TE, AITER) for ``even``; arXiv:2506.08027 for ``rceil``; arXiv:2502.20586 for mxfp4's ``unbiased``;
 arXiv:2601.22813 for nvfp4's; arXiv:2512.02010 for ``four_over_six``.
 """
 
@@ -131,7 +132,7 @@ def _inverse(x: Tensor) -> Tensor:
 def _four_over_six(
     x: Tensor, amax_b: Tensor, encode_tensor: Tensor, spec: QuantSpec, block: tuple[int, int]
 ) -> Tensor:
-    """The E4M3 scale (as fp32), block to 6 or block to 4, with the smaller squared error; a tie goes to 6.
+    """The E4M3 scale (as fp32), block to 6 or to 4, of smaller squared error; a tie goes to 6.
 
     The error of a block is sum((q * s_b - x * S_enc)^2) in fp32, summed as a tree of neighbours:
     ((e0 + e1) + (e2 + e3)) + ..., along the columns first, then (2d) along the rows.

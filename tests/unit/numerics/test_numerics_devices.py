@@ -1,4 +1,4 @@
-"""A GPU computes the same bits as a CPU: no fused, approximate or reciprocal arithmetic slips in."""
+"""A GPU computes the same bits as a CPU: no fused or approximate arithmetic slips in."""
 
 from __future__ import annotations
 

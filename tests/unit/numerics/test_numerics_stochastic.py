@@ -9,8 +9,9 @@ from fp4pretrain.numerics import Noise, QuantSpec, derive_key, emulate, quantize
 
 FULL, EIGHT = "stochastic_full", "stochastic"
 # Scaled values off, on and between grid points of every step; the 6 fixes an MX scale of 1.
-POINTS = [6.0, 0.0, 0.01, 0.1, 0.2, 0.25, 0.3, 0.49, 0.5, 0.7, 0.9, 1.1, 1.3, 1.6, 1.99, 2.0,
-          2.1, 2.5, 2.9, 3.0, 3.2, 3.9, 4.0, 4.1, 4.7, 5.0, 5.5, 5.99, -0.05, -0.6, -2.3, -4.4]  # fmt: skip
+POINTS = [6.0, 0.0, 0.01, 0.1, 0.2, 0.25, 0.3, 0.49, 0.5, 0.7, 0.9, 1.1, 1.3, 1.6, 1.99,
+          2.0, 2.1, 2.5, 2.9, 3.0, 3.2, 3.9, 4.0, 4.1, 4.7, 5.0, 5.5, 5.99, -0.05, -0.6, -2.3,
+          -4.4]  # fmt: skip
 DRAWS = 4096
 
 
