@@ -38,7 +38,7 @@ class Keep:
     def __post_init__(self) -> None:
         for key in ("first_blocks", "last_blocks"):
             value = getattr(self, key)
-            if value < 0 or (value >= 1 and value != int(value)):
+            if not 0 <= value < math.inf or (value >= 1 and value != int(value)):
                 raise UserError(
                     f"precision.keep.{key}: {value} is neither a number of blocks (0, 1, 2, ...) "
                     "nor a fraction of them (0 to 1)"
@@ -64,6 +64,11 @@ class Tail:
     def __post_init__(self) -> None:
         if self.at is not None and not 0 <= self.at <= 1:
             raise UserError(f"precision.tail.at: {self.at} is no fraction of the run; use 0 to 1")
+        if self.at is not None and not self.to_bf16:
+            raise UserError(
+                "precision.tail.to_bf16: nothing would be switched; name fprop, dgrad, wgrad, or "
+                "set precision.tail.at=null"
+            )
         for gemm in self.to_bf16:
             if gemm not in GEMMS:
                 raise UserError(

@@ -1,0 +1,235 @@
+"""The plan: which linear is quantized when, what is refused and what is only said."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.numerics import QuantSpec
+from fp4pretrain.precision import BF16, Dgrad, Fprop, Keep, Plan, Recipe, Rotation, Tail, Wgrad
+
+LINEARS = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+NV, NV_2D = QuantSpec("nvfp4"), QuantSpec("nvfp4", block="2d")
+NV_SR = QuantSpec("nvfp4", rounding="stochastic")
+MX, E4M3 = QuantSpec("mxfp4"), QuantSpec("fp8_e4m3")
+H16 = Rotation("hadamard", 16)
+NVFP4 = Recipe(Fprop(NV, NV_2D), Dgrad(NV_SR, NV_2D), Wgrad(NV_SR, NV, H16))
+
+
+def kept(keep: Keep, layers: int) -> set[tuple[int, str]]:
+    plan = Plan(NVFP4, layers, keep)
+    return {(i, name) for i in range(layers) for name in LINEARS if plan.kept(i, name)}
+
+
+def blocks(*indices: int) -> set[tuple[int, str]]:
+    return {(i, name) for i in indices for name in LINEARS}
+
+
+@pytest.mark.parametrize(
+    "first, last, layers, expected",
+    [
+        (0, 0, 4, ()),
+        (1, 1, 4, (0, 3)),
+        (0, 3, 4, (1, 2, 3)),
+        (2, 8, 62, (0, 1, 54, 55, 56, 57, 58, 59, 60, 61)),
+        (0.033, 0.13, 62, (0, 1, 54, 55, 56, 57, 58, 59, 60, 61)),
+        (0.033, 0.13, 20, (0, 17, 18, 19)),
+        (0.033, 0.13, 4, (3,)),
+        (0.25, 0.5, 4, (0, 2, 3)),
+        (0, 0.125, 4, (3,)),  # half a block is rounded up
+        (0, 0.124, 4, ()),
+        (0.4, 1, 4, (0, 1, 3)),  # a fraction in front, a number behind
+    ],
+)
+def test_keep_counts_global_blocks_or_a_share_of_them(
+    first: float, last: float, layers: int, expected: tuple[int, ...]
+) -> None:
+    assert kept(Keep(first, last), layers) == blocks(*expected)
+
+
+@pytest.mark.parametrize(
+    "patterns, expected",
+    [
+        (("*.linear_qkv",), {(i, LINEARS[0]) for i in range(12)}),
+        (("layers.1.*",), blocks(1)),  # not layers 10 and 11
+        (("layers.3.mlp.linear_fc2",), {(3, LINEARS[3])}),
+        (("layers.[02].self_attention.*",), {(i, n) for i in (0, 2) for n in LINEARS[:2]}),
+        (("layers.1?.*", "layers.0.mlp.*"), blocks(10, 11) | {(0, n) for n in LINEARS[2:]}),
+    ],
+)
+def test_module_patterns_match_whole_global_names(
+    patterns: tuple[str, ...], expected: set[tuple[int, str]]
+) -> None:
+    assert kept(Keep(modules=patterns), 12) == expected
+
+
+def test_blocks_and_patterns_add_up() -> None:
+    found = kept(Keep(1, 0, ("*.linear_proj",)), 3)
+    assert found == blocks(0) | {(i, LINEARS[1]) for i in range(3)}
+
+
+def test_a_kept_linear_is_bf16_throughout_and_the_others_follow_the_recipe() -> None:
+    plan = Plan(NVFP4, 4, Keep(0, 1), Tail(0.5, ("fprop",)))
+    for progress in (0.0, 0.49, 0.5, 1.0):
+        assert plan.at(3, LINEARS[0], progress) == BF16
+        expected = Recipe(dgrad=NVFP4.dgrad, wgrad=NVFP4.wgrad) if progress >= 0.5 else NVFP4
+        assert plan.at(0, LINEARS[0], progress) == plan.main(progress) == expected
+
+
+@pytest.mark.parametrize("at", [0.0, 0.1, 0.3, 0.82, 1.0])
+@pytest.mark.parametrize("steps", [10, 50, 100, 300, 100_000])
+def test_the_switch_comes_with_exactly_the_step_that_reaches_it(at: float, steps: int) -> None:
+    """The first switched step is ceil(at * steps), whatever floating point makes of step / steps."""
+    plan = Plan(NVFP4, 4, tail=Tail(at))
+    first = math.ceil(round(at * 100) * steps / 100)  # exact: at has two digits, steps is small
+    assert plan.main(first / steps) == NVFP4.to_bf16(("fprop",))
+    if first:
+        assert plan.main((first - 1) / steps) == NVFP4
+
+
+@pytest.mark.parametrize(
+    "gemms, quantized",
+    [
+        ((), {"fprop", "dgrad", "wgrad"}),
+        (("fprop",), {"dgrad", "wgrad"}),
+        (("dgrad", "wgrad"), {"fprop"}),
+        (("fprop", "dgrad", "wgrad"), set()),
+    ],
+)
+def test_the_late_switch_takes_whole_gemms_rotation_included(
+    gemms: tuple[str, ...], quantized: set[str]
+) -> None:
+    late = Plan(NVFP4, 4, tail=Tail(0.8, gemms)).main(0.9)
+    assert {g for g, _, spec in late.operands() if spec.quantized} == quantized
+    for gemm in ("fprop", "dgrad", "wgrad"):
+        expected = getattr(NVFP4 if gemm in quantized else BF16, gemm)
+        assert late.gemm(gemm) == expected
+
+
+@pytest.mark.parametrize(
+    "make, key, cure",
+    [
+        (lambda: Keep(first_blocks=-1), "precision.keep.first_blocks", "number of blocks"),
+        (lambda: Keep(last_blocks=1.5), "precision.keep.last_blocks", "fraction"),
+        (lambda: Keep(last_blocks=math.nan), "precision.keep.last_blocks", "fraction"),
+        (lambda: Keep(last_blocks=math.inf), "precision.keep.last_blocks", "fraction"),
+        (lambda: Tail(at=1.1), "precision.tail.at", "0 to 1"),
+        (lambda: Tail(at=math.nan), "precision.tail.at", "0 to 1"),
+        (lambda: Tail(at=0.5, to_bf16=("fwd",)), "precision.tail.to_bf16", "fprop, dgrad, wgrad"),
+        (lambda: Plan(NVFP4, 4, Keep(2, 2)), "precision.keep", "keep fewer"),
+        (lambda: Plan(NVFP4, 4, Keep(9, 0)), "precision.keep", "keep fewer"),
+        (lambda: Plan(NVFP4, 4, Keep(modules=("*",))), "precision.keep", "keep fewer"),
+        (lambda: Plan(NVFP4, 4, Keep(modules=("*.qkv",))), "precision.keep.modules", "layers.0."),
+        (lambda: Plan(NVFP4, 4, Keep(modules=("layers.4.*",))), "precision.keep.modules", "to 3"),
+        (lambda: Recipe(Fprop(NV, MX)), "precision.fprop", "one family"),
+        (lambda: Recipe(dgrad=Dgrad(E4M3, MX)), "precision.dgrad", "one family"),
+        (lambda: Recipe(Fprop(x=NV_2D)), "precision.fprop.x.block", "use 1d"),
+        (lambda: Recipe(wgrad=Wgrad(NV, NV_2D)), "precision.wgrad.x.block", "use 1d"),
+        (lambda: Recipe(wgrad=Wgrad(rotation=H16)), "precision.wgrad.rotation", "kind: none"),
+        (lambda: Rotation("givens"), "rotation.kind", "hadamard"),
+        (lambda: Rotation("hadamard", 17), "rotation.size", "16, 32, 64, 128"),
+        (lambda: Rotation(resample="daily"), "rotation.resample", "never"),
+        (lambda: Rotation(signs="dice"), "rotation.signs", "te"),
+        (lambda: Rotation("random_hadamard", 32, signs="te"), "rotation.signs", "size: 16"),
+        (lambda: Rotation("random_hadamard", 16, "gemm", "te"), "rotation.signs", "never"),
+    ],
+)
+def test_a_plan_that_cannot_be_meant_is_refused_in_one_line(make, key: str, cure: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        make()
+    text = str(refusal.value)
+    assert text.startswith(key + ":")
+    assert cure in text.split(":", 1)[1]
+    assert "\n" not in text
+
+
+def test_a_bf16_operand_may_meet_a_quantized_one_and_a_bf16_plan_may_keep_everything() -> None:
+    assert Recipe(dgrad=Dgrad(NV, rotation=H16)).quantized
+    Plan(BF16, 4, Keep(2, 2))
+
+
+@pytest.mark.parametrize(
+    "recipe, keys",
+    [
+        (NVFP4, []),
+        (Recipe(Fprop(NV_SR, NV)), ["precision.fprop.x.rounding"]),
+        (Recipe(Fprop(NV, NV_SR)), ["precision.fprop.w.rounding"]),
+        (Recipe(Fprop(NV, NV_2D, H16)), ["precision.fprop.w.block"]),
+        (Recipe(dgrad=Dgrad(NV_SR, NV_2D, H16)), ["precision.dgrad.w.block"]),
+    ],
+)
+def test_what_the_papers_found_harmful_is_said(recipe: Recipe, keys: list[str]) -> None:
+    said = recipe.warnings()
+    assert [line.split(": ")[0] for line in said] == keys
+    assert not any("\n" in line for line in said)
+
+
+FITS = dict(tokens=128, n=256, k=384)
+
+
+@pytest.mark.parametrize(
+    "recipe, change, key",
+    [
+        # contraction: fprop k, dgrad n, wgrad tokens
+        (Recipe(Fprop(x=NV)), dict(k=24), "precision.fprop.x.block"),
+        (Recipe(Fprop(w=MX)), dict(k=48), "precision.fprop.w.block"),
+        (Recipe(dgrad=Dgrad(dy=NV)), dict(n=24), "precision.dgrad.dy.block"),
+        (Recipe(dgrad=Dgrad(w=NV)), dict(n=24), "precision.dgrad.w.block"),
+        (Recipe(wgrad=Wgrad(dy=MX)), dict(tokens=48), "precision.wgrad.dy.block"),
+        (Recipe(wgrad=Wgrad(x=NV)), dict(tokens=40), "precision.wgrad.x.block"),
+        # a tile is as tall as it is wide
+        (Recipe(Fprop(w=NV_2D)), dict(n=24), "precision.fprop.w.block"),
+        (Recipe(dgrad=Dgrad(w=NV_2D)), dict(k=24), "precision.dgrad.w.block"),
+        (Recipe(Fprop(w=QuantSpec("fp8_e4m3", block="2d"))), dict(n=192), "precision.fprop.w"),
+        # rotations
+        (Recipe(Fprop(x=NV, rotation=Rotation("hadamard", 64))), dict(k=96), "fprop.rotation.size"),
+        (Recipe(dgrad=Dgrad(dy=NV, rotation=Rotation("hadamard", 64))), dict(n=32), "dgrad.rot"),
+        (Recipe(wgrad=Wgrad(x=NV, rotation=Rotation("hadamard", 128))), dict(tokens=64), "wgrad.r"),
+    ],
+)
+def test_blocks_and_rotations_divide_what_a_rank_holds(
+    recipe: Recipe, change: dict[str, int], key: str
+) -> None:
+    plan = Plan(recipe, 4)
+    plan.check_shape("mlp.linear_fc1", **FITS)
+    with pytest.raises(UserError) as refusal:
+        plan.check_shape("mlp.linear_fc1", **FITS | change)
+    text = str(refusal.value)
+    assert key in text.split(":")[0]
+    assert "mlp.linear_fc1" in text and str(*change.values()) in text and "\n" not in text
+
+
+@pytest.mark.parametrize("sizes", [dict(tokens=1), dict(n=1), dict(k=1)])
+def test_a_dimension_that_no_block_lies_along_is_free(sizes: dict[str, int]) -> None:
+    (name,) = sizes
+    recipe = {
+        "tokens": Recipe(Fprop(NV, NV_2D), Dgrad(NV, NV_2D)),
+        "n": Recipe(Fprop(NV, NV), wgrad=Wgrad(NV, NV)),
+        "k": Recipe(dgrad=Dgrad(NV, NV), wgrad=Wgrad(NV, NV)),
+    }[name]
+    Plan(recipe, 4).check_shape("mlp.linear_fc1", **FITS | sizes)
+
+
+def test_per_tensor_scales_fit_any_shape() -> None:
+    recipe = Recipe(Fprop(E4M3, E4M3), Dgrad(E4M3, E4M3), Wgrad(E4M3, E4M3))
+    Plan(recipe, 4).check_shape("mlp.linear_fc1", tokens=7, n=5, k=3)
+
+
+def test_the_printed_plan_counts_and_names_what_is_kept() -> None:
+    text = str(Plan(NVFP4, 4, Keep(0, 1, ("layers.0.mlp.linear_fc2",)), Tail(0.82)))
+    assert "11 of 16 linears follow the recipe; blocks kept in BF16: 3;" in text
+    assert "from 82% of the run on:" in text
+    rows = [line.split() for line in text.splitlines()[-4:]]
+    assert rows == [
+        ["0", "recipe", "recipe", "recipe", "BF16"],
+        ["1", *["recipe"] * 4],
+        ["2", *["recipe"] * 4],
+        ["3", *["BF16"] * 4],
+    ]
