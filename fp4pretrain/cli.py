@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.presets import groups
@@ -52,19 +53,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb; exits with 0, or 2 after one line about the user's mistake."""
     _quiet_libraries()
     try:
-        arguments = _parser().parse_args(argv)
+        arguments, rest = _parser().parse_known_args(argv)
+        _take_rest(arguments, rest)
         arguments.work(arguments)
     except UserError as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"fp4pretrain: {error}", file=sys.stderr)
+            print(f"fp4pretrain: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("fp4pretrain: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its complaints as one line like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _take_rest(arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Overrides after an option (``train a=1 -m b=2``), which argparse leaves over."""
+    for text in rest:
+        if text.startswith("-") or not hasattr(arguments, "overrides"):
+            raise UserError(
+                f"{text}: no such option; keys are set as key=value, options are in --help"
+            )
+        arguments.overrides.append(text)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fp4pretrain",
         description="Pretrain GPT models in 4-bit floating point on megatron-core.",
         epilog="fp4pretrain VERB --help explains each verb.",
@@ -118,19 +137,21 @@ def _train_help() -> str:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from fp4pretrain.config import compose, expand_sweep
+    from fp4pretrain.overrides import expand_sweep
 
+    sweep = expand_sweep(arguments.overrides) if arguments.multirun else [arguments.overrides]
     if arguments.cfg:
         from omegaconf import OmegaConf
 
-        config = compose(arguments.overrides)
-        print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+        from fp4pretrain.config import compose
+
+        configs = [OmegaConf.to_yaml(OmegaConf.structured(compose(one))) for one in sweep]
+        print("---\n".join(configs), end="")
         return
 
     from fp4pretrain.parallel.groups import leave
     from fp4pretrain.train.beside import train_all
 
-    sweep = expand_sweep(arguments.overrides) if arguments.multirun else [arguments.overrides]
     try:
         train_all(sweep)
     finally:

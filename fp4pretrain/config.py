@@ -8,23 +8,26 @@ plain data; nothing below this module imports Hydra.
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from fp4pretrain.checks import check
 from fp4pretrain.errors import UserError
 from fp4pretrain.numerics import QuantSpec
+from fp4pretrain.overrides import one_line, refuse_unknown
 from fp4pretrain.precision import Dgrad, Fprop, Keep, Plan, Recipe, Rotation, Tail, Wgrad
-from fp4pretrain.presets import config_dir, groups
+from fp4pretrain.presets import config_dir
 
 
 def _schema_of(frozen: Any) -> type:
@@ -42,7 +45,9 @@ def _schema_of(frozen: Any) -> type:
         elif getattr(kind, "__origin__", None) is tuple:
             values = list(f.default) if f.default is not dataclasses.MISSING else []
             item = get_args(kind)[0]
-            fields.append((f.name, list.__class_getitem__(item), field(default_factory=values.copy)))
+            fields.append(
+                (f.name, list.__class_getitem__(item), field(default_factory=values.copy))
+            )
         else:
             fields.append((f.name, kind, field(default=f.default)))
     return dataclasses.make_dataclass(frozen.__name__ + "Config", fields)
@@ -229,33 +234,33 @@ def compose(overrides: list[str]) -> RunConfig:
     Raises UserError, one line naming key and cure, for anything unknown or impossible. Checks that
     need the number of ranks are in ``fp4pretrain.model.layout``.
     """
+    keys = schema_keys()
+    refuse_unknown(overrides, keys=keys)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             composed = hydra_compose("train", overrides=overrides)
         config = OmegaConf.to_object(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error, overrides)) from None
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise UserError(one_line(error, keys=keys)) from None
     assert isinstance(config, RunConfig)
     check(config)
+    plan_of(config)
     return config
 
 
-def expand_sweep(overrides: list[str]) -> list[list[str]]:
-    """Hydra's sweep grammar (``a=1,2 b=choice(x,y)``) as one list of overrides a run."""
-    runs: list[list[str]] = [[]]
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise UserError(_one_line(error, overrides)) from None
-    for override in parsed:
-        if override.is_sweep_override():
-            values = list(override.sweep_string_iterator())
-        else:
-            values = [override.get_value_element_as_str()]
-        key = override.get_key_element()
-        runs = [[*run, f"{key}={value}"] for run in runs for value in values]
-    return runs
+@cache
+def schema_keys() -> frozenset[str]:
+    """Every key a user can set, dotted, with the sections themselves."""
+
+    def below(node: Any, prefix: str) -> Iterator[str]:
+        for f in dataclasses.fields(node):
+            key = f"{prefix}{f.name}"
+            yield key
+            if dataclasses.is_dataclass(getattr(node, f.name)):
+                yield from below(getattr(node, f.name), f"{key}.")
+
+    return frozenset(below(RunConfig(), ""))
 
 
 def plan_of(config: RunConfig) -> Plan:
@@ -289,107 +294,3 @@ def plan_of(config: RunConfig) -> Plan:
         keep=frozen(Keep, p.keep),
         tail=frozen(Tail, p.tail),
     )
-
-
-CHOICES = {
-    "model.activation": ("swiglu", "gelu", "squared_relu"),
-    "model.normalization": ("rmsnorm", "layernorm"),
-    "model.position": ("rope", "learned"),
-    "optim.schedule": ("wsd", "cosine"),
-    "optim.decay_shape": ("linear", "cosine", "exponential", "minus_sqrt"),
-    "optim.params_dtype": ("bf16", "fp32"),
-    "parallel.recompute": ("none", "full", "selective"),
-    "parallel.device": ("auto", "cpu", "cuda"),
-    "precision.amax": ("tensor_parallel", "rank"),
-    "precision.backend": ("auto", "reference", "triton", "native", "transformer_engine"),
-    "logging.wandb.mode": ("auto", "online", "offline", "disabled"),
-    "logging.console": ("auto", "progress", "lines", "quiet"),
-}
-
-POSITIVE = (
-    "model.num_layers",
-    "model.hidden_size",
-    "model.ffn_hidden_size",
-    "model.num_attention_heads",
-    "model.seq_length",
-    "model.vocab_size",
-    "model.norm_epsilon",
-    "optim.lr",
-    "optim.eps",
-    "train.steps",
-    "train.micro_batch",
-    "train.global_batch",
-    "train.log_interval",
-    "train.eval_batches",
-    "parallel.tensor",
-    "parallel.pipeline",
-    "parallel.context",
-    "checkpoint.keep_last",
-)
-
-FRACTIONS = ("optim.warmup", "optim.decay", "model.attention_dropout", "model.hidden_dropout")
-
-
-def check(config: RunConfig) -> None:
-    """Everything that can be refused without knowing the number of ranks."""
-
-    def value(key: str) -> Any:
-        node: Any = config
-        for part in key.split("."):
-            node = getattr(node, part)
-        return node
-
-    for key, allowed in CHOICES.items():
-        if value(key) not in allowed:
-            raise UserError(f"{key}: {value(key)!r} is unknown; choose {', '.join(allowed)}")
-    for key in POSITIVE:
-        if value(key) <= 0:
-            raise UserError(f"{key}: {value(key)} must be greater than 0")
-    for key in FRACTIONS:
-        if not 0 <= value(key) <= 1:
-            raise UserError(f"{key}: {value(key)} is no fraction; use 0 to 1")
-    m, t = config.model, config.train
-    groups_ = m.num_query_groups or m.num_attention_heads
-    if m.num_attention_heads % groups_:
-        raise UserError(
-            f"model.num_query_groups: {groups_} does not divide model.num_attention_heads="
-            f"{m.num_attention_heads}"
-        )
-    if m.kv_channels is None and m.hidden_size % m.num_attention_heads:
-        raise UserError(
-            f"model.num_attention_heads: {m.num_attention_heads} does not divide "
-            f"model.hidden_size={m.hidden_size}; change one or set model.kv_channels"
-        )
-    if t.global_batch % t.micro_batch:
-        raise UserError(
-            f"train.global_batch: {t.global_batch} is no multiple of train.micro_batch="
-            f"{t.micro_batch}; change one"
-        )
-    plan_of(config)
-
-
-def _one_line(error: Exception, overrides: list[str]) -> str:
-    """Hydra's and OmegaConf's messages as one line that names the key and a cure."""
-    text = str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    first = lines[0] if lines else type(error).__name__
-    if match := re.search(r"Could not find '([^']+)/([^']+)'", text):
-        group, option = match.groups()
-        offered = ", ".join(groups().get(group, []))
-        return f"{group}: {option!r} is unknown; choose {offered or 'another group'}"
-    if match := re.search(r"Could not override '([^']+)'", text):
-        key = match.group(1)
-        return f"{key}: no such key; see the keys with `fp4pretrain train --cfg`"
-    if match := re.search(r"Key '([^']+)' (?:is )?not in '([^']+)'", text):
-        full = re.search(r"full_key: (\S+)", text)
-        key = full.group(1) if full else match.group(1)
-        return f"{key}: no such key; see the keys with `fp4pretrain train --cfg`"
-    if match := re.search(r"Error merging override ([^=\s]+)=(\S*)", text):
-        cause = error.__cause__ or error
-        reason = str(cause).splitlines()[0] if error.__cause__ else "wrong type"
-        return f"{match.group(1)}: {match.group(2)!r} is refused ({reason}); give another value"
-    if full := re.search(r"full_key: (\S+)", text):
-        return f"{full.group(1)}: {first}; give a value of that type"
-    if "parsing override" in text or "mismatched input" in text or "extraneous input" in text:
-        return f"{' '.join(overrides)}: {first}; overrides look like key=value"
-    return f"{first}; see `fp4pretrain train --help`"

@@ -3,99 +3,92 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
 
 from fp4pretrain.config import RunConfig, compose
 from fp4pretrain.errors import UserError
-from fp4pretrain.presets import groups
 from fp4pretrain.report import compare
+from fp4pretrain.train.checkpoint import check_model
 from fp4pretrain.train.main import check_run, train
-from fp4pretrain.train.run_dir import check_free, run_path
+from fp4pretrain.train.run_dir import check_free, find_checkpoint, run_path
 
 
 def train_all(sweep: list[list[str]]) -> list[Path]:
     """Compose and check every run of a sweep, then train them in order.
 
-    A run with ``baseline=RECIPE`` trains that recipe first, in a folder beside its own, on the same
-    seed and data, and ends with the table and picture of their gap. Nothing is trained until all
-    are known to be possible. Raises UserError.
+    A run with ``baseline=RECIPE`` trains that recipe first, on the same seed and data, and ends
+    with the table and picture of their gap; runs that share a baseline train it once. Nothing is
+    trained until all are known to be possible. Raises UserError.
     """
-    runs = [_with_baseline(overrides) for overrides in sweep]
-    if len(sweep) > 1:
-        runs = _apart(runs, sweep)
-    paths = [run_path(config) for group in runs for config in group]
-    for path in {p for p in paths if paths.count(p) > 1}:
-        raise UserError(
-            f"run_dir: two runs of this sweep would share {path}; sweep name or seed too"
-        )
-    for group in runs:
-        for config in group:
-            check_run(config)
-            check_free(run_path(config), config.resume)
-    for group in runs:
-        trained = [train(config) for config in group]
-        if len(group) > 1:
-            _report(trained)
-    return paths
+    common = set(sweep[0]).intersection(*sweep[1:])
+    pairs = [_runs(overrides, [o for o in overrides if o not in common]) for overrides in sweep]
+    runs: dict[Path, RunConfig] = {}
+    for config in chain.from_iterable(pairs):
+        path = run_path(config)
+        if runs.setdefault(path, config) != config:
+            raise UserError(
+                f"run_dir: two runs of this sweep would share {path}; give them names that differ "
+                "(name, run_dir or precision.name)"
+            )
+    for path, config in runs.items():
+        check_run(config)
+        check_free(path, config.resume)
+        start = find_checkpoint(path, config.resume)
+        if start is not None:
+            check_model(start, config)
+    trained: set[Path] = set()
+    for pair in pairs:
+        paths = [run_path(config) for config in pair]
+        for path, config in zip(paths, pair, strict=True):
+            if path not in trained:
+                train(config)
+                trained.add(path)
+        if len(pair) > 1:
+            _report(paths)
+    return list(runs)
 
 
-def _with_baseline(overrides: list[str]) -> list[RunConfig]:
-    """[run], or [baseline, run] with the baseline's recipe in place of the run's."""
+def _runs(overrides: list[str], varied: list[str]) -> list[RunConfig]:
+    """[run], or [baseline, run]: the run's config with the baseline's recipe in its place."""
     config = compose(overrides)
     if config.baseline is None:
-        return [config]
-    offered = groups()["precision"]
-    if config.baseline not in offered:
-        raise UserError(f"baseline: {config.baseline!r} is no recipe; choose {', '.join(offered)}")
-    if config.baseline == config.precision.name:
+        return [_placed(config, varied)]
+    base = replace(config, precision=compose([f"precision={config.baseline}"]).precision)
+    if base.precision.name == config.precision.name:
         raise UserError(
-            f"baseline: {config.baseline} is the run's own recipe; choose another baseline"
+            f"baseline: {config.baseline} is the run's own recipe; choose another baseline, or "
+            "tell a variant of it apart with precision.name"
         )
-    keys = ("precision", "baseline", "run_dir", "name")
-    shared = [
-        o for o in overrides if not o.startswith(tuple(f"{k}{c}" for k in keys for c in "=."))
-    ]
-    base = compose([*shared, f"precision={config.baseline}"])
-    # Each takes the pair's place with its recipe appended: runs/demo-fp8 beside runs/demo-nvfp4.
-    place = (
-        run_path(config) if config.run_dir or config.name else Path("runs") / f"seed{config.seed}"
-    )
-    return [
-        replace(c, run_dir=f"{place}-{c.precision.name}", baseline=None) for c in (base, config)
-    ]
-
-
-def _apart(runs: list[list[RunConfig]], sweep: list[list[str]]) -> list[list[RunConfig]]:
-    """Give the runs of a sweep folders of their own, named by what differs between them."""
-    common = set(sweep[0]).intersection(*sweep[1:])
-    named = []
-    for group, overrides in zip(runs, sweep, strict=True):
-        varied = [o for o in overrides if o not in common]
-        label = ",".join(o.replace("/", "_") for o in varied)
-        named.append(
-            [
-                replace(
-                    c,
-                    run_dir=f"{run_path(c)},{label}"
-                    if _placed(c) or _hidden(varied)
-                    else c.run_dir,
-                )
-                for c in group
-            ]
+    if config.resume not in (None, "auto"):
+        raise UserError(
+            f"resume: {config.resume} cannot be both the run and its baseline; use resume=auto, "
+            "or train without baseline"
         )
-    return named
+    shared = [o for o in varied if not o.startswith(("precision=", "precision."))]
+    return [_placed(base, shared), _placed(config, varied)]
 
 
-def _placed(config: RunConfig) -> bool:
-    return config.run_dir is not None or config.name is not None
+def _placed(config: RunConfig, varied: list[str]) -> RunConfig:
+    """The run in a folder of its own, named by what a sweep varies.
 
-
-def _hidden(varied: list[str]) -> bool:
-    """Whether something other than what the default folder's name shows is swept."""
-    return any(not o.startswith(("precision=", "seed=")) for o in varied)
+    runs/nvfp4-seed1234-lr_0.001; beside a baseline, run_dir=runs/demo is runs/demo-nvfp4. Names
+    need no quotes in a shell or an override.
+    """
+    place, shown = str(run_path(config)), {"precision", "seed"}
+    if config.run_dir is not None or config.name is not None:
+        shown = {"run_dir", "name"}
+        if config.baseline is not None:
+            place, shown = f"{place}-{config.precision.name}", shown | {"precision"}
+    for override in varied:
+        key, _, value = override.partition("=")
+        if key not in shown:
+            place += "-" + re.sub(r"[^\w.+-]+", "_", f"{key.rpartition('.')[2]}_{value}").strip("_")
+    return replace(config, run_dir=place, baseline=None)
 
 
 def _report(trained: list[Path]) -> None:

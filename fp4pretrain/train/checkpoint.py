@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
+from fp4pretrain.config import RunConfig
 from fp4pretrain.errors import UserError
 from fp4pretrain.train.trainer import Trainer, unwrapped
 
@@ -74,7 +75,9 @@ def find(folder: Path, resume: str | None) -> Path | None:
     if resume == "auto":
         latest = folder / LATEST
         return folder / latest.read_text().strip() if latest.is_file() else None
-    path = Path(resume)
+    path = Path(resume).expanduser()
+    if (path / folder.name).is_dir():
+        path = path / folder.name  # a run's folder stands for its checkpoints
     if (path / LATEST).is_file():
         path = path / (path / LATEST).read_text().strip()
     if not (path / _RUN).is_file():
@@ -83,14 +86,32 @@ def find(folder: Path, resume: str | None) -> Path | None:
 
 
 def described(path: Path) -> dict[str, Any]:
-    """What ``run.json`` of a checkpoint says: step, consumed_samples, the model and the seed."""
+    """What ``run.json`` of a checkpoint says: step, consumed_samples, the model and the seed.
+
+    Raises UserError where it is missing or damaged.
+    """
     try:
-        return dict(json.loads((path / _RUN).read_text()))
-    except (OSError, ValueError) as error:
+        found = json.loads((path / _RUN).read_text())
+        if not isinstance(found["step"], int) or not isinstance(found["model"], dict):
+            raise TypeError("step and model")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"resume: {path} is damaged ({type(error).__name__}: {_RUN}); resume from another "
             "checkpoint"
         ) from None
+    return dict(found)
+
+
+def check_model(path: Path, config: RunConfig) -> int:
+    """The step of a checkpoint of this model. Raises UserError for a checkpoint of another."""
+    found = described(path)
+    for key, value in asdict(config.model).items():
+        if found["model"].get(key) != value:
+            raise UserError(
+                f"resume: {path} holds another model (model.{key} is {found['model'].get(key)} "
+                f"there and {value} here); set model.{key} or resume another run"
+            )
+    return int(found["step"])
 
 
 def load(trainer: Trainer, path: Path) -> None:
@@ -98,15 +119,7 @@ def load(trainer: Trainer, path: Path) -> None:
 
     Raises UserError for a checkpoint of another model.
     """
-    found = described(path)
-    wanted = _description(trainer)
-    for key, value in wanted["model"].items():
-        if found["model"].get(key) != value:
-            raise UserError(
-                f"resume: {path.name} holds another model (model.{key} is "
-                f"{found['model'].get(key)} there and {value} here); set model.{key} or resume "
-                "another run"
-            )
+    step = check_model(path, trainer.config)
     with _quiet():
         state = dist_checkpointing.load(_state(trainer, loading=True), str(path))
     for index, chunk in enumerate(trainer.chunks):
@@ -114,7 +127,7 @@ def load(trainer: Trainer, path: Path) -> None:
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.schedule.load_state_dict(state["schedule"])
     _set_rng(state["rng"])
-    trainer.step = int(found["step"])
+    trainer.step = step
     trainer.clock.weights_changed()
 
 

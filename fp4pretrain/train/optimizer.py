@@ -10,7 +10,6 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fp4pretrain.config import RunConfig
-from fp4pretrain.errors import UserError
 
 
 def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> Any:
@@ -40,10 +39,6 @@ def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler
     """Warmup, then WSD (stable, decay over the last fraction) or cosine, counted in steps."""
     o, steps = config.optim, config.train.steps
     warmup = round(o.warmup * steps)
-    if o.min_lr > o.lr:
-        raise UserError(f"optim.min_lr: {o.min_lr} is above optim.lr={o.lr}; lower it")
-    if warmup >= steps:
-        raise UserError(f"optim.warmup: it takes all {steps} steps; use a smaller fraction")
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

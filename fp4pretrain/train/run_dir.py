@@ -5,6 +5,7 @@ runs/NAME/  config.yaml  plan.txt  metrics.jsonl  checkpoints/  wandb/
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ CHECKPOINTS = "checkpoints"
 def run_path(config: RunConfig) -> Path:
     """``run_dir``, or ``runs/NAME`` with NAME from ``name`` or the recipe and seed."""
     if config.run_dir:
-        return Path(config.run_dir)
+        return Path(config.run_dir).expanduser()
     return Path("runs") / (config.name or f"{config.precision.name}-seed{config.seed}")
 
 
@@ -40,14 +41,27 @@ def on_main(work: Callable[[], None], *, is_main: bool) -> None:
 
 
 def check_free(path: Path, resume: str | None) -> None:
-    """Raises UserError where the folder holds another run and ``resume`` is not asked for."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"run_dir: {path} is a file; choose another run_dir")
-    if resume is None and path.is_dir() and any(path.iterdir()):
-        raise UserError(
-            f"run_dir: {path} exists already; continue it with resume=auto, or choose another "
-            "run_dir (or name)"
-        )
+    """Raises UserError where a run in this folder would overwrite another, or could not write.
+
+    A folder that holds something is for the run that made it: ``resume=auto``, or a checkpoint out
+    of it. A checkpoint of another run starts a new folder.
+    """
+    try:
+        nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    except OSError as error:  # a name too long for the file system
+        raise _unwritable(path, error) from None
+    if not nearest.is_dir():
+        raise UserError(f"run_dir: {nearest} is a file; choose another run_dir")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"run_dir: {nearest} cannot be written; choose another run_dir")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    own = (path / CHECKPOINTS).is_dir()
+    if resume is not None and own and (resume == "auto" or _within(Path(resume), path)):
+        return
+    cure = "continue it with resume=auto, or choose" if own and resume is None else "choose"
+    holds = "exists already" if own else "holds other files than a run's"
+    raise UserError(f"run_dir: {path} {holds}; {cure} another run_dir (or name)")
 
 
 def prepare(path: Path, config: RunConfig, plan_text: str) -> None:
@@ -57,11 +71,19 @@ def prepare(path: Path, config: RunConfig, plan_text: str) -> None:
         (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
         (path / "plan.txt").write_text(plan_text + "\n")
     except OSError as error:
-        raise UserError(
-            f"run_dir: {path} cannot be written ({error.strerror}); choose another run_dir"
-        ) from None
+        raise _unwritable(path, error) from None
 
 
 def find_checkpoint(path: Path, resume: str | None) -> Path | None:
     """The checkpoint to start from, None for a fresh start."""
     return checkpoint.find(path / CHECKPOINTS, resume)
+
+
+def _within(path: Path, folder: Path) -> bool:
+    return path.expanduser().resolve().is_relative_to(folder.resolve())
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"run_dir: {path} cannot be written ({error.strerror}); choose another run_dir"
+    )

@@ -1,0 +1,159 @@
+"""Which values a run config may hold: everything that can be refused without knowing the ranks.
+
+What needs the number of ranks is in ``fp4pretrain.model.layout``, what needs files in
+``fp4pretrain.data`` and ``fp4pretrain.train.run_dir``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.presets import groups
+
+if TYPE_CHECKING:
+    from fp4pretrain.config import ModelConfig, OptimConfig, RunConfig
+
+CHOICES = {
+    "model.activation": ("swiglu", "gelu", "squared_relu"),
+    "model.normalization": ("rmsnorm", "layernorm"),
+    "model.position": ("rope", "learned"),
+    "optim.schedule": ("wsd", "cosine"),
+    "optim.decay_shape": ("linear", "cosine", "exponential", "minus_sqrt"),
+    "optim.params_dtype": ("bf16", "fp32"),
+    "parallel.recompute": ("none", "full", "selective"),
+    "parallel.device": ("auto", "cpu", "cuda"),
+    "precision.amax": ("tensor_parallel", "rank"),
+    "precision.backend": ("auto", "reference", "triton", "native", "transformer_engine"),
+    "logging.wandb.mode": ("auto", "online", "offline", "disabled"),
+    "logging.console": ("auto", "progress", "lines", "quiet"),
+}
+
+_LARGE = 2**31  # sizes and counts end up in 32-bit fields of libraries
+_SEEDS = 2**32  # numpy's legacy generator, which orders the samples, takes 32 bits
+
+POSITIVE = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.ffn_hidden_size",
+    "model.num_attention_heads",
+    "model.num_query_groups",
+    "model.kv_channels",
+    "model.seq_length",
+    "model.vocab_size",
+    "model.norm_epsilon",
+    "model.rotary_base",
+    "optim.lr",
+    "optim.eps",
+    "train.steps",
+    "train.micro_batch",
+    "train.global_batch",
+    "train.log_interval",
+    "train.eval_batches",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.virtual_pipeline",
+    "parallel.context",
+    "checkpoint.keep_last",
+)
+NOT_NEGATIVE = (
+    "model.init_std",
+    "optim.min_lr",
+    "optim.weight_decay",
+    "optim.clip",
+    "train.eval_interval",
+    "checkpoint.interval",
+)
+FRACTIONS = ("optim.warmup", "optim.decay")
+BELOW_ONE = ("optim.beta1", "optim.beta2", "model.attention_dropout", "model.hidden_dropout")
+# Optional words: null says "none", an empty one says nothing.
+NOT_EMPTY = ("name", "run_dir", "resume", "precision.name", "data.tokenizer", "data.cache_dir")
+
+
+def check(config: RunConfig) -> None:
+    """Raises UserError, one line naming key and cure, for a value that cannot be meant."""
+
+    def value(key: str) -> Any:
+        node: Any = config
+        for part in key.split("."):
+            node = getattr(node, part)
+        return node
+
+    def require(keys: tuple[str, ...], low: float, high: float, cure: str) -> None:
+        for key in keys:  # a NaN fails every comparison, and null is for the schema to refuse
+            if value(key) is not None and not low <= value(key) < high:
+                raise UserError(f"{key}: {value(key)} is out of range; give {cure}")
+
+    for key, allowed in CHOICES.items():
+        if value(key) not in allowed:
+            raise UserError(f"{key}: {value(key)!r} is unknown; choose {', '.join(allowed)}")
+    require(POSITIVE, 5e-324, _LARGE, "a number above 0 and below 2^31")
+    require(NOT_NEGATIVE, 0, _LARGE, "0 or a number above, below 2^31")
+    require(FRACTIONS, 0, 1 + 2**-52, "a fraction, 0 to 1")
+    require(BELOW_ONE, 0, 1, "a number from 0 to below 1")
+    require(("seed",), 0, _SEEDS, "a whole number from 0 to 2^32 - 1")
+    for key in NOT_EMPTY:
+        if value(key) == "":
+            raise UserError(f"{key}: it is empty; give a name, or leave {key} out")
+    if "/" in config.precision.name:
+        raise UserError(
+            f"precision.name: {config.precision.name!r} names a folder of runs; leave out the /"
+        )
+    offered = groups()["precision"]
+    if config.baseline is not None and config.baseline not in offered:
+        raise UserError(f"baseline: {config.baseline!r} is no recipe; choose {', '.join(offered)}")
+    _check_model(config.model)
+    _check_schedule(config.optim, config.train.steps)
+    _check_data_path(config.data.path)
+    if config.train.global_batch % config.train.micro_batch:
+        raise UserError(
+            f"train.global_batch: {config.train.global_batch} is no multiple of train.micro_batch="
+            f"{config.train.micro_batch}; change one"
+        )
+
+
+def _check_model(m: ModelConfig) -> None:
+    groups_ = m.num_query_groups or m.num_attention_heads
+    if m.num_attention_heads % groups_:
+        raise UserError(
+            f"model.num_query_groups: {groups_} does not divide model.num_attention_heads="
+            f"{m.num_attention_heads}; change one"
+        )
+    if m.kv_channels is None and m.hidden_size % m.num_attention_heads:
+        raise UserError(
+            f"model.num_attention_heads: {m.num_attention_heads} does not divide "
+            f"model.hidden_size={m.hidden_size}; change one or set model.kv_channels"
+        )
+    head_size = m.kv_channels or m.hidden_size // m.num_attention_heads
+    if m.position == "rope" and head_size % 2:
+        raise UserError(
+            f"model.kv_channels: heads of {head_size} channels cannot be rotated in pairs; make "
+            "them even or use model.position=learned"
+        )
+
+
+def _check_schedule(o: OptimConfig, steps: int) -> None:
+    if o.min_lr > o.lr:
+        raise UserError(f"optim.min_lr: {o.min_lr} is above optim.lr={o.lr}; lower it")
+    warmup, decay = round(o.warmup * steps), round(o.decay * steps)
+    if warmup >= steps:
+        raise UserError(f"optim.warmup: it takes all {steps} steps; use a smaller fraction")
+    if o.schedule == "wsd" and warmup + decay > steps:
+        raise UserError(
+            f"optim.decay: it begins before the warmup ends ({warmup} + {decay} of {steps} steps); "
+            "lower optim.warmup or optim.decay"
+        )
+
+
+def _check_data_path(path: Any) -> None:
+    """null, a prefix, or a blend of ``{prefix, weight}``; numbers and files are for ``data``."""
+    shape = "give null, some/prefix, or {name: {prefix: some/prefix, weight: 1}, ...}"
+    if path is None or (isinstance(path, str) and path):
+        return
+    if not isinstance(path, Mapping):
+        raise UserError(f"data.path: {path!r} names no dataset; {shape}")
+    for name, member in path.items():
+        for key in member if isinstance(member, Mapping) else ():
+            if key not in ("prefix", "weight"):
+                raise UserError(f"data.path.{name}.{key}: no such key; use prefix and weight")

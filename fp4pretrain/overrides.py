@@ -1,0 +1,140 @@
+"""What a user typed, in Hydra's grammar, held to the keys that exist; and Hydra's errors in a line.
+
+Hydra would let ``+key=value`` add a key that nothing reads and ``~key`` take one away. Every key is
+in the schema already, so both are refused here, before Hydra composes.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from yaml import MarkedYAMLError
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.presets import groups
+
+# A part of OmegaConf's reason -> the cure.
+_CURES = {
+    "Integer": "give a whole number",
+    "Float": "give a number",
+    "valid bool": "give true or false",
+    "not Optional": "it cannot be null",
+    "Cannot merge": "set the keys inside it, one by one",
+    "ListConfig": "give a list such as [a,b]",
+    "subclass of str": "give a list of words such as [a,b]",
+    "subclass": "set the keys inside it, one by one",
+    "to string": "give a word",
+    "andatory": "give it a value",
+    "nterpolation": "write the value itself",
+}
+
+
+def refuse_unknown(overrides: Sequence[str], *, keys: Collection[str]) -> None:
+    """Raises UserError for an override that cannot be read, or sets no key of ``keys``, or names an
+    option that its group lacks, or holds several values (a sweep's)."""
+    offered = groups()
+    for text in overrides:
+        override = _parsed(text)
+        name, _, value = text.partition("=")
+        key = name.lstrip("+~")
+        if key not in keys and key not in offered and not key.startswith("data.path."):
+            raise UserError(unknown_key(key, keys))
+        if name != key:
+            raise UserError(
+                f"{key}: keys are set, never added (+) or taken away (~); write {key}=VALUE"
+            )
+        if override.is_sweep_override():
+            raise UserError(
+                f"{key}: {value} is several values; sweep them with `fp4pretrain train -m`, or "
+                f"quote a value that has commas: \"{key}='{value}'\""
+            )
+        if key in offered:
+            _check_options(key, override.value(), offered[key])
+
+
+def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Hydra's sweep grammar (``a=1,2 b=choice(x,y) c=range(0,3)``) as one list of overrides a run.
+
+    Raises UserError for what cannot be read.
+    """
+    runs: list[list[str]] = [[]]
+    for text in overrides:
+        override = _parsed(text)
+        variants = [text]
+        if override.is_sweep_override():
+            try:
+                values = list(override.sweep_string_iterator())
+            except (HydraException, ValueError, TypeError) as error:
+                raise UserError(f"{_name(text)}: {text!r} is no sweep ({_flat(error)})") from None
+            if not values:
+                raise UserError(f"{_name(text)}: {text!r} sweeps over nothing; give it values")
+            variants = [f"{override.get_key_element()}={value}" for value in values]
+        runs = [[*run, variant] for run in runs for variant in variants]
+    return runs
+
+
+def unknown_key(key: str, keys: Collection[str]) -> str:
+    """The line for a key that does not exist, with the nearest that does."""
+    near = get_close_matches(key, sorted(keys), n=1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"{_name(key)}: no such key; {meant}`fp4pretrain train --cfg` prints all keys"
+
+
+def one_line(error: Exception, *, keys: Collection[str]) -> str:
+    """What Hydra, OmegaConf or the YAML reader said, as one line that names key and cure."""
+    if isinstance(error, MarkedYAMLError):
+        mark = error.problem_mark
+        place = f"{mark.name}, line {mark.line + 1}" if mark else "a YAML file"
+        return f"{place}: {error.problem}; correct the YAML"
+    cause = error.__cause__ or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    told = [line for line in lines if not re.match(r"(full_key:|\w+_type=)", line)]
+    reason = textwrap.shorten(told[-1] if told else type(cause).__name__, 160, placeholder=" ...")
+    file = re.match(r"In '([^']+)'", str(error))
+    place = f" (in {file[1]}.yaml)" if file else ""
+    full_key = re.search(r"full_key: (\S+)", str(cause))
+    if full_key is None:
+        return f"{file[1]}.yaml: {told[0]}; correct that file" if file else f"{reason}; see --help"
+    if re.match(r"Key '.*' not in '", reason):
+        return unknown_key(full_key[1], keys) + place
+    cure = next((c for part, c in _CURES.items() if part in reason), "give another value")
+    return f"{full_key[1]}: {reason}{place}; {cure}"
+
+
+def _parsed(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException:
+        _, _, value = text.partition("=")
+        plain = value.strip("\"' ").replace("'", "")
+        raise UserError(
+            f"{_name(text)}: {text!r} cannot be read; write key=value, and quotes around a value "
+            f"of unusual characters: \"{_name(text)}='{_flat(plain)}'\""
+        ) from None
+
+
+def _check_options(group: str, value: Any, offered: Sequence[str]) -> None:
+    if isinstance(value, dict):
+        return  # sets keys of the group, which Hydra checks
+    for option in value if isinstance(value, list) else [value]:
+        if option not in offered:
+            known = ", ".join(offered)
+            given = "null" if option is None else repr(str(option))
+            raise UserError(f"{group}: {given} is unknown; choose {known}")
+
+
+def _name(text: str) -> str:
+    """The key of an override for the head of a message, whatever was typed."""
+    key = text.partition("=")[0].lstrip("+~")
+    return key if re.fullmatch(r"[\w./@:]+", key) else repr(key or text)
+
+
+def _flat(text: object) -> str:
+    return " ".join(str(text).split())
