@@ -14,7 +14,7 @@ train: $(VENV)/.installed ## FP8 then NVFP4 on this machine, and the gap between
 	$(BIN)/fp4pretrain train precision=nvfp4 baseline=fp8 name=$(NAME)
 
 test: $(VENV)/.installed-dev ## the whole CPU suite
-	$(THREADS) $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-gpu: $(VENV)/.installed-dev ## kernels, layers and NCCL layouts, on this machine's GPUs
 	$(BIN)/python -m pytest tests/gpu

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
@@ -114,8 +115,12 @@ def model_config(config: RunConfig) -> TransformerConfig:
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
-        batch_p2p_comm=True,
-        deallocate_pipeline_outputs=True,
+        # Interleaved stages exchange both ways with the same neighbour when there are two of them;
+        # only megatron-core's unbatched sends, on two groups, keep those messages apart.
+        overlap_p2p_comm=p.virtual_pipeline is not None,
+        batch_p2p_comm=p.virtual_pipeline is None,
+        # gloo reads a sent tensor until the send is done; NCCL's streams keep the order.
+        deallocate_pipeline_outputs=dist.get_backend() == "nccl",
         **recompute,
     )
 

@@ -70,7 +70,8 @@ class QuantLinearFunction(torch.autograd.Function):
         # x itself is kept only where it must be gathered again (its shard is smaller than a cast
         # of the whole); weight for its main gradient.
         ctx.save_for_backward(x if keep and call.gather else None, weight)
-        return y_tn.view(*total.shape[:-1], y_tn.shape[-1])
+        # Not a view: megatron-core's cross entropy works on FP32 logits in place.
+        return torch.ops.aten._unsafe_view(y_tn, [*total.shape[:-1], y_tn.shape[-1]])
 
     @staticmethod
     @plain_torch

@@ -59,7 +59,6 @@ class QuantLinear:
         *,
         allreduce_dgrad: bool = False,
         sequence_parallel: bool = False,
-        tp_group: Any = None,
         **_other_matmuls: Any,
     ) -> torch.Tensor:
         # The remaining keywords configure megatron-core's own matmul (apex's fused accumulation,
@@ -74,7 +73,7 @@ class QuantLinear:
             backend=binding.backend,
             weights=self._cache,
             weights_version=clock.weights_version,
-            tp_group=tp_group,
+            tp_group=self.tp_group,  # megatron-core's row-parallel call passes none
             gather=sequence_parallel,
             allreduce_dgrad=allreduce_dgrad,
             training=torch.is_grad_enabled(),

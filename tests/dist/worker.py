@@ -1,0 +1,135 @@
+"""One rank of a test: a process that runs jobs from stdin, one JSON object a line.
+
+Importing torch and megatron-core costs seconds, forming groups costs milliseconds. So the processes
+stay, and every test forms groups of its own among the first few of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+warnings.filterwarnings("ignore")
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from fp4pretrain.config import compose
+from fp4pretrain.errors import UserError
+from fp4pretrain.model.layout import check_layout
+from fp4pretrain.parallel.groups import join, leave
+from fp4pretrain.train.main import train
+from fp4pretrain.train.step import train_step
+from fp4pretrain.train.trainer import Trainer, build_trainer, unwrapped
+
+
+def first_steps(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
+    """Loss and grad norm of the first steps; whole gradients of each step go to ``out``."""
+    config = compose(overrides)
+    layout = check_layout(config, dist.get_world_size())
+    p = config.parallel
+    world = join(
+        device=torch.device(device),
+        tensor=p.tensor,
+        pipeline=p.pipeline,
+        virtual_pipeline=p.virtual_pipeline,
+        seed=config.seed,
+    )
+    trainer = build_trainer(config, world, layout)
+    update = trainer.optimizer.step
+    gradients: dict[str, torch.Tensor] = {}
+
+    def capture_then_update() -> Any:
+        gradients.clear()
+        gradients.update(whole_gradients(trainer))
+        return update()
+
+    trainer.optimizer.step = capture_then_update
+    iterators = trainer.batches(trainer.train_data, 0)
+    rows = []
+    for step in range(steps):
+        trainer.binding.apply(trainer.progress)
+        rows.append(train_step(trainer, iterators))
+        tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        if tensor_rank == 0 and world.data_rank == 0:
+            stage = parallel_state.get_pipeline_model_parallel_rank()
+            torch.save(dict(gradients), Path(out) / f"step{step}_stage{stage}.pt")
+    return {"rows": rows}
+
+
+def whole_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Reduced gradients of this stage by global name, put together over its ranks."""
+    group = parallel_state.get_data_parallel_group()
+    for chunk in trainer.chunks:
+        for bucket_group in chunk.bucket_groups:
+            for bucket in bucket_group.buckets:
+                # the distributed optimizer leaves each rank its own shard of the sum
+                if trainer.config.parallel.distributed_optimizer and group.size() > 1:
+                    shards = bucket.grad_data.chunk(group.size())
+                    mine = shards[group.rank()].clone()
+                    dist.all_gather(list(shards), mine, group=group)
+    found = {}
+    for chunk in trainer.chunks:
+        gpt = unwrapped(chunk)
+        first = gpt.decoder.layers[0].layer_number - 1
+        for name, parameter in gpt.named_parameters():
+            parts = name.split(".")
+            if "layers" in parts:
+                at = parts.index("layers") + 1
+                parts[at] = str(int(parts[at]) + first)
+            found[".".join(parts)] = whole(parameter, parameter.main_grad).cpu()
+    return found
+
+
+def whole(parameter: Any, shard: torch.Tensor) -> torch.Tensor:
+    """A tensor-parallel shard with the other ranks' shards; SwiGLU's two parts in whole order."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return shard.clone()
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    dim, stride = parameter.partition_dim, parameter.partition_stride
+    pieces = [piece.chunk(stride, dim=dim) for piece in shards]
+    return torch.cat([pieces[r][s] for s in range(stride) for r in range(group.size())], dim=dim)
+
+
+def train_run(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
+    """A whole run through the trainer's front door."""
+    return {"path": str(train(compose(overrides)))}
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {"first_steps": first_steps, "train": train_run}
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    rank, size, device = job["rank"], job["size"], job["device"]
+    os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank))
+    if device == "cuda":
+        device = f"cuda:{rank}"
+        torch.cuda.set_device(rank)
+    store = dist.FileStore(job["store"], size)
+    dist.init_process_group("nccl" if "cuda" in device else "gloo", store=store, rank=rank, world_size=size)
+    try:
+        return TASKS[job["task"]](
+            job["overrides"], job["out"], steps=job.get("steps", 1), device=device
+        )
+    except UserError as error:
+        return {"user_error": str(error)}
+    except Exception:
+        return {"error": traceback.format_exc()}
+    finally:
+        leave(destroy=True)
+
+
+if __name__ == "__main__":
+    replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not look like a reply
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), file=replies, flush=True)
