@@ -1,0 +1,144 @@
+"""Launching the quantization kernel: allocate what is asked for, pick a tile, go.
+
+Host time counts: a training step launches this a few times a linear, so there is no tuning at run time
+and no tensor is touched on the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp4_kernels.device import has_fast_casts
+from fp4_kernels.quantize_kernel import quantize_kernel
+from fp4_kernels.spec import FORMATS, Copy
+
+# Tokens / 16 and columns of a program's tile, and its warps.
+TILE = (8, 128, 4)
+
+_SCALE_DTYPE = {"nvfp4": torch.float8_e4m3fn, "mx": torch.float8_e8m0fnu, "fp8": torch.float32}
+
+
+@dataclass
+class Quantized:
+    """One copy as it lies in memory.
+
+    Attributes:
+        out: codes: uint8 [rows, cols / 2] (the even element in the low nibble) or FP8 [rows, cols];
+            exact: bfloat16 [rows, cols]; e4m3: float8_e4m3fn [rows, cols].
+        scales: codes: one a block, [row blocks, col blocks]; e4m3: the rows' factors, fp32 [rows];
+            None for exact values.
+        alpha: fp32 scalar that remains for a GEMM's result, or None for 1.
+        shape: (rows, cols) of the copy.
+    """
+
+    out: Tensor
+    scales: Tensor | None
+    alpha: Tensor | None
+    shape: tuple[int, int]
+
+
+def quantize(
+    x: Tensor,
+    *,
+    row: Copy | None = None,
+    col: Copy | None = None,
+    row_amax: Tensor | None = None,
+    col_amax: Tensor | None = None,
+    lost: Tensor | None = None,
+    tile: tuple[int, int, int] = TILE,
+) -> tuple[Quantized | None, Quantized | None]:
+    """A copy of ``x`` [R, C] with blocks along its columns, one of ``x.T``, or both from one read.
+
+    Args:
+        x: bfloat16, float16 or float32; one of its strides is 1.
+        row, col: the copy of x and the copy of x.T; None to leave one out.
+        row_amax, col_amax: fp32, after the copy's rotation: a scalar where ``Copy.amax`` is "tensor",
+            one a row of the copy where it is "row".
+        lost: int32 [2], to which the counts of elements that an e4m3 copy could not hold are added.
+        tile: tokens / 16, columns, warps of a program.
+
+    Returns:
+        (row copy, column copy), None where not asked for.
+
+    Raises:
+        ValueError: where blocks or rotation do not divide x, or an amax is missing.
+    """
+    if x.dim() != 2 or (x.stride(1) != 1 and x.stride(0) != 1):
+        raise ValueError(f"quantize takes a matrix with a unit stride, got strides {x.stride()}")
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        c, r = quantize(
+            x.t(), row=col, col=row, row_amax=col_amax, col_amax=row_amax, lost=lost, tile=tile
+        )
+        return r, c
+    rows, cols = x.shape
+    made_row = _allocate(x, row, (rows, cols), row_amax)
+    made_col = _allocate(x, col, (cols, rows), col_amax)
+    tb, bn, warps = tile
+    even = rows % (tb * 16) == 0 and cols % bn == 0
+    fast = has_fast_casts(x.device)
+    grid = (-(-cols // bn), -(-rows // (tb * 16)))
+    quantize_kernel[grid](
+        x, x.stride(0), rows, cols,
+        *_pointers(row, made_row, row_amax, lost, 0), *_pointers(col, made_col, col_amax, lost, 1),
+        *(row.launch_scalars() if row else _NO_SCALARS),
+        *(col.launch_scalars() if col else _NO_SCALARS),
+        ROW=row.config() if row else None,
+        COL=col.config() if col else None,
+        TB=tb, BN=bn, EVEN=even, FAST=fast,
+        num_warps=warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return made_row, made_col
+
+
+_NO_SCALARS = (0, 0, 0, 0, 1, 0, 0, 1, 0)
+
+
+def _pointers(
+    copy: Copy | None, made: Quantized | None, amax: Tensor | None, lost: Tensor | None, side: int
+) -> tuple:
+    """(output, scales, amax, alpha, lost): finished words are stored as int32, other codes as bytes."""
+    if copy is None or made is None:
+        return None, None, None, None, None
+    out, scales = made.out, made.scales
+    if side == 1 or (copy.output == "codes" and copy.element.dtype == torch.uint8):
+        out = out.view(torch.int32)
+    elif copy.output != "exact":
+        out = out.view(torch.uint8)
+    if scales is not None and scales.dtype != torch.float32:
+        scales = scales.view(torch.uint8)
+    return out, scales, amax, made.alpha, None if lost is None else lost[side : side + 1]
+
+
+def _allocate(
+    x: Tensor, copy: Copy | None, shape: tuple[int, int], amax: Tensor | None
+) -> Quantized | None:
+    if copy is None:
+        return None
+    rows, cols = shape
+    kind, element, _ = FORMATS[copy.format]
+    length = copy.block_length
+    if cols % max(length, copy.rotation, 16) or (copy.block == "2d" and rows % length):
+        raise ValueError(f"blocks or rotation of {copy} do not divide [{rows}, {cols}]")
+    if copy.amax != "none" and amax is None:
+        raise ValueError(f"{copy.format} {copy.block} {copy.output} needs an amax ({copy.amax})")
+    scales = None
+    if copy.output == "exact":
+        out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
+    elif copy.output == "e4m3":
+        out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=x.device)
+        scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    else:
+        width = cols // 2 if element.dtype == torch.uint8 else cols
+        out = torch.empty((rows, width), dtype=element.dtype, device=x.device)
+        if copy.amax == "row":
+            scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+        elif length:
+            blocks = (rows // length if copy.block == "2d" else rows, cols // length)
+            scales = torch.empty(blocks, dtype=_SCALE_DTYPE[kind], device=x.device)
+    alpha = None
+    if copy.amax == "tensor":
+        alpha = torch.empty((), dtype=torch.float32, device=x.device)
+    return Quantized(out, scales, alpha, shape)

@@ -1,0 +1,87 @@
+"""The quantization kernel: up to one row copy and one column copy of a matrix, from one read of it.
+
+A program owns TB * 16 tokens by BN columns, loaded as sixteen tensors [TB, BN] (``rotation.py`` says why),
+and makes whichever copies are asked for.
+"""
+
+import triton
+import triton.language as tl
+
+from fp4_kernels.column_copy import column_copy
+from fp4_kernels.copies import OUT, store_alpha
+from fp4_kernels.row_copy import row_copy
+
+_SCALARS = tuple(
+    f"{side}_{name}"
+    for side in ("row", "col")
+    for name in (
+        "key", "signs_lo", "signs_hi", "row_offset", "row_part", "row_gap",
+        "call_offset", "call_part", "call_gap",
+    )
+)  # fmt: skip
+
+
+@triton.jit
+def load_tile(x_ptr, stride, m0, n0, R, C, TB: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr):
+    """Sixteen tensors [TB, BN]: tensor i has the tokens m0 + tb * 16 + i; zeros outside the matrix."""
+    n = n0 + tl.arange(0, BN)[None, :]
+    xs = ()
+    for i in tl.static_range(16):
+        m = m0 + tl.arange(0, TB)[:, None] * 16 + i
+        offset = m.to(tl.int64) * stride + n
+        if EVEN:
+            xs = xs + (tl.load(x_ptr + offset),)
+        else:
+            xs = xs + (tl.load(x_ptr + offset, mask=(m < R) & (n < C), other=0.0),)
+    return xs
+
+
+@triton.jit
+def _count(lost, lost_ptr):
+    total = tl.sum(tl.sum(lost, axis=1), axis=0)
+    if total > 0:
+        tl.atomic_add(lost_ptr, total)
+
+
+@triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_SCALARS)
+def quantize_kernel(
+    x_ptr, stride, R, C,
+    row_out, row_scales, row_amax, row_alpha, row_lost,
+    col_out, col_scales, col_amax, col_alpha, col_lost,
+    row_key: "i64", row_signs_lo: "i64", row_signs_hi: "i64",
+    row_row_offset: "i32", row_row_part: "i32", row_row_gap: "i32",
+    row_call_offset: "i32", row_call_part: "i32", row_call_gap: "i32",
+    col_key: "i64", col_signs_lo: "i64", col_signs_hi: "i64",
+    col_row_offset: "i32", col_row_part: "i32", col_row_gap: "i32",
+    col_call_offset: "i32", col_call_part: "i32", col_call_gap: "i32",
+    ROW: tl.constexpr, COL: tl.constexpr,
+    TB: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """x [R, C] to a row copy (ROW: its config or None) and a column copy (COL)."""
+    n0 = tl.program_id(0) * BN
+    m0 = tl.program_id(1) * (TB * 16)
+    geo = (m0, n0, R, C)
+    xs = load_tile(x_ptr, stride, m0, n0, R, C, TB, BN, EVEN)
+    first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
+    if ROW is not None:
+        noise = (
+            row_key, row_row_offset, row_row_part, row_row_gap,
+            row_call_offset, row_call_part, row_call_gap,
+        )  # fmt: skip
+        ptr = (row_out, row_scales, row_amax)
+        lost = row_copy(xs, geo, ptr, noise, (row_signs_lo, row_signs_hi), ROW, EVEN, FAST)
+        if ROW[OUT] == "e4m3":
+            _count(lost, row_lost)
+        if first:
+            store_alpha(row_alpha, row_amax, ROW)
+    if COL is not None:
+        noise = (
+            col_key, col_row_offset, col_row_part, col_row_gap,
+            col_call_offset, col_call_part, col_call_gap,
+        )  # fmt: skip
+        ptr = (col_out, col_scales, col_amax)
+        lost = column_copy(xs, geo, ptr, noise, (col_signs_lo, col_signs_hi), COL, EVEN, FAST)
+        if COL[OUT] == "e4m3":
+            _count(lost, col_lost)
+        if first:
+            store_alpha(col_alpha, col_amax, COL)

@@ -1,0 +1,182 @@
+"""What one copy of a matrix is: format, block, scale rule, rounding, rotation, noise, output.
+
+The words are those of public recipes; ``Copy.config`` turns them into the compile-time tuple that
+``copies.py`` documents. Everything a kernel must be compiled for is in that tuple; keys, signs and offsets
+are arguments of a launch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Element:
+    """An element grid: its name in the kernels, largest value, that value's exponent, mantissa bits."""
+
+    name: str
+    max: float
+    emax: int
+    mantissa: int
+    dtype: torch.dtype
+
+
+E2M1 = Element("e2m1", 6.0, 2, 1, torch.uint8)
+E4M3 = Element("e4m3", 448.0, 8, 3, torch.float8_e4m3fn)
+E5M2 = Element("e5m2", 57344.0, 15, 2, torch.float8_e5m2)
+
+# name: (kind, element, block length along the contraction axis by block name; 0: given by amax)
+FORMATS: dict[str, tuple[str, Element, dict[str, int]]] = {
+    "nvfp4": ("nvfp4", E2M1, {"1d": 16, "2d": 16}),
+    "mxfp4": ("mx", E2M1, {"1d": 32, "2d": 32}),
+    "mxfp8": ("mx", E4M3, {"1d": 32, "2d": 32}),
+    "mxfp8_e5m2": ("mx", E5M2, {"1d": 32, "2d": 32}),
+    "fp8_e4m3": ("fp8", E4M3, {"tensor": 0, "row": 0, "1d": 128, "2d": 128}),
+    "fp8_e5m2": ("fp8", E5M2, {"tensor": 0, "row": 0, "1d": 128, "2d": 128}),
+}
+# NVFP4 scale rules: (largest block scale, what an element's block amax is encoded to)
+NVFP4_RULES = {
+    "default": (448.0, 6.0),
+    "unbiased": (448.0, 6.0 * 16.0 / 17.0),
+    "cap256": (256.0, 6.0),
+    "four_over_six": (256.0, 6.0),
+}
+MX_RULES = ("floor", "ceil", "even", "rceil", "unbiased")
+OUTPUTS = ("codes", "exact", "e4m3")
+ROTATIONS = (0, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A 64-bit key, and where the copy sits in the whole operand (in the copy's own rows and columns).
+
+    Local row r is row ``row_offset + r + (r // row_part) * row_gap`` of the whole (no parts: 0);
+    columns likewise, in multiples of sixteen.
+    """
+
+    key: int
+    row_offset: int = 0
+    col_offset: int = 0
+    row_part: int = 0
+    row_gap: int = 0
+    col_part: int = 0
+    col_gap: int = 0
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One quantized copy of a matrix, its blocks along its last axis.
+
+    Attributes:
+        format: nvfp4 | mxfp4 | mxfp8 | mxfp8_e5m2 | fp8_e4m3 | fp8_e5m2.
+        block: 1d | 2d; tensor | row for fp8, whose scale then comes from the amax that is given.
+        rounding: nearest | stochastic (8 bits an element) | stochastic_full (24 bits).
+        ties: even | away (E2M1 only).
+        scale: nvfp4: default | unbiased | cap256 | four_over_six; mx: floor | ceil | even | rceil |
+            unbiased; fp8: default | pow2.
+        output: codes (packed 4-bit codes or FP8, and scales) | exact (bfloat16 element x block scale) |
+            e4m3 (mxfp4 as E4M3 under one power of two a row).
+        rotation: 0, or the size of a block Hadamard rotation (16 to 128) before quantization.
+        signs: +-1 a rotated position, applied first; None for none.
+        noise: for stochastic rounding.
+    """
+
+    format: str
+    block: str = "1d"
+    rounding: str = "nearest"
+    ties: str = "even"
+    scale: str = "default"
+    output: str = "codes"
+    rotation: int = 0
+    signs: tuple[int, ...] | None = None
+    noise: Noise | None = None
+
+    @property
+    def element(self) -> Element:
+        """The element grid of the format."""
+        return FORMATS[self.format][1]
+
+    @property
+    def block_length(self) -> int:
+        """Elements of a block along the contraction axis; 0 for a whole tensor or row."""
+        return FORMATS[self.format][2][self.block]
+
+    @property
+    def amax(self) -> str:
+        """What amax a launch needs: none, tensor (a scalar) or row (one a row of the copy)."""
+        kind = FORMATS[self.format][0]
+        if kind == "nvfp4" or self.block == "tensor":
+            return "tensor"
+        return "row" if self.output == "e4m3" or self.block == "row" else "none"
+
+    def config(self) -> tuple:
+        """The compile-time tuple of the kernels.
+
+        Raises:
+            ValueError: for a word that is not offered.
+        """
+        parts = self.noise is not None and bool(self.noise.row_part or self.noise.col_part)
+        return _config(
+            (self.format, self.block, self.scale, self.rounding, self.ties, self.output),
+            self.rotation,
+            self.signs is not None,
+            parts,
+        )
+
+    def launch_scalars(self) -> tuple[int, ...]:
+        """Key, two words of sign bits, and the noise's offsets, as signed integers."""
+        lo, hi = sign_words(self.signs)
+        n = self.noise
+        if n is None:
+            return (0, lo, hi, 0, 1, 0, 0, 1, 0)
+        if n.col_offset % 16 or n.col_part % 16 or n.col_gap % 16:
+            raise ValueError(f"noise: columns are placed in multiples of 16, got {n}")
+        return (
+            _signed(n.key), lo, hi, n.row_offset, n.row_part or _FAR, n.row_gap,
+            n.col_offset // 16, (n.col_part or _FAR) // 16, n.col_gap // 16,
+        )  # fmt: skip
+
+
+_FAR = 1 << 30  # a part longer than any tensor: no gap is ever left out
+
+
+def _signed(word: int) -> int:
+    word &= _MASK64
+    return word - (1 << 64) if word >> 63 else word
+
+
+@lru_cache(maxsize=4096)
+def sign_words(signs: tuple[int, ...] | None) -> tuple[int, int]:
+    """Two signed 64-bit words with bit j set where sign j is -1."""
+    bits = sum(1 << j for j, sign in enumerate(signs or ()) if sign < 0)
+    return _signed(bits), _signed(bits >> 64)
+
+
+@lru_cache(maxsize=4096)
+def _config(words: tuple[str, ...], rotation: int, signs: bool, parts: bool) -> tuple:
+    format_, block, scale, rounding, ties, output = words
+    if format_ not in FORMATS or block not in FORMATS[format_][2]:
+        raise ValueError(f"no kernel for format {format_!r} with block {block!r}")
+    kind, element, blocks = FORMATS[format_]
+    tensor_max, scaled_max = element.max, element.max
+    if kind == "nvfp4":
+        if scale not in NVFP4_RULES:
+            raise ValueError(f"scale: {scale!r} is no rule of nvfp4")
+        cap, scaled_max = NVFP4_RULES[scale]
+        tensor_max = cap * scaled_max
+    elif scale not in ((*MX_RULES, "default") if kind == "mx" else ("default", "pow2")):
+        raise ValueError(f"scale: {scale!r} is no rule of {format_}")
+    if output not in OUTPUTS or (output == "e4m3" and format_ != "mxfp4"):
+        raise ValueError(f"output: {output!r} is not offered for {format_}")
+    if rotation not in ROTATIONS:
+        raise ValueError(f"rotation: {rotation} is not offered; use {ROTATIONS}")
+    amax = Copy(format_, block, output=output).amax
+    return (
+        kind, element.name, blocks[block], block == "2d", scale, rounding, ties, output, rotation,
+        signs, parts, tensor_max, 1.0 / scaled_max, element.emax, 0x400000 >> element.mantissa, amax,
+    )  # fmt: skip
