@@ -161,7 +161,7 @@ def _store_elements(
     EVEN: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Write one token's tile; returns int32 counts of elements that E4M3 could not hold."""
+    """Write one token's elements; returns int32 counts of those that E4M3 could not hold."""
     TB: tl.constexpr = q.shape[0]
     BN: tl.constexpr = q.shape[1]
     _, n0, R, C = geo
@@ -176,17 +176,6 @@ def _store_elements(
         code, lost = e4m3_elements(value, byte, amax_row, CFG, FAST)
         store(ptr[0] + offset, code.to(tl.uint8), inside, EVEN)
         return tl.where(inside, lost, 0)
-    elif CFG[ELEMENT] == "e2m1":
-        j = tl.arange(0, 8)[None, None, :]
-        good = decode == decode
-        nibble = tl.reshape(arith.e2m1_code(q), [TB, BN // 8, 8]) << (j * 4)
-        word = tl.sum(nibble, axis=2)
-        w = n0 // 8 + tl.arange(0, BN // 8)[None, :]
-        word = tl.where(
-            tl.max(tl.reshape(good.to(tl.int32), [TB, BN // 8, 8]), axis=2) > 0, word, 0
-        )
-        store(ptr[0] + m.to(tl.int64) * (C // 8) + w, word, (m < R) & (w * 8 < C), EVEN)
-        return 0
     else:
         if CFG[KIND] == "mx":
             q = tl.where(decode == decode, q, 0)
@@ -206,17 +195,42 @@ def _store_tile_scales(stored, geo, ptr, CFG: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _store_row_scales(stored, amax_row, m, geo, ptr, CFG: tl.constexpr, EVEN: tl.constexpr):
-    """Scales of one token's blocks [TB, BN / L], or of the whole row [TB, 1]."""
-    _, n0, R, C = geo
+def _store_row_factors(stored, amax_row, m, geo, ptr, CFG: tl.constexpr):
+    """What a whole row shares, [TB, 1]: written by the programs of the first columns."""
+    _, n0, R, _ = geo
+    rows = tl.where(n0 == 0, R, 0)
     if CFG[OUT] == "e4m3":
-        tl.store(ptr[1] + m, row_factor(amax_row, CFG), mask=m < tl.where(n0 == 0, R, 0))
+        tl.store(ptr[1] + m, row_factor(amax_row, CFG), mask=m < rows)
     elif CFG[AMAX] == "row":
-        tl.store(ptr[1] + m, stored, mask=m < tl.where(n0 == 0, R, 0))
-    elif CFG[OUT] == "codes" and CFG[BLOCK] > 0:
-        L: tl.constexpr = CFG[BLOCK]
-        b = n0 // L + tl.arange(0, stored.shape[1])[None, :]
-        store(ptr[1] + m.to(tl.int64) * (C // L) + b, stored, (m < R) & (b * L < C), EVEN)
+        tl.store(ptr[1] + m, stored, mask=m < rows)
+
+
+@triton.jit
+def _words(q, good):
+    """One token's 4-bit codes [TB, BN] as int32 words [TB, BN / 8], 0 where a block has no scale."""
+    TB: tl.constexpr = q.shape[0]
+    BN: tl.constexpr = q.shape[1]
+    j = tl.arange(0, 8)[None, None, :]
+    word = tl.sum(tl.reshape(arith.e2m1_code(q), [TB, BN // 8, 8]) << (j * 4), axis=2)
+    good = tl.max(tl.reshape(good.to(tl.int32), [TB, BN // 8, 8]), axis=2)
+    return tl.where(good > 0, word, 0)
+
+
+@triton.jit
+def _store_stacked(ts, m0, n0, R, C, ptr, EVEN: tl.constexpr):
+    """Sixteen [TB, B], one a token, to rows m0 on and columns n0 on of a [R, C] array: one exchange."""
+    TB: tl.constexpr = ts[0].shape[0]
+    B: tl.constexpr = ts[0].shape[1]
+    for step in tl.static_range(4):
+        joined = ()
+        for i in tl.static_range(8 >> step):
+            joined = joined + (tl.join(ts[i], ts[i + (8 >> step)]),)
+        ts = joined
+    t = tl.permute(tl.reshape(ts[0], [TB, B, 16]), (0, 2, 1))
+    m = m0 + tl.arange(0, TB * 16)[:, None]
+    n = n0 + tl.arange(0, B)[None, :]
+    t = tl.reshape(t, [TB * 16, B])
+    store(ptr + m.to(tl.int64) * C + n, t, (m < R) & (n < C), EVEN)
 
 
 @triton.jit
@@ -224,18 +238,18 @@ def row_copy(xs, geo, ptr, noise, signs, CFG: tl.constexpr, EVEN: tl.constexpr, 
     """Quantize the tile row by row. Returns int32 [TB, BN] counts of inexact elements (OUT e4m3)."""
     TB: tl.constexpr = xs[0].shape[0]
     BN: tl.constexpr = xs[0].shape[1]
+    L: tl.constexpr = CFG[BLOCK]
     m0, n0, R, C = geo
     scales_t = tensor_scales(ptr[2], CFG)
     if CFG[TWO_D]:
         stored_t, decode_t, encode_t = _tile_scales(xs, signs, scales_t, CFG, FAST)
-        P: tl.constexpr = CFG[BLOCK] // 16
+        P: tl.constexpr = L // 16
         _store_tile_scales(stored_t, geo, ptr, CFG, EVEN)
-        stored_t, decode_t, encode_t = (
-            spread_rows(stored_t, P),
-            spread_rows(decode_t, P),
-            spread_rows(encode_t, P),
-        )
+        stored_t, decode_t = spread_rows(stored_t, P), spread_rows(decode_t, P)
+        encode_t = spread_rows(encode_t, P)
     lost = tl.zeros([TB, BN], tl.int32)
+    all_stored = ()
+    all_words = ()
     for i in tl.static_range(16):
         m = m0 + tl.arange(0, TB)[:, None] * 16 + i
         v = _values(xs[i], signs, CFG, FAST)
@@ -246,11 +260,22 @@ def row_copy(xs, geo, ptr, noise, signs, CFG: tl.constexpr, EVEN: tl.constexpr, 
             stored, decode, encode = stored_t, decode_t, encode_t
         else:
             stored, decode, encode = _row_scales(v, amax_row, scales_t, CFG, FAST)
-            _store_row_scales(stored, amax_row, m, geo, ptr, CFG, EVEN)
-        decode = spread_columns(decode, tl.constexpr(CFG[BLOCK]))
+            _store_row_factors(stored, amax_row, m, geo, ptr, CFG)
+            all_stored = all_stored + (stored,)
+        decode = spread_columns(decode, L)
         bits = row_noise(m, n0, BN, noise, stored, CFG)
-        q, value = elements(v, spread_columns(encode, tl.constexpr(CFG[BLOCK])), bits, CFG, FAST)
-        if CFG[OUT] == "e4m3":
-            stored = spread_columns(stored, tl.constexpr(CFG[BLOCK]))
-        lost += _store_elements(q, value, stored, decode, m, geo, ptr, amax_row, CFG, EVEN, FAST)
+        q, value = elements(v, spread_columns(encode, L), bits, CFG, FAST)
+        if CFG[OUT] == "codes" and CFG[ELEMENT] == "e2m1":
+            all_words = all_words + (_words(q, decode == decode),)
+        else:
+            if CFG[OUT] == "e4m3":
+                stored = spread_columns(stored, L)
+            lost += _store_elements(
+                q, value, stored, decode, m, geo, ptr, amax_row, CFG, EVEN, FAST
+            )
+    if CFG[OUT] == "codes":
+        if CFG[ELEMENT] == "e2m1":
+            _store_stacked(all_words, m0, n0 // 8, R, C // 8, ptr[0], EVEN)
+        if L > 0 and not CFG[TWO_D]:
+            _store_stacked(all_stored, m0, n0 // L, R, C // L, ptr[1], EVEN)
     return lost
