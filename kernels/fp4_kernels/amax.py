@@ -70,7 +70,7 @@ def _tile_bits(
 @triton.jit(do_not_specialize=_SIGNS, do_not_specialize_on_alignment=_SIGNS)
 def amax_kernel(
     x_ptr, stride, R, C, work_ptr, out_ptr, programs,
-    row_lo: i64, row_hi: i64, col_lo: i64, col_hi: i64,
+    row_lo: tl.int64, row_hi: tl.int64, col_lo: tl.int64, col_hi: tl.int64,
     ROW: tl.constexpr, ROW_ROTATION: tl.constexpr, ROW_SIGNS: tl.constexpr,
     COL: tl.constexpr, COL_ROTATION: tl.constexpr, COL_SIGNS: tl.constexpr,
     TB: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
@@ -100,7 +100,7 @@ def amax_kernel(
 @triton.jit(do_not_specialize=_SIGNS, do_not_specialize_on_alignment=_SIGNS)
 def line_amax_kernel(
     x_ptr, stride, R, C, row_ptr, col_ptr,
-    row_lo: i64, row_hi: i64, col_lo: i64, col_hi: i64,
+    row_lo: tl.int64, row_hi: tl.int64, col_lo: tl.int64, col_hi: tl.int64,
     ROW: tl.constexpr, ROW_ROTATION: tl.constexpr, ROW_SIGNS: tl.constexpr,
     COL: tl.constexpr, COL_ROTATION: tl.constexpr, COL_SIGNS: tl.constexpr,
     TB: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
