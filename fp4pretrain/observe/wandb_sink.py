@@ -85,13 +85,18 @@ class WandbSink:
             self._run = None
 
     def close(self) -> None:
-        """Upload what is left and end the wandb run."""
+        """Upload what is left, end the wandb run, and say in one line where it is."""
         if self._run is None:
             return
+        if self._run.url:
+            where = f"this run is at {self._run.url}"
+        else:
+            where = f"kept offline; upload it with: wandb sync {self._run.settings.sync_dir}"
         try:
             self._run.finish()
         except Exception as error:  # as above
-            _say(f"did not finish cleanly ({_first_line(error)})")
+            where = f"did not finish cleanly ({_first_line(error)})"
+        _say(where)
         self._run = None
 
     def _start(self) -> Any:
@@ -126,8 +131,12 @@ class WandbSink:
             name=self.name,
             id=self.resume_id,
             resume=None if self.resume_id is None else "allow",
-            # Captured standard output would hold every redraw of the progress bar.
-            settings=wandb.Settings(console="off", init_timeout=60),
+            settings=wandb.Settings(
+                console="off",  # captured output would hold every redraw of the progress bar
+                quiet=True,  # no page of summary at the end; where the run lies is said below
+                silent=mode == "offline",
+                init_timeout=60,
+            ),
         )
 
 

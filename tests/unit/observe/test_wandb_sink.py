@@ -39,6 +39,18 @@ def test_offline_records_config_rows_and_the_token_axis(tmp_path: Path) -> None:
         assert text in record
 
 
+def test_an_offline_run_ends_with_one_line_that_says_how_to_upload_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WANDB_SILENT")
+    sink = WandbSink(CONFIG, tmp_path, mode="offline")
+    sink.write({"event": "train", "step": 1, "tokens": 1, "loss": 1.0})
+    sink.close()
+    lines = [line for text in capfd.readouterr() for line in text.splitlines()]
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    assert lines == [f"wandb: kept offline; upload it with: wandb sync {folder}"]
+
+
 def test_a_resumed_run_continues_the_same_wandb_run_and_a_new_one_does_not(tmp_path: Path) -> None:
     ids = []
     for resume in (False, True, False):
