@@ -97,22 +97,28 @@ class WeightCache:
 
     Stale is impossible by two keys: the clock's ``weights_version``, which the trainer advances
     after each optimizer step and load, and the casts themselves (a switched recipe or freshly drawn
-    signs are another cast). Weights that no operand quantizes are not kept: their cast is the
-    weight.
+    signs are another cast). A call without gradients (activation recompute makes one before each
+    that has them) asks for fprop's alone and leaves dgrad's in place. Casts to BF16 are not kept:
+    they are the weight.
     """
 
     def __init__(self) -> None:
-        self._key: tuple | None = None
-        self._operands: list[Any] = []
+        self._moment: tuple[int, int] | None = None
+        self._kept: dict[Cast, Any] = {}
 
     def operands(self, weight: torch.Tensor, call: LinearCall) -> tuple[Any, Any]:
         """(fprop's w, dgrad's w or None when no gradient will be asked for)."""
-        casts = [call.casts.fprop_w] + ([call.casts.dgrad_w] if call.training else [])
-        key = (call.weights_version, weight.data_ptr(), tuple(casts))
-        if key != self._key or not self._operands:
-            detached = weight.detach()
-            operands = cast_operands(call.backend, detached, casts, amax_group=call.group_for(True))
-            if all(not c.spec.quantized for c in casts):
-                return operands[0], operands[1] if call.training else None
-            self._key, self._operands = key, operands
-        return self._operands[0], self._operands[1] if call.training else None
+        both = (call.casts.fprop_w, call.casts.dgrad_w)
+        wanted = both if call.training else both[:1]
+        moment = (call.weights_version, weight.data_ptr())
+        if moment != self._moment:
+            self._moment, self._kept = moment, {}
+        found = dict(self._kept)
+        missing = [cast for cast in dict.fromkeys(wanted) if cast not in found]
+        if missing:
+            made = cast_operands(
+                call.backend, weight.detach(), missing, amax_group=call.group_for(True)
+            )
+            found |= zip(missing, made, strict=True)
+            self._kept = {c: o for c, o in found.items() if c in both and c.spec.quantized}
+        return found[both[0]], found[both[1]] if call.training else None

@@ -87,7 +87,8 @@ def _oriented(x: torch.Tensor, cast: Cast) -> torch.Tensor:
         if cast.signs is not None:
             signs = torch.tensor(cast.signs, dtype=torch.float32, device=x.device)
         return rotate(x, size=cast.rotation_size, signs=signs)
-    return x.contiguous()  # a transpose is copied once here, not in every pass that follows
+    # A transpose is copied once here, not in every pass that follows; BF16 makes no pass.
+    return x.contiguous() if cast.spec.quantized else x
 
 
 def _matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,164 @@
+"""What the tests of linears share: building one, drawing its tensors, and the float64 oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from fp4pretrain.config import compose, plan_of
+from fp4pretrain.nn.clock import Clock
+from fp4pretrain.nn.linear import Binding, ColumnParallelQuantLinear, RowParallelQuantLinear
+from fp4pretrain.numerics import quantize, rotate
+from fp4pretrain.ops import Cast, NoiseKeys
+from fp4pretrain.ops.reference import ReferenceBackend
+from fp4pretrain.precision import Recipe
+
+# Three different sizes, so that a wrong orientation cannot fit; multiples of the largest block.
+S, B, N, K = 64, 2, 256, 384
+T = S * B
+SEED, LAYER, LINEAR = 77, 3, 2
+
+
+@cache
+def recipe_of(name: str) -> Recipe:
+    return plan_of(compose([f"precision={name}"])).recipe
+
+
+@dataclass
+class SpyBackend(ReferenceBackend):
+    """The reference backend, noting what it was asked to cast."""
+
+    casts: list[tuple[int, Cast]] = field(default_factory=list)
+
+    def quantize(self, x: torch.Tensor, casts: Sequence[Cast], reduce_amax: Any = None) -> list:
+        self.casts += [(x.data_ptr(), cast) for cast in casts]
+        return super().quantize(x, casts, reduce_amax)
+
+    def casts_of(self, x: torch.Tensor) -> list[Cast]:
+        return [cast for pointer, cast in self.casts if pointer == x.data_ptr()]
+
+
+def build(
+    kind: str,
+    recipe: Recipe,
+    *,
+    bias: bool = False,
+    backend: Any = None,
+    clock: Clock | None = None,
+) -> Any:
+    """A bound linear [N, K] with random BF16 weights, ``kind`` column or row."""
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=K,
+        num_attention_heads=1,
+        params_dtype=torch.bfloat16,
+        bf16=True,
+        gradient_accumulation_fusion=False,
+    )
+    common: dict[str, Any] = dict(
+        config=config, init_method=config.init_method, bias=bias, skip_bias_add=False
+    )
+    linear: Any
+    if kind == "column":
+        linear = ColumnParallelQuantLinear(K, N, gather_output=False, **common)
+    else:
+        linear = RowParallelQuantLinear(K, N, input_is_parallel=True, is_expert=False, **common)
+    with torch.no_grad():
+        linear.weight.copy_(with_outliers(N, K, scale=0.05))
+        if bias:
+            linear.bias.copy_(torch.randn(N))
+    linear.bind(
+        Binding(
+            backend or ReferenceBackend(),
+            clock or Clock(SEED),
+            layer=LAYER,
+            linear=LINEAR,
+            recipe=recipe,
+        )
+    )
+    return linear
+
+
+def with_outliers(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    """BF16 N(0, scale) where one element in 2048 is 30 times as large. Never ones."""
+    x = torch.randn(shape) * scale
+    outliers = torch.rand(shape) < 1 / 2048
+    device = torch.cuda.current_device()
+    return torch.where(outliers, x * 30, x).bfloat16().to(device)
+
+
+def draw() -> tuple[torch.Tensor, torch.Tensor]:
+    """x [S, B, K] and a gradient dy [S, B, N] of the size that gradients have."""
+    return with_outliers(S, B, K).requires_grad_(), with_outliers(S, B, N, scale=1e-3)
+
+
+def keys(step: int = 0, microbatch: int = 0) -> NoiseKeys:
+    return NoiseKeys(SEED, step, microbatch, LAYER, LINEAR)
+
+
+# How each operand lies, its contraction axis last.
+ORIENTED = {
+    ("fprop", "x"): lambda x: x,
+    ("fprop", "w"): lambda w: w,
+    ("dgrad", "dy"): lambda dy: dy,
+    ("dgrad", "w"): lambda w: w.t(),
+    ("wgrad", "dy"): lambda dy: dy.t(),
+    ("wgrad", "x"): lambda x: x.t(),
+}
+
+
+def operand(
+    recipe: Recipe, gemm: str, name: str, tensor: torch.Tensor, moment: NoiseKeys, *, cast: bool
+) -> torch.Tensor:
+    """One operand in float64, contraction axis last: the very operand, or (``cast`` false) exact.
+
+    Made by ``quantize(...).dequantize()`` of the stored codes, not by the backend's short cut.
+    """
+    oriented = ORIENTED[gemm, name](tensor.detach().reshape(-1, tensor.shape[-1]))
+    if not cast:
+        return oriented.double()
+    spec, rotation = recipe.operand(gemm, name), recipe.gemm(gemm).rotation
+    if rotation.active:
+        signs = moment.signs(gemm, rotation)
+        oriented = rotate(oriented.contiguous(), size=rotation.size, signs=signs)
+    noise = moment.noise(gemm, name) if spec.stochastic else None
+    return quantize(oriented.contiguous(), spec, noise=noise).dequantize(torch.float64)
+
+
+def products(
+    recipe: Recipe,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    dy: torch.Tensor,
+    *,
+    moment: NoiseKeys | None = None,
+    cast: bool = True,
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Float64 y [T, N], dx [T, K], dw [N, K], each with its sum of |a| |b| (for error bounds)."""
+    moment = moment or keys()
+    out = {}
+    for result, gemm, (a, a_name), (b, b_name) in (
+        ("y", "fprop", (x, "x"), (w, "w")),
+        ("dx", "dgrad", (dy, "dy"), (w, "w")),
+        ("dw", "wgrad", (dy, "dy"), (x, "x")),
+    ):
+        a64 = operand(recipe, gemm, a_name, a, moment, cast=cast)
+        b64 = operand(recipe, gemm, b_name, b, moment, cast=cast)
+        out[result] = a64 @ b64.t(), a64.abs() @ b64.abs().t()
+    return out
+
+
+def run(linear: Any, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
+    """y, dx, dw (and db) of one forward and backward, as matrices."""
+    x.grad = linear.weight.grad = None
+    y, _ = linear(x)
+    y.backward(dy)
+    found = {"y": y.detach().reshape(T, N), "dx": x.grad.reshape(T, K), "dw": linear.weight.grad}
+    if linear.bias is not None:
+        found["db"], linear.bias.grad = linear.bias.grad, None
+    return found

@@ -1,0 +1,251 @@
+"""What a linear keeps and when it draws anew: main gradients, frozen weights, caches, recompute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from linear_lab import (
+    SEED,
+    K,
+    N,
+    SpyBackend,
+    T,
+    build,
+    draw,
+    keys,
+    products,
+    recipe_of,
+    run,
+)
+from megatron.core import tensor_parallel
+
+from fp4pretrain.nn.clock import Clock
+from fp4pretrain.nn.linear import QuantLinear
+from fp4pretrain.ops import Cast
+from fp4pretrain.precision import BF16
+from fp4pretrain.presets import groups
+
+RECIPES = groups()["precision"]
+STOCHASTIC = ["nvfp4", "mxfp4_rht_sr"]
+KINDS = pytest.mark.parametrize("kind", ["column", "row"])
+
+
+def with_main_grad(linear: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """What megatron-core's DDP attaches; it holds something already."""
+    linear.weight.main_grad = torch.full_like(linear.weight, 0.5, dtype=dtype)
+    linear.weight.grad_added_to_main_grad = False
+    return linear.weight.main_grad
+
+
+@KINDS
+@pytest.mark.parametrize("name", RECIPES)
+def test_main_gradients_add_up_in_fp32_over_microbatches(name: str, kind: str) -> None:
+    """No BF16 in between: the error is that of FP32 sums of T products, plus two additions."""
+    recipe, clock = recipe_of(name), Clock(SEED)
+    linear = build(kind, recipe, clock=clock)
+    main_grad = with_main_grad(linear)
+    exact = torch.full((N, K), 0.5, dtype=torch.float64, device=main_grad.device)
+    magnitude = exact.clone()
+    for microbatch in range(2):
+        clock.microbatch = microbatch
+        x, dy = draw()
+        found = run(linear, x, dy)
+        dw, sizes = products(recipe, x, linear.weight, dy, moment=keys(0, microbatch))["dw"]
+        exact += dw
+        magnitude += sizes
+        assert linear.weight.grad_added_to_main_grad
+        # the dummy that autograd needs to fire DDP's hooks
+        assert found["dw"].shape == linear.weight.shape
+        assert found["dw"].dtype == linear.weight.dtype
+    assert linear.weight.main_grad is main_grad
+    assert ((main_grad.double() - exact).abs() <= (T + 8) * 2.0**-24 * magnitude).all()
+
+
+def test_a_shared_weight_gets_a_dummy_of_zeros() -> None:
+    """A tied embedding's own gradient is added to the dummy, so megatron-core asks for zeros."""
+    linear = build("column", BF16)
+    with_main_grad(linear)
+    linear.weight.zero_out_wgrad = True
+    x, dy = draw()
+    assert not run(linear, x, dy)["dw"].any()
+    assert (linear.weight.main_grad != 0.5).any()
+
+
+def test_a_bf16_main_gradient_is_added_to_in_bf16() -> None:
+    linear = build("column", recipe_of("nvfp4"))
+    x, dy = draw()
+    dw = run(linear, x, dy)["dw"]
+    main_grad = with_main_grad(linear, torch.bfloat16)
+    run(linear, x, dy)
+    assert torch.equal(main_grad, 0.5 + dw)
+
+
+@KINDS
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_frozen_weight_gets_no_gradient_and_keeps_no_operand_for_one(
+    name: str, kind: str
+) -> None:
+    recipe, spy = recipe_of(name), SpyBackend()
+    linear = build(kind, recipe, backend=spy)
+    x, dy = draw()
+    trained = run(linear, x, dy)
+    spy.casts.clear()
+    linear.weight.requires_grad_(False)
+    frozen = run(linear, x, dy)
+    assert frozen["dw"] is None
+    assert torch.equal(frozen["y"], trained["y"]) and torch.equal(frozen["dx"], trained["dx"])
+    assert [c.spec for c in spy.casts_of(x)] == [recipe.fprop.x]
+    assert [c.spec for c in spy.casts_of(dy)] == [recipe.dgrad.dy]
+
+
+def test_an_input_that_needs_no_gradient_gets_none_and_dy_is_cast_for_wgrad_alone() -> None:
+    recipe, spy = recipe_of("nvfp4"), SpyBackend()
+    linear = build("column", recipe, backend=spy)
+    x, dy = draw()
+    expected = run(linear, x, dy)["dw"]
+    spy.casts.clear()
+    linear.weight.grad = None
+    linear(x.detach())[0].backward(dy)
+    assert torch.equal(linear.weight.grad, expected)
+    assert [(c.transpose, c.rotation_size) for c in spy.casts_of(dy)] == [(True, 16)]
+
+
+def weight_casts(linear: Any, spy: SpyBackend, *, grad: bool = True) -> int:
+    """How many casts of the weight one call makes."""
+    spy.casts.clear()
+    x, dy = draw()
+    if grad:
+        run(linear, x, dy)
+    else:
+        with torch.no_grad():
+            linear(x)
+    return len(spy.casts_of(linear.weight))
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n not in ("bf16", "mxfp4_rht_sr")])
+def test_a_weight_is_cast_once_a_step(name: str) -> None:
+    spy, clock = SpyBackend(), Clock(SEED)
+    linear = build("column", recipe_of(name), backend=spy, clock=clock)
+    for step in range(2):
+        clock.step = step
+        for microbatch in range(3):
+            clock.microbatch = microbatch
+            assert weight_casts(linear, spy) == (2 if microbatch == 0 else 0)
+        clock.weights_changed()
+
+
+def test_calls_without_gradients_share_the_casts() -> None:
+    """Activation recompute alternates the two kinds of call for each microbatch."""
+    spy = SpyBackend()
+    linear = build("column", recipe_of("nvfp4"), backend=spy)
+    counts = [weight_casts(linear, spy, grad=grad) for grad in (False, True, False, True, False)]
+    assert counts == [1, 1, 0, 0, 0]
+
+
+def test_a_changed_weight_is_cast_anew() -> None:
+    clock = Clock(SEED)
+    linear = build("row", recipe_of("mxfp8"), clock=clock)
+    x, dy = draw()
+    before = run(linear, x, dy)
+    with torch.no_grad():
+        linear.weight *= -2
+    clock.weights_changed()
+    after = run(linear, x, dy)
+    assert torch.equal(after["y"], -2 * before["y"])
+    assert torch.equal(after["dx"], -2 * before["dx"])
+
+
+def test_another_recipe_is_another_cast_and_the_way_back_too() -> None:
+    linear = build("row", recipe_of("nvfp4"))
+    x, dy = draw()
+    results = {}
+    for name in ("nvfp4", "mxfp8", "bf16", "nvfp4"):
+        linear.bound.recipe = recipe_of(name)
+        found = run(linear, x, dy)
+        fresh = build("row", recipe_of(name))
+        with torch.no_grad():
+            fresh.weight.copy_(linear.weight)
+        expected = run(fresh, x, dy)
+        assert all(torch.equal(found[r], expected[r]) for r in ("y", "dx", "dw"))
+        results[name] = found["y"]
+    assert not torch.equal(results["nvfp4"], results["mxfp8"])
+
+
+def test_fresh_signs_are_another_cast_of_the_weight() -> None:
+    """arXiv:2502.20586 draws signs for each GEMM, so dgrad's w is cast for each microbatch."""
+    recipe, spy, clock = recipe_of("mxfp4_rht_sr"), SpyBackend(), Clock(SEED)
+    linear = build("column", recipe, backend=spy, clock=clock)
+    signs = set()
+    for microbatch in range(3):
+        clock.microbatch = microbatch
+        weight_casts(linear, spy)
+        (w,) = (c for c in spy.casts_of(linear.weight) if c.spec.quantized)
+        signs.add(w.signs)
+    assert len(signs) == 3
+
+
+def test_bf16_operands_are_the_tensors_themselves() -> None:
+    """A copy of w.T for each microbatch would be a second model in memory."""
+    x = torch.randn(64, 32).bfloat16()
+    for transpose in (False, True):
+        (made,) = SpyBackend().quantize(x, [Cast(BF16.dgrad.w, transpose=transpose)])
+        assert made.values.data_ptr() == x.data_ptr()
+        assert torch.equal(made.values, x.t() if transpose else x)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_a_moment_replays_and_another_draws_anew(name: str) -> None:
+    clock = Clock(SEED)
+    linear = build("column", recipe_of(name), clock=clock)
+    x, dy = draw()
+
+    def at(step: int, microbatch: int) -> dict[str, torch.Tensor]:
+        clock.step, clock.microbatch = step, microbatch
+        clock.weights_changed()
+        return run(linear, x, dy)
+
+    first = at(3, 1)
+    for step, microbatch in ((4, 1), (3, 2), (1, 3)):
+        other = at(step, microbatch)
+        assert torch.equal(other["y"], first["y"])  # both recipes' forward is deterministic
+        assert not torch.equal(other["dx"], first["dx"])
+        assert not torch.equal(other["dw"], first["dw"])
+    again = at(3, 1)
+    assert all(torch.equal(again[r], first[r]) for r in first)
+
+
+@pytest.mark.parametrize("name", [*STOCHASTIC, "mxfp4_h16"])
+def test_recompute_draws_the_noise_of_the_first_forward(name: str) -> None:
+    """Even when other microbatches have started by then, as a pipeline's schedule does."""
+    clock = Clock(SEED)
+    linear = build("row", recipe_of(name), clock=clock)
+    x, dy = draw()
+    clock.step = 5
+
+    def gradients(*, recompute: bool, microbatch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x.grad = linear.weight.grad = None
+        clock.microbatch = microbatch
+        if recompute:
+            y = tensor_parallel.checkpoint(lambda t: linear(t)[0], False, x)
+        else:
+            y, _ = linear(x)
+        clock.microbatch = 9  # another microbatch is in flight
+        y.backward(dy)
+        assert clock.microbatch == 9
+        return x.grad, linear.weight.grad
+
+    plain, again = (gradients(recompute=r, microbatch=2) for r in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    if name in STOCHASTIC:
+        other = gradients(recompute=True, microbatch=9)
+        assert not any(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
+def test_an_unbound_linear_refuses_to_run() -> None:
+    linear = build("column", BF16)
+    linear.binding = None
+    assert isinstance(linear, QuantLinear)
+    with pytest.raises(RuntimeError, match="before bind"):
+        linear(draw()[0])

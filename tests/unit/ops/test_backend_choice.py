@@ -1,0 +1,154 @@
+"""Who computes: the choice is said, a named backend that cannot raises, and amaxes are reduced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.numerics import QuantSpec
+from fp4pretrain.ops import Cast, backend, cast_operands, choose
+from fp4pretrain.ops.reference import ReferenceBackend
+from fp4pretrain.precision import Dgrad, Fprop, Gemm, Plan, Recipe, Rotation, Wgrad
+
+CPU = torch.device("cpu")
+NV, MX, E4M3 = QuantSpec("nvfp4"), QuantSpec("mxfp4"), QuantSpec("fp8_e4m3")
+PLAN = Plan(Recipe(Fprop(NV, NV), Dgrad(NV, NV), Wgrad(NV, NV)), 4)
+
+
+class Picky(ReferenceBackend):
+    """Runs forward GEMMs only."""
+
+    name = "picky"
+
+    def why_not(self, gemm: Gemm, device: torch.device) -> str | None:
+        return None if isinstance(gemm, Fprop) else "its kernels are not written"
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        backend,
+        "available",
+        lambda: {"picky": Picky(), "reference": ReferenceBackend()},
+    )
+
+
+def test_the_reference_is_there_last_and_runs_everything() -> None:
+    found = backend.available()
+    assert list(found)[-1] == "reference"
+    assert all(name == b.name for name, b in found.items())
+    assert backend.refusals(found["reference"], PLAN.recipe, CPU) == []
+
+
+def test_a_named_backend_is_taken_and_said() -> None:
+    chosen, why = choose("reference", PLAN, CPU)
+    assert isinstance(chosen, ReferenceBackend)
+    assert why == "backend reference (asked for)"
+
+
+def test_auto_takes_the_first_that_can_and_says_whom_it_passed_over(two: None) -> None:
+    chosen, why = choose("auto", PLAN, CPU)
+    assert chosen.name == "reference"
+    assert why == ("backend reference (auto; not picky (dgrad: its kernels are not written))")
+
+
+def test_a_named_backend_that_cannot_run_raises_and_says_all_reasons(two: None) -> None:
+    with pytest.raises(UserError) as refusal:
+        choose("picky", PLAN, CPU)
+    text = str(refusal.value)
+    assert text.startswith("precision.backend: picky cannot run this recipe on cpu")
+    assert "dgrad: its kernels" in text and "wgrad: its kernels" in text and "fprop" not in text
+    assert text.endswith("use auto") and "\n" not in text
+
+
+def test_an_unknown_backend_raises_and_lists_those_that_are_here(two: None) -> None:
+    with pytest.raises(UserError, match=r"^precision\.backend: 'abacus' .*auto, picky, reference$"):
+        choose("abacus", PLAN, CPU)
+
+
+def test_no_backend_at_all_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "available", lambda: {"picky": Picky()})
+    with pytest.raises(UserError, match=r"^precision\.backend: none can run .*picky"):
+        choose("auto", PLAN, CPU)
+
+
+class OneRank:
+    def size(self) -> int:
+        return 1
+
+
+class TwoRanks(OneRank):
+    def size(self) -> int:
+        return 2
+
+
+@pytest.fixture
+def reductions(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """A fake all-reduce: the other rank has 100 everywhere. Lists what this rank gave."""
+    given: list[torch.Tensor] = []
+
+    def all_reduce(tensor: torch.Tensor, op: Any, group: Any) -> None:
+        assert op == torch.distributed.ReduceOp.MAX
+        given.append(tensor.clone())
+        tensor.clamp_(min=100.0)
+
+    monkeypatch.setattr(backend.dist, "all_reduce", all_reduce)
+    return given
+
+
+def test_tensor_amaxes_are_reduced_in_one_call_in_the_order_of_the_casts(
+    reductions: list[torch.Tensor],
+) -> None:
+    """Rotated copies give the amax after the rotation; block-scaled formats give none."""
+    x = torch.zeros(32, 32, dtype=torch.bfloat16)
+    x[0, 0] = 8.0  # H16 spreads it: 8 / sqrt(16) = 2
+    casts = [
+        Cast(NV),
+        Cast(MX),
+        Cast(E4M3, transpose=True, rotation_size=16),
+        Cast(QuantSpec()),
+    ]
+    operands = cast_operands(ReferenceBackend(), x, casts, amax_group=TwoRanks())
+    (given,) = reductions
+    assert given.tolist() == [8.0, 2.0]
+    assert operands[0].alpha == torch.tensor(100.0) / torch.tensor(2688.0)
+    assert operands[2].alpha == 1 / (torch.tensor(448.0) / torch.tensor(100.0))
+    assert operands[1].alpha == 1.0
+
+
+@pytest.mark.parametrize(
+    "casts, group",
+    [([Cast(NV)], OneRank()), ([Cast(NV)], None), ([Cast(MX), Cast(QuantSpec())], TwoRanks())],
+)
+def test_nothing_is_reduced_where_nothing_is_shared(
+    casts: list[Cast], group: Any, reductions: list[torch.Tensor]
+) -> None:
+    x = torch.randn(32, 32).bfloat16()
+    cast_operands(ReferenceBackend(), x, casts, amax_group=group)
+    assert reductions == []
+
+
+@pytest.mark.parametrize("spec", [NV, MX, E4M3, QuantSpec(), QuantSpec("fp8_e5m2", block="row")])
+@pytest.mark.parametrize("rotation", [Rotation(), Rotation("hadamard", 16)])
+def test_a_gemm_is_a_bt_and_may_be_added_to_what_is_there(
+    spec: QuantSpec, rotation: Rotation
+) -> None:
+    reference = ReferenceBackend()
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(n, 64, generator=generator).bfloat16() for n in (48, 32))
+    size = rotation.size if rotation.active else 0
+    # b comes as its transpose: the contraction axis is then the tensor's first
+    (qa,) = reference.quantize(a, [Cast(spec, rotation_size=size)])
+    (qb,) = reference.quantize(b.t(), [Cast(spec, transpose=True, rotation_size=size)])
+    assert qa.shape == (48, 64) and qb.shape == (32, 64)
+    out = reference.gemm(qa, qb, out_dtype=torch.float32)
+    exact = a.double() @ b.double().t()
+    assert float((out - exact).norm() / exact.norm()) < 0.25  # its rotation cancels
+    total = torch.ones(48, 32)
+    added = reference.gemm(qa, qb, out_dtype=torch.float32, accumulate_into=total)
+    assert added is total
+    assert torch.equal(total, 1 + out)
+    assert torch.equal(reference.gemm(qa, qb, out_dtype=torch.bfloat16), out.bfloat16())
