@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from fp4pretrain.ops import Backend
 from fp4pretrain.precision import Plan, Recipe
 from fp4pretrain.precision.plan import LINEARS
 
-# The vocabulary is padded so that its shards are whole multiples of this on every layout up to TP 8.
+# The vocabulary is padded to a multiple of this and of the tensor-parallel ranks.
 _VOCAB_MULTIPLE = 128
 _HEAD = len(LINEARS)
 
@@ -67,8 +68,8 @@ class PlanBinding:
 
 
 def padded_vocab(vocab_size: int, tensor: int) -> int:
-    """``vocab_size`` rounded up so that every tensor-parallel layout up to 8 has the same matrix."""
-    multiple = _VOCAB_MULTIPLE * max(1, tensor // 8)
+    """``vocab_size`` rounded up so that all layouts of 1, 2, 4, ... 128 ranks have the same matrix."""
+    multiple = math.lcm(_VOCAB_MULTIPLE, tensor)
     return -(-vocab_size // multiple) * multiple
 
 

@@ -6,10 +6,12 @@ products are never quantized.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 
 
@@ -29,6 +31,7 @@ class CoreAttention(torch.nn.Module):
         super().__init__()
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        self.sequence_parallel = config.sequence_parallel
 
     def forward(
         self,
@@ -47,14 +50,19 @@ class CoreAttention(torch.nn.Module):
             # BF16 attention costs three times FP32's on a CPU without BF16 units.
             query, key, value = query.float(), key.float(), value.float()
         q_bhsd, k_bgsd, v_bgsd = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out_bhsd = F.scaled_dot_product_attention(
-            q_bhsd,
-            k_bgsd,
-            v_bgsd,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
+        dropout = self.dropout if self.training else 0.0
+        # Tensor-parallel ranks hold different heads: each draws from its own stream. Under sequence
+        # parallelism megatron-core's block has switched to that stream already.
+        own_stream = dropout > 0 and not self.sequence_parallel
+        with get_cuda_rng_tracker().fork() if own_stream else nullcontext():
+            out_bhsd = F.scaled_dot_product_attention(
+                q_bhsd,
+                k_bgsd,
+                v_bgsd,
+                dropout_p=dropout,
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
         out_sbn = out_bhsd.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
         return out_sbn.to(dtype)
