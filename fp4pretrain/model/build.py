@@ -73,11 +73,16 @@ def padded_vocab(vocab_size: int, tensor: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
+def _squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """relu(x)^2. megatron-core compiles its own: on a CPU half a minute, and it needs a compiler."""
+    return squared_relu(x) if x.is_cuda else F.relu(x).square()
+
+
 def model_config(config: RunConfig) -> TransformerConfig:
     """megatron-core's TransformerConfig of a run. No fusions of its own: they need apex or TE."""
     m, p = config.model, config.parallel
     dtype = torch.bfloat16 if config.optim.params_dtype == "bf16" else torch.float32
-    activation = {"swiglu": F.silu, "gelu": F.gelu, "squared_relu": squared_relu}[m.activation]
+    activation = {"swiglu": F.silu, "gelu": F.gelu, "squared_relu": _squared_relu}[m.activation]
     recompute: dict[str, Any] = {}
     if p.recompute == "full":
         recompute = {

@@ -36,6 +36,7 @@ class QuantLinear:
     """Mixed into a megatron-core linear. Unbound it cannot run: ``bind`` comes with the model."""
 
     parallel: str
+    tp_group: Any  # megatron-core's linear sets it
     binding: Binding | None = None
     _cache: WeightCache
 

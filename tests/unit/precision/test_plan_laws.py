@@ -97,7 +97,6 @@ def test_the_switch_comes_with_exactly_the_step_that_reaches_it(at: float, steps
 @pytest.mark.parametrize(
     "gemms, quantized",
     [
-        ((), {"fprop", "dgrad", "wgrad"}),
         (("fprop",), {"dgrad", "wgrad"}),
         (("dgrad", "wgrad"), {"fprop"}),
         (("fprop", "dgrad", "wgrad"), set()),
@@ -123,6 +122,7 @@ def test_the_late_switch_takes_whole_gemms_rotation_included(
         (lambda: Tail(at=1.1), "precision.tail.at", "0 to 1"),
         (lambda: Tail(at=math.nan), "precision.tail.at", "0 to 1"),
         (lambda: Tail(at=0.5, to_bf16=("fwd",)), "precision.tail.to_bf16", "fprop, dgrad, wgrad"),
+        (lambda: Tail(at=0.5, to_bf16=()), "precision.tail.to_bf16", "precision.tail.at=null"),
         (lambda: Plan(NVFP4, 4, Keep(2, 2)), "precision.keep", "keep fewer"),
         (lambda: Plan(NVFP4, 4, Keep(9, 0)), "precision.keep", "keep fewer"),
         (lambda: Plan(NVFP4, 4, Keep(modules=("*",))), "precision.keep", "keep fewer"),

@@ -1,0 +1,171 @@
+"""The GPT that a run config builds: sizes, first loss, who follows the plan, tied gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+from fp4pretrain.config import compose, plan_of
+from fp4pretrain.model import build_model, model_config
+from fp4pretrain.model.build import GPT, PlanBinding, padded_vocab
+from fp4pretrain.nn.clock import Clock
+from fp4pretrain.ops.reference import ReferenceBackend
+from fp4pretrain.precision import BF16
+
+SMALL = [
+    "model=tiny",
+    "model.num_layers=2",
+    "model.hidden_size=128",
+    "model.ffn_hidden_size=256",
+    "model.seq_length=128",
+    "model.num_attention_heads=2",
+    "model.num_query_groups=1",
+]
+LLAMA: list[str] = []
+GPT2 = [
+    "model.activation=gelu",
+    "model.normalization=layernorm",
+    "model.position=learned",
+    "model.tie_embeddings=true",
+    "model.bias=true",
+    "model.num_query_groups=2",
+]
+RELU2 = ["model.activation=squared_relu", "model.kv_channels=128"]
+
+
+def build(*overrides: str) -> tuple[GPT, PlanBinding, Any]:
+    config = compose([*SMALL, *overrides])
+    (chunk,), binding = build_model(
+        config,
+        plan_of(config),
+        backend=ReferenceBackend(),
+        clock=Clock(config.seed),
+        transformer=model_config(config),
+    )
+    if config.optim.params_dtype == "bf16":
+        chunk.bfloat16()  # what megatron-core's Float16Module does in training
+    return chunk, binding, config
+
+
+def loss_of(gpt: Any, config: Any, *, batch: int = 2) -> torch.Tensor:
+    """The mean loss of random tokens."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (batch, config.model.seq_length + 1)
+    text = torch.randint(config.model.vocab_size, shape, generator=generator)
+    text = text.to(torch.cuda.current_device())
+    position = torch.arange(shape[1] - 1, device=text.device).expand(batch, -1)
+    return gpt(text[:, :-1], position, attention_mask=None, labels=text[:, 1:]).float().mean()
+
+
+def expected_parameters(m: Any) -> int:
+    head = m.kv_channels or m.hidden_size // m.num_attention_heads
+    groups = m.num_query_groups or m.num_attention_heads
+    gate = 2 if m.activation == "swiglu" else 1
+    linears = [
+        (m.hidden_size, (m.num_attention_heads + 2 * groups) * head),
+        (m.num_attention_heads * head, m.hidden_size),
+        (m.hidden_size, gate * m.ffn_hidden_size),
+        (m.ffn_hidden_size, m.hidden_size),
+    ]
+    norm = m.hidden_size * (2 if m.normalization == "layernorm" else 1)
+    block = sum(k * n + (n if m.bias else 0) for k, n in linears) + 2 * norm
+    matrix = padded_vocab(m.vocab_size, 1) * m.hidden_size
+    positions = m.seq_length * m.hidden_size if m.position == "learned" else 0
+    return m.num_layers * block + norm + matrix * (1 if m.tie_embeddings else 2) + positions
+
+
+@pytest.mark.parametrize("kind", [LLAMA, GPT2, RELU2])
+def test_size_and_first_loss(kind: list[str]) -> None:
+    """Untrained, all padded tokens are nearly equally likely: ln(V), and half the logits' variance.
+
+    Normed features times N(0, .02) over 128 features: variance .05 (squared features sum to 128).
+    """
+    gpt, _, config = build(*kind)
+    assert sum(p.numel() for p in gpt.parameters()) == expected_parameters(config.model)
+    loss = float(loss_of(gpt, config))
+    variance = config.model.hidden_size * config.model.init_std**2
+    expected = math.log(padded_vocab(config.model.vocab_size, 1)) + variance / 2
+    assert loss == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize("preset, millions", [("tiny", 2.9), ("gpt_30m", None)])
+def test_a_preset_has_the_parameters_of_its_sizes(preset: str, millions: float | None) -> None:
+    config = compose([f"model={preset}"])
+    (gpt,), _ = build_model(
+        config,
+        plan_of(config),
+        backend=ReferenceBackend(),
+        clock=Clock(0),
+        transformer=model_config(config),
+    )
+    count = sum(p.numel() for p in gpt.parameters())
+    assert count == expected_parameters(config.model)
+    if millions:
+        assert count / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "nvfp4", "mxfp4_rht_sr", "mxfp4_h16"])
+def test_every_recipe_trains_the_same_model_from_the_same_loss(recipe: str) -> None:
+    plain, _, _ = build()
+    gpt, _, config = build(f"precision={recipe}", "precision.keep.last_blocks=0")
+    ours, theirs = dict(gpt.named_parameters()), dict(plain.named_parameters())
+    assert all(torch.equal(ours[n], p) for n, p in theirs.items())
+    loss = loss_of(gpt, config)
+    loss.backward()
+    assert float(loss) == pytest.approx(float(loss_of(plain, config)), abs=0.02)
+    for name, p in ours.items():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
+
+
+def test_each_linear_follows_the_plan_and_the_head_never() -> None:
+    gpt, binding, config = build(
+        "precision=nvfp4",
+        "precision.keep.first_blocks=1",
+        "precision.keep.last_blocks=0",
+        "precision.tail.at=0.5",
+    )
+    plan = plan_of(config)
+    names = [(layer, name) for layer, name, _ in binding.linears]
+    assert names == [(i, n) for i in range(2) for n in (
+        "self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1",
+        "mlp.linear_fc2",
+    )]  # fmt: skip
+    places = {(x.bound.layer, x.bound.linear) for _, _, x in binding.linears}
+    head = gpt.output_layer.bound
+    assert len(places | {(head.layer, head.linear)}) == 9  # so no two share noise
+    for progress, changed in ((0.0, False), (0.4, False), (0.5, True), (0.9, False), (0.4, True)):
+        assert binding.apply(progress) == changed
+        assert binding.recipes() == [BF16] * 4 + [plan.main(progress)] * 4
+        assert head.recipe == BF16
+    assert plan.main(0.4) != plan.main(0.5)
+
+
+def gradients(*overrides: str, ddp: bool) -> dict[str, torch.Tensor]:
+    """Each parameter's gradient of one microbatch: autograd's, or DDP's FP32 main gradient."""
+    gpt, _, config = build("optim.params_dtype=fp32", *overrides)
+    wrapped: Any = gpt
+    if ddp:
+        wrapped = DistributedDataParallel(
+            model_config(config),
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True),
+            gpt,
+        )
+        wrapped.zero_grad_buffer()
+    loss_of(wrapped, config).backward()
+    named = gpt.named_parameters()
+    return {name: (p.main_grad if ddp else p.grad).clone() for name, p in named}
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_main_gradients_are_autograds(tied: str) -> None:
+    """A tied embedding gets two gradients: the head's, added by our GEMM, and its own."""
+    plain = gradients(f"model.tie_embeddings={tied}", ddp=False)
+    main = gradients(f"model.tie_embeddings={tied}", ddp=True)
+    assert plain.keys() == main.keys()
+    for name, expected in plain.items():
+        error = float((main[name] - expected).norm() / expected.norm())
+        assert error < 1e-6, (name, error)
