@@ -115,7 +115,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         device = f"cuda:{rank}"
         torch.cuda.set_device(rank)
     store = dist.FileStore(job["store"], size)
-    dist.init_process_group("nccl" if "cuda" in device else "gloo", store=store, rank=rank, world_size=size)
+    dist.init_process_group(
+        "nccl" if "cuda" in device else "gloo", store=store, rank=rank, world_size=size
+    )
     try:
         return TASKS[job["task"]](
             job["overrides"], job["out"], steps=job.get("steps", 1), device=device

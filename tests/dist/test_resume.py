@@ -1,0 +1,89 @@
+"""A run that stops and goes on is the run that never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+SMALL = (
+    "model.num_layers=2 model.hidden_size=64 model.num_attention_heads=2 model.num_query_groups=2 "
+    "model.ffn_hidden_size=128 model.seq_length=64 train.micro_batch=2 train.global_batch=8 "
+    "train.steps=6 train.eval_interval=2 train.eval_batches=1 checkpoint.interval=2 "
+    "checkpoint.keep_last=9 logging.wandb.mode=disabled logging.console=quiet data.mock=true"
+).split()
+TIMING = ("tokens_per_second", "mfu", "memory_gib")
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, optimizer state included, whole."""
+    reader = dcp.FileSystemReader(checkpoint)
+    metadata = reader.read_metadata().state_dict_metadata
+    state = {
+        k: torch.empty(m.size, dtype=m.properties.dtype)
+        for k, m in metadata.items()
+        if hasattr(m, "size")
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("layout", "size"),
+    [
+        ([], 1),
+        (["parallel.tensor=2", "parallel.sequence=true"], 2),
+        ([], 2),
+        (["parallel.pipeline=2"], 2),
+    ],
+    ids=["single", "TP 2 + SP", "DP 2", "PP 2"],
+)
+def test_resumed_equals_uninterrupted(ranks, tmp_path: Path, layout: list[str], size: int) -> None:
+    """NVFP4 with stochastic rounding, stopped after step 4: same rows, same final weights, all bits."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run = [*SMALL, "precision=nvfp4", *layout]
+    ranks.run("train", [*run, f"run_dir={whole}"], size=size)
+    # what a run that died in step 6 leaves: a later row than its last checkpoint
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step_00000006")
+    (stopped / "checkpoints" / "latest").write_text("step_00000004\n")
+    rows = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "metrics.jsonl").write_text("".join(rows[:-2]) + '{"event": "train", "st')
+
+    ranks.run("train", [*run, f"run_dir={stopped}", "resume=auto"], size=size)
+
+    assert curve(stopped) == curve(whole)
+    assert len(curve(whole)) == 6 + 3
+    last = "checkpoints/step_00000006"
+    one, other = weights(whole / last), weights(stopped / last)
+    assert one.keys() == other.keys()
+    assert any("exp_avg" in key for key in one)
+    different = [key for key in one if not torch.equal(one[key], other[key])]
+    assert not different
+
+
+def test_old_checkpoints_go(ranks, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ranks.run(
+        "train", [*SMALL, "precision=bf16", "checkpoint.keep_last=2", f"run_dir={run}"], size=1
+    )
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "latest",
+        "step_00000004",
+        "step_00000006",
+    ]

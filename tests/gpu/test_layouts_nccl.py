@@ -1,0 +1,31 @@
+"""Two GPUs on NCCL equal one GPU: the law of ``tests/dist`` with real collectives and streams."""
+
+from __future__ import annotations
+
+import pytest
+from agreement import SMALL, STEPS, agree, single
+
+NEAREST = ["precision.dgrad.dy.rounding=nearest", "precision.wgrad.dy.rounding=nearest"]
+RECIPES = {
+    "bf16": ["precision=bf16"],
+    "fp8": ["precision=fp8"],
+    "nvfp4 nearest": ["precision=nvfp4", *NEAREST],
+    "nvfp4": ["precision=nvfp4"],
+}
+LAYOUTS = {
+    "TP 2": ["parallel.tensor=2"],
+    "TP 2 + SP": ["parallel.tensor=2", "parallel.sequence=true"],
+    "PP 2": ["parallel.pipeline=2"],
+    "PP 2 interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+    "DP 2": [],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_gpus_equal_one(gpu_ranks, layout: str, recipe: str) -> None:
+    overrides = SMALL + RECIPES[recipe]
+    reference = single(gpu_ranks, overrides)
+    reply = gpu_ranks.run("first_steps", overrides + LAYOUTS[layout], size=2, steps=STEPS)
+    # Splitting k over ranks is the only change of a sum; cuBLAS keeps its order for equal shapes.
+    agree(reply, reference, recipe=recipe, splits_sums="parallel.tensor=2" in LAYOUTS[layout])
