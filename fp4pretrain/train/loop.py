@@ -18,15 +18,12 @@ class Hook:
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
         """After a step; ``row`` has event, step, tokens, loss, grad_norm, lr."""
 
-    def end(self, trainer: Trainer) -> None:
-        """After the last step of a run that was not interrupted."""
-
     def close(self) -> None:
         """Always, also after an error: let go of files."""
 
 
 def fit(trainer: Trainer, hooks: Sequence[Hook]) -> None:
-    """Train from ``trainer.step`` to ``train.steps``.
+    """Train from ``trainer.step`` to ``train.steps``, or until a hook sets ``trainer.stopped``.
 
     The recipe of every linear is set before each step, so a plan may switch at any of them.
     """
@@ -34,7 +31,7 @@ def fit(trainer: Trainer, hooks: Sequence[Hook]) -> None:
         for hook in hooks:
             hook.start(trainer)
         iterators = trainer.batches(trainer.train_data, trainer.consumed_samples)
-        while trainer.step < trainer.config.train.steps:
+        while trainer.step < trainer.config.train.steps and not trainer.stopped:
             switched = trainer.binding.apply(trainer.progress)
             row: dict[str, Any] = train_step(trainer, iterators)
             row = {"event": "train", "step": trainer.step, "tokens": trainer.tokens, **row}
@@ -42,8 +39,6 @@ def fit(trainer: Trainer, hooks: Sequence[Hook]) -> None:
                 row["recipe_switched"] = True
             for hook in hooks:
                 hook.after_step(trainer, row)
-        for hook in hooks:
-            hook.end(trainer)
     finally:
         for hook in hooks:
             hook.close()

@@ -32,7 +32,8 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass
 class Trainer:
-    """The state of a run. ``step`` counts finished optimizer steps."""
+    """The state of a run. ``step`` counts finished optimizer steps; a hook that sets ``stopped``
+    ends the loop early."""
 
     config: RunConfig
     world: World
@@ -48,6 +49,7 @@ class Trainer:
     backend_choice: str
     parameters: int
     step: int = 0
+    stopped: bool = False
 
     @property
     def consumed_samples(self) -> int:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 def curve(run: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len({(row["event"], row["step"]) for row in rows}) == len(rows)
     return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
 
 
@@ -75,6 +80,33 @@ def test_resumed_equals_uninterrupted(ranks, tmp_path: Path, layout: list[str], 
     assert any("exp_avg" in key for key in one)
     different = [key for key in one if not torch.equal(one[key], other[key])]
     assert not different
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_run_goes_on(ranks, tmp_path: Path, number: int) -> None:
+    """As Slurm ends a job: status 0, a checkpoint of the step it was in, the same curve afterwards."""
+    run = [
+        *SMALL,
+        "precision=nvfp4",
+        "train.steps=16",
+        "train.eval_interval=8",
+        "checkpoint.interval=0",
+    ]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    ranks.run("train", [*run, f"run_dir={whole}"], size=1)
+    command = [sys.executable, "-m", "fp4pretrain", "train", *run, f"run_dir={stopped}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    metrics = stopped / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and len(curve(stopped)) > 2):
+        time.sleep(0.02)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "continue with resume=auto" in said
+    assert 2 < len(curve(stopped)) < len(curve(whole))
+
+    ranks.run("train", [*run, f"run_dir={stopped}", "resume=auto"], size=1)
+    assert curve(stopped) == curve(whole)
 
 
 def test_old_checkpoints_go(ranks, tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""SIGTERM, and Slurm's SIGUSR1 before its time limit: finish the step, save, leave with status 0.
+
+Ranks get a signal at slightly different moments, so after each step they agree by a maximum.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fp4pretrain.train.checkpoint import save
+from fp4pretrain.train.loop import Hook
+from fp4pretrain.train.trainer import Trainer
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Signals(Hook):
+    """Saves into ``folder`` and stops the loop after the step in which any rank got a signal."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._caught = 0
+        self._before: dict[int, Any] = {}
+
+    def start(self, trainer: Trainer) -> None:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._catch)
+
+    def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        caught = torch.tensor(self._caught, device=trainer.world.device)
+        dist.all_reduce(caught, op=dist.ReduceOp.MAX)
+        number = int(caught)
+        if number == 0 or trainer.step == trainer.config.train.steps:
+            return
+        path = save(trainer, self._folder, keep_last=trainer.config.checkpoint.keep_last)
+        trainer.stopped = True
+        if trainer.world.is_main:
+            name = signal.Signals(number).name
+            print(f"{name}: saved {path}; continue with resume=auto", flush=True)
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: Any) -> None:
+        self._caught = number
