@@ -152,7 +152,7 @@ def with_sign(magnitude, y):
 
 
 @triton.jit
-def round_e2m1(y, noise, ROUNDING: tl.constexpr, TIES: tl.constexpr):
+def round_e2m1(y, noise, ROUNDING: tl.constexpr, TIES: tl.constexpr, FAST: tl.constexpr):
     """fp32 ``y`` on the E2M1 grid: (bits of the value times 2^-126 as int32, the fp32 value).
 
     The bits keep the sign of ``y`` also for a zero; the value's zero may have any sign.
@@ -161,7 +161,7 @@ def round_e2m1(y, noise, ROUNDING: tl.constexpr, TIES: tl.constexpr):
     "stochastic_full", ignored by "nearest".
     """
     if ROUNDING == "stochastic":
-        z = (bits_of(tl.clamp(y, -6.0, 6.0) * TO_SUBNORMAL) + noise) & -0x400000
+        z = (to_subnormal(tl.clamp(y, -6.0, 6.0), FAST) + noise) & -0x400000
         return z, float_of(z) * FROM_SUBNORMAL
     else:
         if ROUNDING == "stochastic_full":
@@ -218,6 +218,43 @@ def round_fp8(y, E5M2: tl.constexpr, FAST: tl.constexpr):
         code = tl.where(y == y, code, 0x7F) | ((bits_of(y) >> 24) & 0x80)
         r = float_of(bits_of(r) | (bits_of(y) & -0x80000000))
         return code, tl.where(y == y, r, float("nan"))
+
+
+@triton.jit
+def fp8_word(a, b, c, d, E5M2: tl.constexpr, FAST: tl.constexpr):
+    """Four fp32 as FP8 codes in one int32, ``a`` lowest: nearest even, saturating; NaN stays NaN.
+
+    FAST converts two at a time into halves of the word; bytes joined by shifts were miscompiled for sm_90.
+    """
+    if FAST:
+        KIND: tl.constexpr = "e5m2x2" if E5M2 else "e4m3x2"
+        ASM: tl.constexpr = (
+            "{ .reg .b16 lo, hi; cvt.rn.satfinite." + KIND + ".f32 lo, $2, $1; "
+            "cvt.rn.satfinite." + KIND + ".f32 hi, $4, $3; mov.b32 $0, {lo, hi}; }"
+        )
+        return tl.inline_asm_elementwise(
+            ASM, "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        word, _ = round_fp8(a, E5M2, FAST)
+        byte, _ = round_fp8(b, E5M2, FAST)
+        word = word | (byte << 8)
+        byte, _ = round_fp8(c, E5M2, FAST)
+        word = word | (byte << 16)
+        byte, _ = round_fp8(d, E5M2, FAST)
+        return word | (byte << 24)
+
+
+@triton.jit
+def to_subnormal(y, FAST: tl.constexpr):
+    """int32 bits of ``y`` * 2^-126 cut toward zero: remainders below 2^-23 never round a digit up."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "mul.rz.f32 $0, $1, 0f00800000;", "=r,r", [y], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        small = (tl.abs(y) * 8388608.0).to(tl.int32) | (bits_of(y) & -0x80000000)
+        return tl.where(tl.abs(y) < 1.0, small, bits_of(y * TO_SUBNORMAL))
 
 
 @triton.jit

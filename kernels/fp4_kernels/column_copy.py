@@ -25,7 +25,8 @@ from fp4_kernels.copies import (
     apart,
     block_scales,
     choose_scale,
-    e4m3_elements,
+    e4m3_inexact,
+    e4m3_power,
     elements,
     exact_values,
     four_over_six_candidates,
@@ -163,15 +164,6 @@ def _word_of_codes(qs, W: tl.constexpr, good):
 
 
 @triton.jit
-def _word_of_bytes(qs, W: tl.constexpr):
-    """int32 word W of four bytes."""
-    word = qs[4 * W]
-    for j in tl.static_range(1, 4):
-        word = word | (qs[4 * W + j] << (8 * j))
-    return word
-
-
-@triton.jit
 def _word_of_bf16(low, high):
     """int32 word of two fp32 values that are bfloat16 numbers: their upper halves."""
     low = (arith.bits_of(low).to(tl.uint32, bitcast=True) >> 16).to(tl.int32, bitcast=True)
@@ -210,19 +202,25 @@ def _words(qs, values, byte, decode, amax_row, CFG: tl.constexpr, FAST: tl.const
             low = exact_values(values[2 * k], decode, CFG)
             ws = ws + (_word_of_bf16(low, exact_values(values[2 * k + 1], decode, CFG)),)
     elif CFG[OUT] == "e4m3":
-        codes = ()
+        power = _to_tile(e4m3_power(byte, amax_row, CFG), CFG)
+        vs = ()
         for i in tl.static_range(16):
-            code, inexact = e4m3_elements(values[i], byte, amax_row, CFG, FAST)
-            codes = codes + (code,)
-            lost = lost + inexact
+            vs = vs + (values[i] * power,)
+            lost = lost + e4m3_inexact(vs[i])
         for k in tl.static_range(4):
-            ws = ws + (_word_of_bytes(codes, k),)
+            word = arith.fp8_word(
+                vs[4 * k], vs[4 * k + 1], vs[4 * k + 2], vs[4 * k + 3], False, FAST
+            )
+            ws = ws + (word,)
     elif CFG[ELEMENT] == "e2m1":
         for k in tl.static_range(2):
             ws = ws + (_word_of_codes(qs, k, decode == decode),)
-    else:
+    else:  # the values are not rounded yet
         for k in tl.static_range(4):
-            word = _word_of_bytes(qs, k)
+            word = arith.fp8_word(
+                values[4 * k], values[4 * k + 1], values[4 * k + 2], values[4 * k + 3],
+                tl.constexpr(CFG[ELEMENT] == "e5m2"), FAST,
+            )  # fmt: skip
             if CFG[KIND] == "mx":
                 word = tl.where(decode == decode, word, 0)
             ws = ws + (word,)
@@ -257,11 +255,12 @@ def column_copy(
             bits = (words[i] >> 8).to(tl.int32)
         else:
             bits = 0
-        q, value = elements(vs[i], encode, bits, CFG, FAST)
+        if CFG[ELEMENT] != "e2m1" and CFG[OUT] == "codes":
+            q, value = 0, vs[i] * encode  # rounded as words are made
+        else:
+            q, value = elements(vs[i], encode, bits, CFG, FAST)
         qs = qs + (q,)
         values = values + (value,)
-    if CFG[OUT] == "e4m3":
-        stored = _to_tile(stored, CFG)
     ws, lost = _words(qs, values, stored, decode, amax_row, CFG, FAST)
     _store_words(ws, geo, ptr[0], EVEN)
     return lost

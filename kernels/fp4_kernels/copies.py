@@ -162,7 +162,7 @@ def four_over_six_candidates(amax_b, s_enc, s_dec, FAST: tl.constexpr):
 @triton.jit
 def squared_error(x, scale, encode, s_enc, TIES: tl.constexpr):
     """(q * s_b - x * S_enc)^2 of elements rounded to nearest under one candidate scale."""
-    _, q = arith.round_e2m1(x * encode, 0, "nearest", TIES)
+    _, q = arith.round_e2m1(x * encode, 0, "nearest", TIES, False)
     error = q * scale - x * s_enc
     return error * error
 
@@ -184,7 +184,9 @@ def elements(v, encode, noise, CFG: tl.constexpr, FAST: tl.constexpr):
     if CFG[ELEMENT] == "e2m1":
         if CFG[OUT] == "codes":
             y = y + 0.0  # an exact -0.0 has code 0, a negative that rounds to zero code 8
-        return arith.round_e2m1(y, noise, tl.constexpr(CFG[ROUNDING]), tl.constexpr(CFG[TIES]))
+        return arith.round_e2m1(
+            y, noise, tl.constexpr(CFG[ROUNDING]), tl.constexpr(CFG[TIES]), FAST
+        )
     else:
         return arith.round_fp8(y, tl.constexpr(CFG[ELEMENT] == "e5m2"), FAST)
 
@@ -199,8 +201,8 @@ def exact_values(value, decode, CFG: tl.constexpr):
 
 
 @triton.jit
-def e4m3_elements(value, byte, amax_row, CFG: tl.constexpr, FAST: tl.constexpr):
-    """MXFP4 as E4M3 codes under the power of two of its row, and how many elements lost exactness.
+def e4m3_power(byte, amax_row, CFG: tl.constexpr):
+    """What MXFP4 elements of a block with this scale byte are in E4M3 under the power of two of their row.
 
     The row's largest block scale 2^e becomes 2^6: 6 * 2^6 = 384 is below 448, and 0.5 * 2^(6 - 14) is
     E4M3's smallest step, so blocks down to 2^14 under the largest are exact.
@@ -213,10 +215,14 @@ def e4m3_elements(value, byte, amax_row, CFG: tl.constexpr, FAST: tl.constexpr):
         tl.constexpr(CFG[INVERSE_MAX]),
     )
     shift = tl.maximum(byte.to(tl.int32) - row_byte + 133, 1)
-    power = tl.where(byte == 255, float("nan"), arith.float_of(shift << 23))
-    value = value * power
-    code, rounded = arith.round_fp8(value, False, FAST)
-    return code, (tl.abs(rounded - value) > 0.0).to(tl.int32)
+    return tl.where(byte == 255, float("nan"), arith.float_of(shift << 23))
+
+
+@triton.jit
+def e4m3_inexact(value):
+    """int32 1 where E4M3 cannot hold an E2M1 element times a power of two: off the grid of 2^-9."""
+    # adding and taking away 1.5 * 2^14 rounds to multiples of 2^-9; what is that large is exact
+    return (tl.abs(value - ((value + 24576.0) - 24576.0)) > 0.0).to(tl.int32)
 
 
 @triton.jit

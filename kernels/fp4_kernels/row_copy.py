@@ -20,7 +20,8 @@ from fp4_kernels.copies import (
     apart,
     block_scales,
     choose_scale,
-    e4m3_elements,
+    e4m3_inexact,
+    e4m3_power,
     elements,
     exact_values,
     four_over_six_candidates,
@@ -116,18 +117,19 @@ def _tile_scales(xs, signs, scales_t, CFG: tl.constexpr, FAST: tl.constexpr):
     for i in tl.static_range(1, 16):
         a = arith.max_nan(a, max_columns(tl.abs(_values(xs[i], signs, CFG, FAST)), L, FAST))
     a = max_rows(a, P, FAST)
-    if CFG[RULE] != "four_over_six":
+    if CFG[RULE] == "four_over_six":
+        candidates = four_over_six_candidates(a, scales_t[0], scales_t[1], FAST)
+        e6 = ()
+        e4 = ()
+        for i in tl.static_range(16):
+            pair = _errors(_values(xs[i], signs, CFG, FAST), candidates, scales_t[0], CFG)
+            e6 = e6 + (pair[0],)
+            e4 = e4 + (pair[1],)
+        return choose_scale(
+            a, candidates[0], candidates[2], tree(e6), tree(e4), scales_t[0], scales_t[1], FAST
+        )
+    else:  # not after a return: the compiler would look at both
         return block_scales(a, scales_t[0], scales_t[1], CFG, FAST)
-    candidates = four_over_six_candidates(a, scales_t[0], scales_t[1], FAST)
-    e6 = ()
-    e4 = ()
-    for i in tl.static_range(16):
-        pair = _errors(_values(xs[i], signs, CFG, FAST), candidates, scales_t[0], CFG)
-        e6 = e6 + (pair[0],)
-        e4 = e4 + (pair[1],)
-    return choose_scale(
-        a, candidates[0], candidates[2], tree(e6), tree(e4), scales_t[0], scales_t[1], FAST
-    )
 
 
 @triton.jit
@@ -173,9 +175,10 @@ def _store_elements(
         store(ptr[0] + offset, value, inside, EVEN)
         return 0
     elif CFG[OUT] == "e4m3":
-        code, lost = e4m3_elements(value, byte, amax_row, CFG, FAST)
+        value = value * spread_columns(e4m3_power(byte, amax_row, CFG), tl.constexpr(CFG[BLOCK]))
+        code, _ = arith.round_fp8(value, False, FAST)
         store(ptr[0] + offset, code.to(tl.uint8), inside, EVEN)
-        return tl.where(inside, lost, 0)
+        return tl.where(inside, e4m3_inexact(value), 0)
     else:
         if CFG[KIND] == "mx":
             q = tl.where(decode == decode, q, 0)
@@ -268,8 +271,6 @@ def row_copy(xs, geo, ptr, noise, signs, CFG: tl.constexpr, EVEN: tl.constexpr, 
         if CFG[OUT] == "codes" and CFG[ELEMENT] == "e2m1":
             all_words = all_words + (_words(q, decode == decode),)
         else:
-            if CFG[OUT] == "e4m3":
-                stored = spread_columns(stored, L)
             lost += _store_elements(
                 q, value, stored, decode, m, geo, ptr, amax_row, CFG, EVEN, FAST
             )
