@@ -240,9 +240,11 @@ def compose(overrides: list[str]) -> RunConfig:
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             composed = hydra_compose("train", overrides=overrides)
-        config = OmegaConf.to_object(composed)
+        # Once more through the schema: an interpolation of a whole section is not checked before.
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise UserError(one_line(error, keys=keys)) from None
+        raise UserError(one_line(error, overrides, keys=keys)) from None
     assert isinstance(config, RunConfig)
     check(config)
     plan_of(config)

@@ -72,7 +72,9 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
             try:
                 values = list(override.sweep_string_iterator())
             except (HydraException, ValueError, TypeError) as error:
-                raise UserError(f"{_name(text)}: {text!r} is no sweep ({_flat(error)})") from None
+                raise UserError(
+                    f"{_name(text)}: {text!r} is no sweep ({_short(str(error))})"
+                ) from None
             if not values:
                 raise UserError(f"{_name(text)}: {text!r} sweeps over nothing; give it values")
             variants = [f"{override.get_key_element()}={value}" for value in values]
@@ -87,7 +89,7 @@ def unknown_key(key: str, keys: Collection[str]) -> str:
     return f"{_name(key)}: no such key; {meant}`fp4pretrain train --cfg` prints all keys"
 
 
-def one_line(error: Exception, *, keys: Collection[str]) -> str:
+def one_line(error: Exception, overrides: Sequence[str], *, keys: Collection[str]) -> str:
     """What Hydra, OmegaConf or the YAML reader said, as one line that names key and cure."""
     if isinstance(error, MarkedYAMLError):
         mark = error.problem_mark
@@ -100,11 +102,14 @@ def one_line(error: Exception, *, keys: Collection[str]) -> str:
     file = re.match(r"In '([^']+)'", str(error))
     place = f" (in {file[1]}.yaml)" if file else ""
     full_key = re.search(r"full_key: (\S+)", str(cause))
-    if full_key is None:
-        return f"{file[1]}.yaml: {told[0]}; correct that file" if file else f"{reason}; see --help"
+    cure = next((c for part, c in _CURES.items() if part in reason), "give another value")
+    if full_key is None and file:
+        return f"{file[1]}.yaml: {told[0]}; correct that file"
+    if full_key is None:  # an interpolation of a whole section: OmegaConf does not say where
+        suspects = [_name(text) for text in overrides if "${" in text] or map(_name, overrides)
+        return f"{', '.join(suspects)}: {reason}; {cure}"
     if re.match(r"Key '.*' not in '", reason):
         return unknown_key(full_key[1], keys) + place
-    cure = next((c for part, c in _CURES.items() if part in reason), "give another value")
     return f"{full_key[1]}: {reason}{place}; {cure}"
 
 
@@ -112,11 +117,10 @@ def _parsed(text: str) -> Override:
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException:
-        _, _, value = text.partition("=")
-        plain = value.strip("\"' ").replace("'", "")
+        value = text.partition("=")[2].strip("\"' ").replace("'", "")
         raise UserError(
-            f"{_name(text)}: {text!r} cannot be read; write key=value, and quotes around a value "
-            f"of unusual characters: \"{_name(text)}='{_flat(plain)}'\""
+            f"{_name(text)}: {_short(repr(text))} cannot be read; write key=value, and quotes "
+            f"around a value of unusual characters: \"{_name(text)}='{_short(value)}'\""
         ) from None
 
 
@@ -136,5 +140,6 @@ def _name(text: str) -> str:
     return key if re.fullmatch(r"[\w./@:]+", key) else repr(key or text)
 
 
-def _flat(text: object) -> str:
-    return " ".join(str(text).split())
+def _short(text: str) -> str:
+    """What was typed, as part of one line."""
+    return "".join(c if c.isprintable() else " " for c in text[:100]) + "..." * (len(text) > 100)

@@ -102,16 +102,21 @@ def _check_blocks(config: RunConfig) -> None:
     head_size = m.kv_channels or m.hidden_size // heads
     gated = 2 if m.activation == "swiglu" else 1
     tokens = m.seq_length * config.train.micro_batch
-    shapes = {
-        "self_attention.linear_qkv": ((heads + 2 * groups) * head_size // tensor, m.hidden_size),
-        "self_attention.linear_proj": (m.hidden_size, heads * head_size // tensor),
-        "mlp.linear_fc1": (gated * m.ffn_hidden_size // tensor, m.hidden_size),
-        "mlp.linear_fc2": (m.hidden_size, m.ffn_hidden_size // tensor),
-    }
-    for linear, (n, k) in shapes.items():
-        if any(not plan.kept(layer, linear) for layer in range(m.num_layers)):
-            plan.check_shape(linear, tokens=tokens, n=n, k=k)
+    up = m.ffn_hidden_size // tensor
+    shapes = [
+        (
+            "self_attention.linear_qkv",
+            "",
+            (heads + 2 * groups) * head_size // tensor,
+            m.hidden_size,
+        ),
+        ("self_attention.linear_proj", "", m.hidden_size, heads * head_size // tensor),
+        ("mlp.linear_fc1", "", gated * up, m.hidden_size),
+        ("mlp.linear_fc2", "", m.hidden_size, up),
+    ]
     if gated == 2 and plan.recipe.quantized:
         # The gate's and the up projection's halves are blocks apart in the whole matrix.
-        part = m.ffn_hidden_size // tensor
-        plan.check_shape("mlp.linear_fc1's half", tokens=tokens, n=part, k=m.hidden_size)
+        shapes.append(("mlp.linear_fc1", " (half)", up, m.hidden_size))
+    for linear, part, n, k in shapes:
+        if any(not plan.kept(layer, linear) for layer in range(m.num_layers)):
+            plan.check_shape(linear + part, tokens=tokens, n=n, k=k)

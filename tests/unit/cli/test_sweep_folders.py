@@ -1,0 +1,90 @@
+"""Which runs a command makes, and in which folders: nothing is trained here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fp4pretrain.config import RunConfig
+from fp4pretrain.overrides import expand_sweep
+from fp4pretrain.train import beside
+from fp4pretrain.train.run_dir import run_path
+
+H16 = ["precision=mxfp4_h16"]
+# The command -> the folders trained, in order.
+FOLDERS = [
+    ([], ["runs/nvfp4-seed1234"]),
+    (["name=a"], ["runs/a"]),
+    (["run_dir=b/a"], ["b/a"]),
+    (["precision=bf16,fp8"], ["runs/bf16-seed1234", "runs/fp8-seed1234"]),
+    (["precision=bf16", "seed=1,2"], ["runs/bf16-seed1", "runs/bf16-seed2"]),
+    (["optim.lr=1e-3,0.1"], ["runs/nvfp4-seed1234-lr_0.001", "runs/nvfp4-seed1234-lr_0.1"]),
+    (
+        [*H16, "precision.wgrad.rotation.kind=none,hadamard"],
+        ["runs/mxfp4_h16-seed1234-kind_none", "runs/mxfp4_h16-seed1234-kind_hadamard"],
+    ),
+    (["name=a", "precision=bf16,fp8"], ["runs/a-precision_bf16", "runs/a-precision_fp8"]),
+    (["name=a,b"], ["runs/a", "runs/b"]),
+    (["run_dir=x/a,x/b"], ["x/a", "x/b"]),
+    (
+        ["data.split='9,1','8,2'"],
+        ["runs/nvfp4-seed1234-split_9_1", "runs/nvfp4-seed1234-split_8_2"],
+    ),
+    (["baseline=fp8"], ["runs/fp8-seed1234", "runs/nvfp4-seed1234"]),
+    (["baseline=fp8", "run_dir=runs/demo"], ["runs/demo-fp8", "runs/demo-nvfp4"]),
+    # one baseline serves the recipes of a sweep; each seed has its own
+    (
+        ["baseline=fp8", "precision=nvfp4,mxfp4_h16"],
+        ["runs/fp8-seed1234", "runs/nvfp4-seed1234", "runs/mxfp4_h16-seed1234"],
+    ),
+    (
+        ["baseline=fp8", "seed=1,2"],
+        ["runs/fp8-seed1", "runs/nvfp4-seed1", "runs/fp8-seed2", "runs/nvfp4-seed2"],
+    ),
+    (
+        ["baseline=fp8", "precision.wgrad.rotation.kind=none,hadamard", "name=d"],
+        ["runs/d-fp8", "runs/d-nvfp4-kind_none", "runs/d-nvfp4-kind_hadamard"],
+    ),
+    (["experiment=late_switch"], ["runs/nvfp4-seed1234", "runs/nvfp4_late-seed1234"]),
+]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[RunConfig]:
+    """The configs that would be trained."""
+    configs: list[RunConfig] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(beside, "train", configs.append)
+    monkeypatch.setattr(beside, "check_run", lambda config: None)
+    monkeypatch.setattr(beside, "_report", lambda paths: None)
+    return configs
+
+
+@pytest.mark.parametrize(("overrides", "folders"), FOLDERS)
+def test_each_run_has_a_folder_named_by_what_is_swept(
+    trained: list[RunConfig], overrides: list[str], folders: list[str]
+) -> None:
+    paths = beside.train_all(expand_sweep(overrides))
+    assert [str(run_path(config)) for config in trained] == folders
+    assert [str(path) for path in paths] == folders
+
+
+def test_a_baseline_is_the_same_run_in_its_own_recipe(trained: list[RunConfig]) -> None:
+    command = ["experiment=late_switch", "baseline=fp8", "train.steps=9", "seed=5"]
+    beside.train_all([command])
+    base, run = trained
+    assert (base.train, base.seed, base.model, base.optim) == (
+        *(run.train, run.seed, run.model, run.optim),
+    )
+    assert base.precision.tail.at is None  # the switch is the run's, not its baseline's
+    assert run.precision.tail.at == 0.82
+    assert base.precision.fprop.x.format == "fp8_e4m3"
+
+
+def test_nothing_is_trained_where_one_run_of_a_sweep_is_taken(trained: list[RunConfig]) -> None:
+    taken = Path("runs/fp8-seed1234/checkpoints")
+    taken.mkdir(parents=True)
+    with pytest.raises(beside.UserError, match=r"^run_dir: runs/fp8-seed1234 exists already"):
+        beside.train_all(expand_sweep(["precision=bf16,fp8"]))
+    assert trained == []

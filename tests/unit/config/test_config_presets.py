@@ -1,0 +1,68 @@
+"""Every preset composes, and the experiments say what their names promise."""
+
+from __future__ import annotations
+
+import pytest
+
+from fp4pretrain.config import compose, plan_of
+from fp4pretrain.model.layout import check_layout
+from fp4pretrain.presets import groups
+
+PRESETS = [(group, option) for group, options in groups().items() for option in options]
+NEEDS = {("data", "indexed"): ["data.path=some/prefix"]}
+
+
+def test_no_group_is_empty() -> None:
+    assert {group for group, _ in PRESETS} == {
+        *("data", "experiment", "logging", "model", "optim", "parallel", "precision"),
+    }
+
+
+@pytest.mark.parametrize(("group", "option"), PRESETS)
+def test_a_preset_composes_and_fits_some_ranks(group: str, option: str) -> None:
+    wide = ["model=llama3_8b"] if group == "parallel" else []  # a model that eight ranks can share
+    config = compose([f"{group}={option}", *wide, *NEEDS.get((group, option), [])])
+    ranks = config.parallel.tensor * config.parallel.pipeline
+    assert check_layout(config, ranks).data == 1
+
+
+@pytest.mark.parametrize("recipe", groups()["precision"])
+@pytest.mark.parametrize("model", groups()["model"])
+def test_every_recipe_fits_every_model(recipe: str, model: str) -> None:
+    config = compose([f"precision={recipe}", f"model={model}"])
+    assert check_layout(config, 1).data == 1
+    assert config.precision.name == recipe
+
+
+@pytest.mark.parametrize("name", groups()["experiment"])
+def test_an_experiments_keys_stand_above_the_defaults_and_below_the_command_line(name: str) -> None:
+    config = compose([f"experiment={name}"])
+    assert config.baseline is not None
+    assert config.baseline != config.precision.name
+    changed = compose([f"experiment={name}", "train.steps=77", "precision=fp8", "baseline=bf16"])
+    assert (changed.train.steps, changed.precision.fprop.x.format) == (77, "fp8_e4m3")
+
+
+def test_experiments_state_their_papers_numbers() -> None:
+    quartet = compose(["experiment=quartet2_30m"])
+    tokens = quartet.train.steps * quartet.train.global_batch * quartet.model.seq_length
+    assert tokens / 30e6 == pytest.approx(25, rel=0.01)
+    assert (quartet.optim.schedule, quartet.optim.lr, quartet.optim.warmup) == (
+        "cosine",
+        1.2e-3,
+        0.1,
+    )
+    plan = plan_of(quartet)
+    assert not any(plan.kept(layer, "mlp.linear_fc1") for layer in range(6))
+
+    b = compose(["experiment=paper_b_345m"])
+    assert b.train.steps * b.train.global_batch * b.model.seq_length == pytest.approx(
+        33e9, rel=1e-4
+    )
+    assert (b.precision.name, b.optim.lr, b.optim.min_lr) == ("mxfp4_rht_sr", 1.5e-4, 1e-5)
+
+    late = plan_of(compose(["experiment=late_switch"]))
+    before, after = late.main(0.81), late.main(0.82)
+    assert before.fprop.x.format == "nvfp4"
+    assert after.fprop.x.format == "bf16"
+    assert after.wgrad == before.wgrad
