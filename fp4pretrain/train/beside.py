@@ -87,7 +87,8 @@ def _placed(config: RunConfig, varied: list[str]) -> RunConfig:
     for override in varied:
         key, _, value = override.partition("=")
         if key not in shown:
-            place += "-" + re.sub(r"[^\w.+-]+", "_", f"{key.rpartition('.')[2]}_{value}").strip("_")
+            word = re.sub(r"[^\w.+-]+", "_", value).strip("_")
+            place += f"-{key.rpartition('.')[2]}_{word}"
     return replace(config, run_dir=place, baseline=None)
 
 

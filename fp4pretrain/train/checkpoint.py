@@ -16,15 +16,20 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from fp4pretrain.config import RunConfig
 from fp4pretrain.errors import UserError
@@ -32,6 +37,7 @@ from fp4pretrain.train.trainer import Trainer, unwrapped
 
 LATEST = "latest"
 _RUN = "run.json"
+_PARTS = ("common.pt", "metadata.json", ".metadata")  # megatron-core's, beside the shards
 # Tells megatron-core to store optimizer state as whole parameters, readable by any layout.
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -92,14 +98,20 @@ def described(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads((path / _RUN).read_text())
+        for part in _PARTS:
+            (path / part).stat()
         if not isinstance(found["step"], int) or not isinstance(found["model"], dict):
             raise TypeError("step and model")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"resume: {path} is damaged ({type(error).__name__}: {_RUN}); resume from another "
-            "checkpoint"
+            f"resume: {path} is damaged ({_reason(error)}); resume from another checkpoint"
         ) from None
     return dict(found)
+
+
+def _reason(error: Exception) -> str:
+    lost = Path(error.filename).name if isinstance(error, OSError) and error.filename else _RUN
+    return f"{lost}: {type(error).__name__}"
 
 
 def check_model(path: Path, config: RunConfig) -> int:
@@ -120,15 +132,33 @@ def load(trainer: Trainer, path: Path) -> None:
     Raises UserError for a checkpoint of another model.
     """
     step = check_model(path, trainer.config)
-    with _quiet():
-        state = dist_checkpointing.load(_state(trainer, loading=True), str(path))
+    _allocate(trainer.optimizer)
+    try:
+        with _quiet():
+            state = dist_checkpointing.load(_state(trainer, loading=True), str(path))
+    except (CheckpointingException, CheckpointException, OSError) as error:
+        raise UserError(
+            f"resume: {path} is damaged ({type(error).__name__}); resume from another checkpoint"
+        ) from None
     for index, chunk in enumerate(trainer.chunks):
         unwrapped(chunk).load_state_dict(state[_model_key(trainer, index)], strict=True)
-    trainer.optimizer.load_state_dict(state["optimizer"])
+    with _torch_adam_steps(trainer.optimizer):
+        trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.schedule.load_state_dict(state["schedule"])
     _set_rng(state["rng"])
     trainer.step = step
     trainer.clock.weights_changed()
+
+
+def _allocate(optimizer: Any) -> None:
+    """Give a fresh optimizer the state that loading fills: a step on zero gradients.
+
+    Without apex or Transformer Engine, megatron-core's distributed optimizer reads its step count
+    from that state. The masters that the step decays are loaded over.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
+            part._init_optimizer_states_with_dummy_values()
 
 
 def _state(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
@@ -187,9 +217,37 @@ def _write_latest(folder: Path, name: str) -> None:
 
 
 @contextmanager
+def _torch_adam_steps(optimizer: Any) -> Iterator[None]:
+    """megatron-core's reader of fully reshardable state passes over torch Adam's ``step``, which its
+    setter then misses (Transformer Engine's and apex's Adam keep none). The step is restored before
+    from the parameter groups; here the setter is handed that one."""
+    shards = getattr(optimizer, "chained_optimizers", [optimizer])
+    shards = [o for o in shards if hasattr(o, "_set_main_param_and_optimizer_states")]
+    for shard in shards:
+        shard._set_main_param_and_optimizer_states = partial(_set_with_step, shard)
+    try:
+        yield
+    finally:
+        for shard in shards:
+            del shard._set_main_param_and_optimizer_states
+
+
+def _set_with_step(shard: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+    group, order = shard.model_param_group_index_map[model_param]
+    main_param = shard.optimizer.param_groups[group]["params"][order]
+    state = shard.optimizer.state[main_param]
+    if "step" in state:
+        # restored as ONE tensor that all parameters share: each would count the others' steps too
+        state["step"] = state["step"].clone()
+        tensors["step"] = state["step"]
+    type(shard)._set_main_param_and_optimizer_states(shard, model_param, tensors)
+
+
+@contextmanager
 def _quiet() -> Iterator[None]:
     """Only errors from megatron-core's and torch's checkpoint loggers: they warn on every save."""
     loggers = [logging.getLogger(n) for n in ("megatron.core", "torch.distributed.checkpoint")]
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*ShardedTensor.*")
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
