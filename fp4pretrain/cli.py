@@ -6,6 +6,7 @@ A mistake of the user's (UserError) is one line on stderr and exit status 2.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -190,6 +191,9 @@ def _data(arguments: argparse.Namespace) -> None:
 
 
 def _quiet_libraries() -> None:
-    """megatron-core warns at import that apex and Transformer Engine are missing; neither is used."""
+    """What megatron-core says of every run and no user can act on: apex and Transformer Engine are
+    missing (neither is used), its other model class is newer, its collectives have new names."""
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -25,13 +25,13 @@ def compare(
     baseline: Path | None = None,
     force: bool = False,
     html: bool = False,
-    unigram_entropy: float | None = None,
 ) -> Comparison:
     """Compare runs with a baseline, by default the first of them.
 
     ``out`` is the picture's path (``.png``) or a folder to put ``compare.png`` in; the page lies
     beside it as ``.html``. ``force`` compares runs that differ in more than the recipe.
-    ``unigram_entropy`` (nats) draws the loss of a model that knows only token frequencies.
+    The unigram entropy of the data, where the baseline noted it, is drawn as a line: the loss of a
+    model that knows only token frequencies.
     Raises ``UserError`` for a run that cannot be read, that shares no tokens with the baseline, or
     that differs from it in more than the recipe.
     """
@@ -46,7 +46,7 @@ def compare(
         results=(_own_result(first, window), *(_result(run, first, window) for run in others)),
         window=window,
         differences=tuple(found),
-        unigram_entropy=unigram_entropy,
+        unigram_entropy=first.unigram_entropy,
         picture=picture,
         page=picture.with_suffix(".html") if html else None,
     )

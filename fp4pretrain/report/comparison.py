@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fp4pretrain.report.differences import Difference
@@ -78,9 +79,15 @@ class Comparison:
     def table(self) -> Table:
         """The comparison as a rich table."""
         title = f"Loss gap at matched tokens, baseline {self.baseline.run.name}"
-        table = Table(title=title, caption="\n".join(self.notes()), caption_justify="left")
+        # narrow enough for 80 columns: two-line headers, no rules between columns
+        table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.caption, table.caption_justify = "\n".join(self.notes()), "left"
         for number, name in enumerate(self.header()):
-            table.add_column(name, justify="left" if number == 0 else "right", no_wrap=number > 0)
+            header = name.replace(" ", "\n")
+            if number == 0:
+                table.add_column(header, min_width=8, overflow="fold")
+            else:
+                table.add_column(header, justify="right", no_wrap=True)
         for row in self.cells():
             table.add_row(*row)
         return table

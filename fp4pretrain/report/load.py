@@ -6,6 +6,7 @@ tokens, never over steps: two runs with other batch sizes meet on that axis alon
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ class Run:
     path: Path
     config: dict[str, Any]
     plan: str | None
+    unigram_entropy: float | None
     loss: Curve
     val_loss: Curve
     val_loss_bf16: Curve
@@ -68,11 +70,18 @@ def load_run(path: Path, *, name: str) -> Run:
         path=path,
         config=yaml.safe_load(config.read_text(encoding="utf-8")) or {},
         plan=plan.read_text(encoding="utf-8") if plan.is_file() else None,
+        unigram_entropy=_unigram_entropy(path),
         loss=loss,
         val_loss=_curve(rows, "val_loss"),
         val_loss_bf16=_curve(rows, "val_loss_bf16"),
         tokens_per_second=_curve(rows, "tokens_per_second"),
     )
+
+
+def _unigram_entropy(path: Path) -> float | None:
+    """Of the run's validation text, nats a token; None for a run that did not say."""
+    file = path / "data.json"
+    return json.loads(file.read_text())["unigram_entropy"] if file.is_file() else None
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

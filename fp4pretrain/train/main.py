@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fp4pretrain.config import RunConfig
-from fp4pretrain.data import validate
+from fp4pretrain.data import unigram_entropy, validate
 from fp4pretrain.model.layout import check_layout
 from fp4pretrain.observe import (
     CompositeSink,
@@ -55,7 +55,15 @@ def train(config: RunConfig) -> Path:
         if start is not None:
             checkpoint.load(trainer, start)
         plan_text = f"{trainer.backend_choice}\n\n{trainer.binding.plan}"
-        on_main(lambda: prepare(path, config, plan_text), is_main=world.is_main)
+        on_main(
+            lambda: prepare(
+                path,
+                config,
+                plan_text=plan_text,
+                unigram_entropy=unigram_entropy(trainer.valid_data),
+            ),
+            is_main=world.is_main,
+        )
         if world.is_main:
             _announce(trainer, path, start)
         logging = Logging(trainer, _sinks(trainer, path) if world.is_main else None)

@@ -1,10 +1,11 @@
 """A run's folder: made once, never overwritten.
 
-runs/NAME/  config.yaml  plan.txt  metrics.jsonl  checkpoints/  wandb/
+runs/NAME/  config.yaml  plan.txt  data.json  metrics.jsonl  checkpoints/  wandb/
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -64,12 +65,15 @@ def check_free(path: Path, resume: str | None) -> None:
     raise UserError(f"run_dir: {path} {holds}; {cure} another run_dir (or name)")
 
 
-def prepare(path: Path, config: RunConfig, plan_text: str) -> None:
-    """Make the folder with config.yaml and plan.txt. Raises UserError where it cannot be written."""
+def prepare(path: Path, config: RunConfig, *, plan_text: str, unigram_entropy: float) -> None:
+    """Make the folder with config.yaml, plan.txt and data.json (the validation text's unigram
+    entropy, nats a token). Raises UserError where it cannot be written."""
     try:
         (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
         (path / "plan.txt").write_text(plan_text + "\n")
+        data = {"unigram_entropy": unigram_entropy}
+        (path / "data.json").write_text(json.dumps(data) + "\n")
     except OSError as error:
         raise _unwritable(path, error) from None
 

@@ -111,7 +111,8 @@ def test_other_batch_size_and_a_shorter_run_are_matched_by_tokens(
 
 def test_the_table_holds_the_judgement(make_run: Any, tmp_path: Path) -> None:
     runs = [make_run("bf16"), make_run("mxfp4", gap=-0.005), make_run("nvfp4", gap=0.0213)]
-    shown = _shown(compare(runs, out=tmp_path / "out", unigram_entropy=4.5))
+    (runs[0] / "data.json").write_text('{"unigram_entropy": 4.5}')
+    shown = _shown(compare(runs, out=tmp_path / "out"))
     assert re.search(r"nvfp4 .*205K .*\+2\.13 .*\+1\.0[67] .*1,000", shown)
     assert re.search(r"mxfp4 .*-0\.50 ", shown)
     assert "mean of the last 20 logged rows" in shown
@@ -228,7 +229,8 @@ def test_the_picture_is_a_png_and_the_page_needs_no_other_file(
     make_run: Any, tmp_path: Path
 ) -> None:
     runs = [make_run("bf16"), make_run("nvfp4", gap=0.02, rows={"loss": "NaN"})]
-    comparison = compare(runs, out=tmp_path / "gap.png", html=True, unigram_entropy=4.5)
+    (runs[0] / "data.json").write_text('{"unigram_entropy": 4.5}')
+    comparison = compare(runs, out=tmp_path / "gap.png", html=True)
     assert comparison.picture == tmp_path / "gap.png"
     picture = comparison.picture.read_bytes()
     assert picture.startswith(b"\x89PNG")
