@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# gpt_30m on the standard library's bytes with BF16, FP8 and NVFP4, two seeds: the figures of
+# docs/gpu.md. Minutes on one H100.
+#
+# usage: scripts/gpt_30m.sh [FOLDER] [key=value ...]      (default runs/gpt_30m)
+set -euo pipefail
+folder=${1:-runs/gpt_30m}
+shift || true
+python=${PYTHON:-python3}
+for seed in 1 2; do
+    for recipe in bf16 fp8 nvfp4; do
+        "$python" -m fp4pretrain train model=gpt_30m model.vocab_size=257 precision="$recipe" \
+            seed="$seed" train.micro_batch=64 train.global_batch=64 train.steps=500 \
+            train.eval_interval=100 train.eval_batches=4 train.log_interval=5 \
+            optim.lr=1.2e-3 optim.min_lr=1.2e-5 checkpoint.at_end=false \
+            logging.wandb.mode=disabled logging.console=lines \
+            run_dir="$folder/$recipe-seed$seed" "$@" | tail -n 1
+    done
+    "$python" -m fp4pretrain compare "$folder"/{bf16,fp8,nvfp4}-seed"$seed" \
+        --out "$folder/seed$seed.png"
+done
