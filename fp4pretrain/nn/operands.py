@@ -64,6 +64,7 @@ def linear_casts(
             rotation_size=rotation.size if rotation.active else 0,
             signs=keys.signs(gemm, rotation),
             noise=noise,
+            kept=(gemm, operand) == ("wgrad", "x"),
         )
 
     return LinearCasts(

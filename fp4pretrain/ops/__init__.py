@@ -1,6 +1,8 @@
 """Casting operands and multiplying them, one call each, on a backend.
 
 backend             runs on                   operands
+native              Blackwell, MI355X         packed FP4, multiplied as such
+triton              NVIDIA, Ampere and later  exact BF16, or FP8; packed FP4 where kept
 reference           any device, plain torch   element x block scale, exact
 """
 

@@ -13,6 +13,7 @@ row-wise and the column-wise copy of one tensor from a single read.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,8 +32,9 @@ class Cast:
 
     ``transpose``: the operand is x.T, contracted over x's rows. ``rotation_size`` 0 or 16 to 128:
     block Hadamard along the contraction axis, after multiplying by ``signs`` (None: no signs).
-    ``noise`` keys stochastic rounding, in the operand's own coordinates. Backends compare casts by
-    value, so an operand made by an equal cast from an unchanged tensor can be reused.
+    ``noise`` keys stochastic rounding, in the operand's own coordinates. ``kept``: the operand waits
+    for another pass, so a backend may hold it packed. Backends compare casts by value, so an operand
+    made by an equal cast from an unchanged tensor can be reused.
     """
 
     spec: QuantSpec
@@ -40,6 +42,7 @@ class Cast:
     rotation_size: int = 0
     signs: tuple[int, ...] | None = None
     noise: Noise | None = None
+    kept: bool = False
 
 
 ReduceAmax = Callable[[torch.Tensor], torch.Tensor]
@@ -59,6 +62,9 @@ class Backend(Protocol):
 
     def why_not(self, gemm: Gemm, device: torch.device) -> str | None:
         """None if this backend can run the GEMM on the device, otherwise the reason in one clause."""
+
+    def instruction(self, gemm: Gemm, device: torch.device) -> str:
+        """What multiplies there, for people: a matrix instruction, or the library that picks one."""
 
     def quantize(
         self, x: torch.Tensor, casts: Sequence[Cast], reduce_amax: ReduceAmax | None = None
@@ -107,7 +113,13 @@ def available() -> dict[str, Backend]:
     """All backends by name, fastest first: the order in which ``auto`` tries them."""
     from fp4pretrain.ops.reference import ReferenceBackend
 
-    return {b.name: b for b in (ReferenceBackend(),)}
+    found: list[Backend] = []
+    if importlib.util.find_spec("triton") is not None:  # Linux only
+        from fp4pretrain.ops.native_backend import NativeBackend
+        from fp4pretrain.ops.triton_backend import TritonBackend
+
+        found += [NativeBackend(), TritonBackend()]
+    return {b.name: b for b in (*found, ReferenceBackend())}
 
 
 def refusals(backend: Backend, recipe: Recipe, device: torch.device) -> list[str]:

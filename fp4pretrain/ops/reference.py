@@ -15,7 +15,7 @@ import torch
 
 from fp4pretrain.numerics import emulate, rotate, tensor_amax
 from fp4pretrain.ops.backend import Cast, ReduceAmax
-from fp4pretrain.precision import Gemm
+from fp4pretrain.precision import OPERANDS, Gemm
 
 
 @dataclass
@@ -37,6 +37,11 @@ class ReferenceBackend:
 
     def why_not(self, gemm: Gemm, device: torch.device) -> str | None:
         return None
+
+    def instruction(self, gemm: Gemm, device: torch.device) -> str:
+        """What multiplies there: torch's matmul."""
+        exact = all(getattr(gemm, o).exact_in_bf16 for o in OPERANDS[type(gemm).__name__.lower()])
+        return "torch.mm, bf16" if exact and device.type == "cuda" else "torch matmul, fp32"
 
     def quantize(
         self, x: torch.Tensor, casts: Sequence[Cast], reduce_amax: ReduceAmax | None = None

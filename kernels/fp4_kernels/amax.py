@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp4_kernels.arith import bits_of, float_of
+from fp4_kernels.launch import launch
 from fp4_kernels.quantize_kernel import load_tile
 from fp4_kernels.rotation import finish, hadamard_columns, hadamard_tokens
 from fp4_kernels.spec import sign_words
@@ -141,21 +142,20 @@ Rotation = tuple[int, tuple[int, ...] | None]  # size (0: none) and signs
 
 
 def _arguments(x: Tensor, row: Rotation | None, col: Rotation | None, tile: tuple[int, int, int]):
-    """(grid, scalars, compile-time keywords) of a launch on x [R, C] whose columns are adjacent."""
-    tb, bn, warps = tile
+    """(grid, scalars, compile-time constants) of a launch on x [R, C] whose columns are adjacent."""
+    tb, bn, _ = tile
     rows, cols = x.shape
     row_size, row_signs = row or (0, None)
     col_size, col_signs = col or (0, None)
     if (row_size and cols % row_size) or (col_size and rows % col_size):
         raise ValueError(f"a rotation of {row_size} or {col_size} does not divide {list(x.shape)}")
-    keywords = dict(
-        ROW=row is not None, ROW_ROTATION=row_size, ROW_SIGNS=row_signs is not None,
-        COL=col is not None, COL_ROTATION=col_size, COL_SIGNS=col_signs is not None,
-        TB=tb, BN=bn, EVEN=rows % (tb * 16) == 0 and cols % bn == 0,
-        num_warps=warps, enable_fp_fusion=False,
+    constants = (
+        row is not None, row_size, row_signs is not None,
+        col is not None, col_size, col_signs is not None,
+        tb, bn, rows % (tb * 16) == 0 and cols % bn == 0,
     )  # fmt: skip
     grid = (-(-cols // bn), -(-rows // (tb * 16)))
-    return grid, (*sign_words(row_signs), *sign_words(col_signs)), keywords
+    return grid, (*sign_words(row_signs), *sign_words(col_signs)), constants
 
 
 def amax(
@@ -178,10 +178,9 @@ def amax(
         col = None  # the same number: computed once
         out = amax(x, row=row, tile=tile)
         return out[:1].expand(2)
-    grid, signs, keywords = _arguments(x, row, col, tile)
-    amax_kernel[grid](
-        x, x.stride(0), *x.shape, _workspace(x.device), out, grid[0] * grid[1], *signs, **keywords
-    )
+    grid, signs, constants = _arguments(x, row, col, tile)
+    arguments = x, x.stride(0), *x.shape, _workspace(x.device), out, grid[0] * grid[1]
+    launch(amax_kernel, grid, arguments, signs, constants, warps=tile[2])
     return out
 
 
@@ -198,9 +197,8 @@ def line_amax(
         return r, c
     rows, cols = x.shape
     buffer = torch.zeros(rows + cols, dtype=torch.int32, device=x.device)
-    grid, signs, keywords = _arguments(x, row, col, tile)
-    line_amax_kernel[grid](
-        x, x.stride(0), rows, cols, buffer[:rows], buffer[rows:], *signs, **keywords
-    )
+    grid, signs, constants = _arguments(x, row, col, tile)
+    arguments = x, x.stride(0), rows, cols, buffer[:rows], buffer[rows:]
+    launch(line_amax_kernel, grid, arguments, signs, constants, warps=tile[2])
     found = buffer.view(torch.float32)
     return (found[:rows] if row else None), (found[rows:] if col else None)

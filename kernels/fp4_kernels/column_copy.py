@@ -232,7 +232,6 @@ def column_copy(
     xs, geo, ptr, noise, signs, CFG: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr
 ):
     """Quantize the tile's transpose. Returns int32 counts of inexact elements (OUT e4m3)."""
-    TB: tl.constexpr = xs[0].shape[0]
     BN: tl.constexpr = xs[0].shape[1]
     m0, n0, R, C = geo
     n = n0 + tl.arange(0, BN)[None, :]

@@ -12,9 +12,9 @@ by shape, so a call costs a dictionary lookup and one foreign call. Attribute nu
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def _check(status: int, what: str) -> None:
         raise CublasError(f"{what} returned status {status}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _handle(device: int) -> c_void_p:
     handle = c_void_p()
     with torch.cuda.device(device):
@@ -90,12 +90,12 @@ def _handle(device: int) -> c_void_p:
     return handle
 
 
-@lru_cache(maxsize=None)
+@cache
 def _workspace(device: int, stream: int) -> Tensor:
     return torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=f"cuda:{device}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _constant(value: float, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=device)
 

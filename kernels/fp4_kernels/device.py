@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
 
-@lru_cache(maxsize=None)
+@cache
 def has_fast_casts(device: torch.device) -> bool:
     """Whether the FP8 and paired BF16 conversions of NVIDIA's sm_89 and later are there."""
     if device.type != "cuda" or torch.version.hip is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fp4_kernels.device import has_fast_casts
+from fp4_kernels.launch import launch
 from fp4_kernels.quantize_kernel import quantize_kernel
 from fp4_kernels.spec import FORMATS, Copy
 
@@ -80,15 +81,20 @@ def quantize(
     even = rows % (tb * 16) == 0 and cols % bn == 0
     fast = has_fast_casts(x.device)
     grid = (-(-cols // bn), -(-rows // (tb * 16)))
-    quantize_kernel[grid](
-        x, x.stride(0), rows, cols,
-        *_pointers(row, made_row, row_amax, lost, 0), *_pointers(col, made_col, col_amax, lost, 1),
-        *(row.launch_scalars() if row else _NO_SCALARS),
-        *(col.launch_scalars() if col else _NO_SCALARS),
-        ROW=row.config() if row else None,
-        COL=col.config() if col else None,
-        TB=tb, BN=bn, EVEN=even, FAST=fast,
-        num_warps=warps, enable_fp_fusion=False,
+    launch(
+        quantize_kernel,
+        grid,
+        (
+            x, x.stride(0), rows, cols,
+            *_pointers(row, made_row, row_amax, lost, 0),
+            *_pointers(col, made_col, col_amax, lost, 1),
+        ),
+        (
+            *(row.launch_scalars() if row else _NO_SCALARS),
+            *(col.launch_scalars() if col else _NO_SCALARS),
+        ),
+        (row.config() if row else None, col.config() if col else None, tb, bn, even, fast),
+        warps=warps,
     )  # fmt: skip
     return made_row, made_col
 

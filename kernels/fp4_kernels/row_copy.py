@@ -109,8 +109,6 @@ def _errors(v, candidates, s_enc, CFG: tl.constexpr):
 @triton.jit
 def _tile_scales(xs, signs, scales_t, CFG: tl.constexpr, FAST: tl.constexpr):
     """2d: (stored, decode, encode) [TB / P, BN / L] of tiles of L tokens by L columns."""
-    TB: tl.constexpr = xs[0].shape[0]
-    BN: tl.constexpr = xs[0].shape[1]
     L: tl.constexpr = CFG[BLOCK]
     P: tl.constexpr = L // 16
     a = max_columns(tl.abs(_values(xs[0], signs, CFG, FAST)), L, FAST)
@@ -164,7 +162,6 @@ def _store_elements(
     FAST: tl.constexpr,
 ):
     """Write one token's elements; returns int32 counts of those that E4M3 could not hold."""
-    TB: tl.constexpr = q.shape[0]
     BN: tl.constexpr = q.shape[1]
     _, n0, R, C = geo
     n = n0 + tl.arange(0, BN)[None, :]

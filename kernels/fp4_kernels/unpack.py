@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fp4_kernels.arith import FROM_SUBNORMAL, float_of, power_of_byte, round_fp8
 from fp4_kernels.device import has_fast_casts
+from fp4_kernels.launch import launch
 
 # Rows and 8-code words of a program's tile, and its warps.
-TILE = (32, 32, 4)
+TILE = (16, 64, 4)
 
 
 @triton.jit
@@ -41,10 +42,7 @@ def unpack_kernel(
     word = tl.load(codes_ptr + m.to(tl.int64) * (C // 8) + w, mask=inside, other=0)
     place = (m // TALL).to(tl.int64) * (C // BLOCK) + w * 8 // BLOCK
     byte = tl.load(scales_ptr + place, mask=inside, other=0).to(tl.int32)
-    if E8M0:
-        scale = power_of_byte(byte)
-    else:
-        scale = _e4m3_value(byte)
+    scale = power_of_byte(byte) if E8M0 else _e4m3_value(byte)
     if TO_E4M3:
         factor = tl.load(factors_ptr + m, mask=m < R, other=1.0)
         scale = scale * tl.div_rn(tl.zeros_like(factor) + 1.0, factor)
@@ -83,12 +81,14 @@ def unpack(
         dtype=torch.bfloat16 if factors is None else torch.float8_e4m3fn,
         device=codes.device,
     )
-    unpack_kernel[(-(-cols // (bw * 8)), -(-rows // bm))](
+    arguments = (
         codes.view(torch.int32), scales.view(torch.uint8), factors,
         out if factors is None else out.view(torch.uint8), rows, cols,
-        BLOCK=cols // scales.shape[1], TALL=rows // scales.shape[0],
-        E8M0=scales.dtype == torch.float8_e8m0fnu, TO_E4M3=factors is not None,
-        BM=bm, BW=bw, FAST=has_fast_casts(codes.device),
-        num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
+    constants = (
+        cols // scales.shape[1], rows // scales.shape[0], scales.dtype == torch.float8_e8m0fnu,
+        factors is not None, bm, bw, has_fast_casts(codes.device),
+    )  # fmt: skip
+    grid = (-(-cols // (bw * 8)), -(-rows // bm))
+    launch(unpack_kernel, grid, arguments, (), constants, warps=warps)
     return out
