@@ -6,16 +6,20 @@ A mistake of the user's (UserError) is one line on stderr and exit status 2.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.presets import groups
+
+if TYPE_CHECKING:
+    from fp4pretrain.precision import Recipe
 
 TRAIN_HELP = """\
 Train a GPT. Keys are set as key=value (Hydra's grammar); groups pick a YAML file.
@@ -47,6 +51,22 @@ Build and look at datasets: Megatron indexed datasets (PREFIX.bin, PREFIX.idx).
   fp4pretrain data train-bpe notes/ --vocab-size 8192 --out bpe.json    a tokenizer of your own
   fp4pretrain data build notes/ --out data/notes --tokenizer bpe.json
   fp4pretrain data inspect data/notes
+"""
+
+
+BENCH_HELP = """\
+Time kernels beside a device copy, or linears beside BF16, on this machine's GPU: a table and JSON.
+
+  fp4pretrain bench kernels --out runs/bench
+  fp4pretrain bench linear --precision nvfp4,mxfp4_h16,fp8
+"""
+
+DOCTOR_HELP = """\
+What this machine can run: which backend takes each GEMM of a recipe, by which matrix instruction,
+or why it cannot.
+
+  fp4pretrain doctor
+  fp4pretrain doctor --precision mxfp4_h16
 """
 
 
@@ -127,6 +147,14 @@ def _parser() -> argparse.ArgumentParser:
     bpe.add_argument("--out", required=True, metavar="tokenizer.json")
     inspect = jobs.add_parser("inspect", help="what is in an indexed dataset")
     inspect.add_argument("prefix", metavar="PREFIX")
+
+    bench = verb("bench", "time kernels or linears on this GPU", BENCH_HELP, _bench)
+    bench.add_argument("what", choices=("kernels", "linear"))
+    bench.add_argument("--precision", default="nvfp4,mxfp4_h16,fp8", metavar="RECIPE,...")
+    bench.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR")
+
+    doctor = verb("doctor", "what this machine can run, and why not", DOCTOR_HELP, _doctor)
+    doctor.add_argument("--precision", default="nvfp4", metavar="RECIPE")
     return parser
 
 
@@ -188,6 +216,39 @@ def _data(arguments: argparse.Namespace) -> None:
         print(data.train_bpe(arguments.inputs, arguments.vocab_size, arguments.out))
     else:
         data.inspect(arguments.prefix)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from fp4pretrain.bench import kernels, linear
+
+    if arguments.what == "kernels":
+        found = kernels.bench_kernels()
+        shown = kernels.table(found)
+    else:
+        recipes = {name: _recipe(name) for name in arguments.precision.split(",")}
+        found = linear.bench_linear(recipes)
+        shown = linear.table(found)
+    Console(highlight=False).print(shown)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{arguments.what}.json"
+    path.write_text(json.dumps(found, indent=1))
+    print(path)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from fp4pretrain.doctor import table
+
+    Console(highlight=False).print(table(arguments.precision, _recipe(arguments.precision)))
+
+
+def _recipe(name: str) -> Recipe:
+    from fp4pretrain.config import compose, plan_of
+
+    return plan_of(compose([f"precision={name}"])).recipe
 
 
 def _quiet_libraries() -> None:

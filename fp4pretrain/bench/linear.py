@@ -1,0 +1,131 @@
+"""One linear, forward and backward, by recipe, beside PyTorch's BF16 in the same run.
+
+Timed as in training: the weight's casts are made once a step and left out, x is cast in the forward
+pass, dy in the backward pass, dw is added to an FP32 main gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fp4pretrain.bench.timing import gpu_microseconds, host_microseconds, require_gpu
+from fp4pretrain.ops.backend import Backend, Cast, available, refusals
+from fp4pretrain.ops.keys import NoiseKeys
+from fp4pretrain.precision import Recipe
+
+SHAPES = ((8192, 4096, 4096), (8192, 4096, 14336), (8192, 8192, 8192))  # tokens, k, n
+
+
+@dataclass(frozen=True)
+class LinearTiming:
+    """``of_bf16``: GPU time over BF16's; ``kept``: bytes kept for the backward pass over BF16's."""
+
+    recipe: str
+    backend: str
+    shape: tuple[int, int, int]
+    microseconds: float
+    of_bf16: float
+    host_microseconds: float
+    kept: float | None
+
+
+def casts_of(recipe: Recipe, *, step: int = 0) -> dict[str, Cast]:
+    """The six casts of an unsharded linear, by "gemm.operand"."""
+    keys = NoiseKeys(seed=1, step=step, microbatch=0, layer=0, linear=0)
+    transposed = ("dgrad.w", "wgrad.dy", "wgrad.x")
+    found = {}
+    for gemm, operand, spec in recipe.operands():
+        name, rotation = f"{gemm}.{operand}", recipe.gemm(gemm).rotation
+        found[name] = Cast(
+            spec=spec,
+            transpose=name in transposed,
+            rotation_size=rotation.size if rotation.active else 0,
+            signs=keys.signs(gemm, rotation),
+            noise=keys.noise(gemm, operand) if spec.stochastic else None,
+            kept=name == "wgrad.x",
+        )
+    return found
+
+
+def linear_step(
+    backend: Backend, recipe: Recipe, tensors: tuple[torch.Tensor, ...]
+) -> tuple[Callable[[], tuple[torch.Tensor, torch.Tensor]], Any]:
+    """(one forward and backward, x as it is kept) of x [t, k], w [n, k], dy [t, n], main [n, k]."""
+    x, w, dy, main = tensors
+    casts = casts_of(recipe)
+    w_fprop, w_dgrad = backend.quantize(w, [casts["fprop.w"], casts["dgrad.w"]])
+    x_casts = [casts["fprop.x"], casts["wgrad.x"]]
+    dy_casts = [casts["dgrad.dy"], casts["wgrad.dy"]]
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        x_row, x_col = backend.quantize(x, x_casts)
+        y = backend.gemm(x_row, w_fprop, out_dtype=x.dtype)
+        dy_row, dy_col = backend.quantize(dy, dy_casts)
+        dx = backend.gemm(dy_row, w_dgrad, out_dtype=x.dtype)
+        backend.gemm(dy_col, x_col, out_dtype=torch.float32, accumulate_into=main)
+        return y, dx
+
+    return step, backend.quantize(x, x_casts)[1]
+
+
+def bench_linear(
+    recipes: Mapping[str, Recipe], shapes: tuple[tuple[int, int, int], ...] = SHAPES
+) -> dict[str, Any]:
+    """{device, timings}: every recipe on the first backend that can run it, on the current GPU.
+
+    Raises:
+        UserError: without a GPU.
+    """
+    device = require_gpu()
+    timings: list[LinearTiming] = []
+    for t, k, n in shapes:
+        x, dy = (torch.randn(t, c, device=device).bfloat16() for c in (k, n))
+        w = torch.randn(n, k, device=device).bfloat16()
+        main = torch.zeros(n, k, device=device)
+        plain = _plain(x, w, dy)
+        base = gpu_microseconds(plain)
+        host = host_microseconds(plain)
+        timings.append(LinearTiming("bf16", "torch", (t, k, n), base, 1.0, host, 1.0))
+        for name, recipe in recipes.items():
+            backend = next(b for b in available().values() if not refusals(b, recipe, device))
+            step, kept = linear_step(backend, recipe, (x, w, dy, main))
+            us, host = gpu_microseconds(step), host_microseconds(step)
+            share = _bytes(kept) / (x.numel() * x.element_size())
+            timings.append(LinearTiming(name, backend.name, (t, k, n), us, us / base, host, share))
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "timings": [asdict(one) for one in timings],
+    }
+
+
+def _plain(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> Callable[[], object]:
+    def step() -> tuple[torch.Tensor, ...]:
+        return torch.mm(x, w.t()), torch.mm(dy, w), torch.mm(dy.t(), x)
+
+    return step
+
+
+def _bytes(operand: Any) -> int:
+    return sum(
+        v.numel() * v.element_size() for v in vars(operand).values() if isinstance(v, torch.Tensor)
+    )
+
+
+def table(found: dict[str, Any]) -> Any:
+    """The timings as a rich table."""
+    from rich.table import Table
+
+    shown = Table(title=f"{found['device']}: one linear, forward + backward")
+    for column in ("recipe", "backend", "tokens x k x n", "us", "of bf16", "host us", "kept"):
+        text = column in ("recipe", "backend")
+        shown.add_column(column, justify="left" if text else "right")
+    for t in found["timings"]:
+        shown.add_row(
+            t["recipe"], t["backend"], "x".join(map(str, t["shape"])), f"{t['microseconds']:.0f}",
+            f"{t['of_bf16']:.2f}", f"{t['host_microseconds']:.0f}", f"{t['kept']:.2f}",
+        )  # fmt: skip
+    return shown

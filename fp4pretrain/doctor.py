@@ -1,0 +1,41 @@
+"""What this machine can run: a recipe's GEMMs by backend, with the instruction or the reason why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fp4pretrain.ops.backend import available
+from fp4pretrain.precision import GEMMS, Recipe
+
+
+def device_here() -> torch.device:
+    """The CUDA device if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def examine(recipe: Recipe, device: torch.device) -> list[tuple[str, str, bool, str]]:
+    """(backend, GEMM, can run, instruction or reason) for every backend, ``auto``'s order."""
+    rows = []
+    for backend in available().values():
+        for name in GEMMS:
+            gemm = recipe.gemm(name)
+            reason = backend.why_not(gemm, device)
+            text = backend.instruction(gemm, device) if reason is None else reason
+            rows.append((backend.name, name, reason is None, text))
+    return rows
+
+
+def table(recipe_name: str, recipe: Recipe) -> Any:
+    """``examine`` as a rich table, on the device at hand."""
+    from rich.table import Table
+
+    device = device_here()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    shown = Table(title=f"precision={recipe_name} on {name}, torch {torch.__version__}")
+    for column in ("backend", "GEMM", "runs", "by, or why not"):
+        shown.add_column(column)
+    for backend, gemm, runs, text in examine(recipe, device):
+        shown.add_row(backend, gemm, "yes" if runs else "no", text)
+    return shown
