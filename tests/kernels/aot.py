@@ -1,0 +1,120 @@
+"""Compile the kernels for GPUs that are not here: ``compile_kernel(...)`` returns the assembly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from fp4_kernels import amax, native, unpack
+from fp4_kernels.quantize_kernel import quantize_kernel
+from fp4_kernels.spec import Copy, Noise
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+NOISE = Noise(1)
+SIGNS = (1, -1) * 8
+PAIRS = {
+    "nvfp4": (
+        Copy("nvfp4", rounding="stochastic", noise=NOISE, output="exact"),
+        Copy("nvfp4", rotation=16, signs=SIGNS),
+    ),
+    "mxfp4": (
+        Copy("mxfp4", scale="even", output="e4m3"),
+        Copy("mxfp4", scale="even", output="e4m3", rotation=16),
+    ),
+    "fp8": (Copy("fp8_e4m3", "tensor"), Copy("fp8_e5m2", "tensor")),
+}
+_AMAX = dict(ROW=True, ROW_ROTATION=0, ROW_SIGNS=False, COL=True, COL_ROTATION=16, COL_SIGNS=True)
+
+
+def compile_kernel(name: str, target: str) -> str:
+    """Assembly (PTX or AMDGCN) of one kernel by the names of ``kernels()``."""
+    fn, types, constants, options = kernels(target)[name]
+    names = fn.arg_names
+    aligned = [n for n, t in types.items() if t.startswith("*") or n in ("stride", "R", "C", "K")]
+    source = ASTSource(
+        fn=fn,
+        signature={n: types.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): v for n, v in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    return compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
+
+
+def kernels(target: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """name: (kernel, argument types, constants, options) of everything this target can run."""
+    options = dict(num_warps=4, enable_fp_fusion=False)
+    tile = dict(TB=2, BN=128, EVEN=True)
+    x = {"x_ptr": "*bf16", "stride": "i32", "R": "i32", "C": "i32"}
+    signs = dict.fromkeys(("row_lo", "row_hi", "col_lo", "col_hi"), "i64")
+    found: dict[str, Any] = {
+        "amax": (
+            amax.amax_kernel,
+            x | {"work_ptr": "*i32", "out_ptr": "*fp32", "programs": "i32"} | signs,
+            _AMAX | tile,
+            options,
+        ),
+        "line_amax": (
+            amax.line_amax_kernel,
+            x | {"row_ptr": "*i32", "col_ptr": "*i32"} | signs,
+            _AMAX | tile,
+            options,
+        ),
+        "unpack": (
+            unpack.unpack_kernel,
+            {"codes_ptr": "*i32", "scales_ptr": "*u8", "out_ptr": "*bf16", "R": "i32", "C": "i32"},
+            dict(factors_ptr=None, BLOCK=16, TALL=1, E8M0=False, TO_E4M3=False)
+            | dict(BM=16, BW=64, FAST=target != "gfx950"),
+            options,
+        ),
+    }
+    for pair in PAIRS:
+        found[f"quantize {pair}"] = _quantize(pair, target != "gfx950", tile, options)
+    if target != "sm_90":
+        formats = ("mxfp4",) if target == "gfx950" else ("nvfp4", "mxfp4")
+        found |= {f"native {f}": _native(f) for f in formats}
+    return found
+
+
+def _quantize(pair: str, fast: bool, tile: dict, options: dict) -> tuple:
+    types = {"x_ptr": "*bf16", "stride": "i32", "R": "i32", "C": "i32"}
+    constants: dict[str, Any] = dict(tile, FAST=fast)
+    for side, copy in zip(("row", "col"), PAIRS[pair], strict=True):
+        packed = copy.output == "codes" and copy.format.endswith("fp4")
+        out = "*bf16" if copy.output == "exact" else "*i32" if packed else "*u8"
+        scales = {"e4m3": "*fp32", "exact": None}.get(copy.output, "*u8" if packed else None)
+        pointers = {
+            "out": "*i32" if side == "col" else out,
+            "scales": scales,
+            "amax": "*fp32",
+            "alpha": "*fp32" if copy.amax == "tensor" else None,
+            "lost": "*i32" if copy.output == "e4m3" else None,
+        }
+        for name, type_ in pointers.items():
+            if type_ is None:
+                constants[f"{side}_{name}"] = None
+            else:
+                types[f"{side}_{name}"] = type_
+        types |= {f"{side}_{n}": "i64" for n in ("key", "signs_lo", "signs_hi")}
+        places = ("row_offset", "row_part", "row_gap", "call_offset", "call_part", "call_gap")
+        types |= {f"{side}_{n}": "i32" for n in places}
+        constants["ROW" if side == "row" else "COL"] = copy.config()
+    return quantize_kernel, types, constants, options
+
+
+def _native(format_: str) -> tuple:
+    block = {"nvfp4": 16, "mxfp4": 32}[format_]
+    types = dict.fromkeys(("a_ptr", "a_scales_ptr", "b_ptr", "b_scales_ptr"), "*u8")
+    types |= {"alpha_ptr": "*fp32", "out_ptr": "*fp32", "M": "i32", "N": "i32", "K": "i32"}
+    bm, bn, bk, warps, stages = native.TILE
+    constants = dict(E4M3=format_ == "nvfp4", BLOCK=block, A_TALL=1, B_TALL=1, ACCUMULATE=True)
+    constants |= dict(BM=bm, BN=bn, BK=bk)
+    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+    return native.native_gemm_kernel, types, constants, options

@@ -1,0 +1,143 @@
+"""The Triton backend against the reference backend on one GPU: what both tests and scripts check.
+
+Operands must dequantize to the same numbers. Products are held to float64 products of those operands by
+what the order of additions can do: FP32 accumulation of k products errs by at most k * 2^-24 of the sum
+of their magnitudes; Hopper's FP8 tensor cores, told to be fast, keep 13 bits behind the leading one and
+cut at each of k / 32 additions. BF16 results add half an ulp, 2^-9.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fp4pretrain.bench.linear import casts_of
+from fp4pretrain.numerics import QuantSpec
+from fp4pretrain.ops.reference import ReferenceBackend
+from fp4pretrain.ops.triton_backend import TritonBackend, TritonOperand
+from fp4pretrain.precision import Dgrad, Fprop, Recipe, Rotation, Wgrad
+
+
+def _recipe(spec: dict[str, Any], **changes: dict[str, Any]) -> Recipe:
+    """All six operands ``spec``; changes by gemm_operand; rotations by gemm name."""
+
+    def of(name: str) -> QuantSpec:
+        return QuantSpec(**spec | changes.get(name, {}))
+
+    def turn(name: str) -> Rotation:
+        return Rotation(**changes.get(name, {}))
+
+    return Recipe(
+        Fprop(of("fprop_x"), of("fprop_w"), turn("fprop")),
+        Dgrad(of("dgrad_dy"), of("dgrad_w"), turn("dgrad")),
+        Wgrad(of("wgrad_dy"), of("wgrad_x"), turn("wgrad")),
+    )
+
+
+SR = dict(rounding="stochastic")
+H16 = dict(kind="hadamard", size=16)
+RECIPES = {
+    "bf16": Recipe(),
+    # arXiv:2509.25149
+    "nvfp4": _recipe(
+        dict(format="nvfp4"), fprop_w=dict(block="2d"), dgrad_w=dict(block="2d"),
+        dgrad_dy=SR, wgrad_dy=SR, wgrad=dict(kind="random_hadamard", size=16, signs="te"),
+    ),
+    # arXiv:2605.09825
+    "mxfp4": _recipe(dict(format="mxfp4", scale="even"), fprop=H16, dgrad=H16, wgrad=H16),
+    "mxfp4 2d": _recipe(
+        dict(format="mxfp4"), fprop_w=dict(block="2d"), dgrad_w=dict(block="2d")
+    ),
+    # arXiv:2502.20586
+    "mxfp4 unbiased": _recipe(
+        dict(format="mxfp4", scale="unbiased", **SR),
+        dgrad=dict(kind="random_hadamard", size=64), wgrad=dict(kind="random_hadamard", size=64),
+    ),
+    "mxfp8": _recipe(dict(format="mxfp8", scale="rceil")),
+    "fp8": _recipe(
+        dict(format="fp8_e4m3"), dgrad_dy=dict(format="fp8_e5m2"), wgrad_dy=dict(format="fp8_e5m2")
+    ),
+    "fp8 row": _recipe(dict(format="fp8_e4m3", block="row")),
+}  # fmt: skip
+
+
+def check_recipe(name: str, shape: tuple[int, int, int] = (512, 256, 384)) -> list[str]:
+    """What differs between the backends on x [t, k], w [n, k], dy [t, n]; nothing if all is well."""
+    t, k, n = shape
+    g = torch.Generator("cuda").manual_seed(3)
+
+    def draw(rows: int, cols: int) -> torch.Tensor:
+        x = torch.randn(rows, cols, device="cuda", generator=g)
+        x[:, ::29] *= 20
+        return x.bfloat16()
+
+    x, w, dy = draw(t, k), draw(n, k), draw(t, n)
+    recipe = RECIPES[name]
+    mine, reference = TritonBackend(), ReferenceBackend()
+    casts = casts_of(recipe)
+    made: dict[str, TritonOperand] = {}
+    bad: list[str] = []
+    pairs = {"x": (x, "fprop.x", "wgrad.x"), "w": (w, "fprop.w", "dgrad.w")}
+    pairs["dy"] = (dy, "dgrad.dy", "wgrad.dy")
+    for tensor, first, second in pairs.values():
+        both = [casts[first], casts[second]]
+        for operand, a, b in zip(
+            (first, second),
+            mine.quantize(tensor, both, lambda amax: amax),
+            reference.quantize(tensor, both),
+            strict=True,
+        ):
+            made[operand] = a
+            bad += _operands_differ(operand, a, b)
+    lost = mine.lost(x.device)
+    if any(lost):
+        bad.append(f"{lost} elements lost exactness")
+    for gemm, (left, right) in {
+        "y": ("fprop.x", "fprop.w"), "dx": ("dgrad.dy", "dgrad.w"), "dw": ("wgrad.dy", "wgrad.x"),
+    }.items():  # fmt: skip
+        bad += _products_differ(gemm, mine, made[left], made[right], accumulate=gemm == "dw")
+    return bad
+
+
+def plain_values(a: TritonOperand) -> torch.Tensor:
+    """fp32 values without the tensor scale."""
+    values = a.values().float()
+    return values if a.factors is None else values * a.factors[:, None]
+
+
+def _operands_differ(name: str, a: TritonOperand, b: Any) -> list[str]:
+    bad = []
+    wrong = int((plain_values(a) != b.values.float()).sum())
+    # The reference adds noise in fp32, which can round up to the next digit below 2^-25 of it
+    if wrong > 1e-6 * b.values.numel():
+        bad.append(f"{name}: {wrong} of {b.values.numel()} values differ")
+    one = torch.ones((), device=b.values.device)
+    alphas = [one if v is None else v for v in (a.alpha, b.alpha)]
+    if not torch.equal(alphas[0], alphas[1]):
+        bad.append(f"{name}: alpha {alphas[0].item()}, not {alphas[1].item()}")
+    return bad
+
+
+def _products_differ(
+    name: str, backend: TritonBackend, a: TritonOperand, b: TritonOperand, *, accumulate: bool
+) -> list[str]:
+    av, bv = plain_values(a).double(), plain_values(b).double()
+    alpha = 1.0
+    for operand in (a, b):
+        alpha *= 1.0 if operand.alpha is None else operand.alpha.item()
+    want = av @ bv.t() * alpha
+    k = a.shape[1]
+    fp8 = a.values().dtype != torch.bfloat16
+    share = k / 32 * 2.0**-13 if fp8 else k * 2.0**-24
+    limit = av.abs() @ bv.abs().t() * abs(alpha) * share
+    start = torch.ones(want.shape, device=want.device)
+    if accumulate:
+        got = backend.gemm(a, b, out_dtype=torch.float32, accumulate_into=start.clone())
+        wrong = (got.double() - want - start).abs() > limit + 2.0**-23 * (want.abs() + 1)
+    else:
+        got = backend.gemm(a, b, out_dtype=torch.bfloat16)
+        wrong = (got.double() - want).abs() > limit + 2.0**-8 * want.abs()
+    return (
+        [f"{name}: {int(wrong.sum())} of {wrong.numel()} products are off"] if wrong.any() else []
+    )

@@ -1,0 +1,209 @@
+"""A process in which Triton interprets kernels on CPU tensors: reads case names, answers with mismatches.
+
+The interpreter is switched on by an environment variable that Triton reads as kernels are defined, so it
+needs a process of its own: ``python interpreted.py`` with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from fp4_kernels import amax as amax_kernels
+from fp4_kernels.native import native_matmul
+from fp4_kernels.quantize import Quantized, quantize
+from fp4_kernels.spec import Copy, Noise
+from fp4_kernels.unpack import unpack
+
+from fp4pretrain import numerics
+
+TE = numerics.signs_te()
+NOISE = Noise(0x9E3779B97F4A7C15, 7, 48)
+GAPS = Noise(5, 3, 32, row_part=24, row_gap=40, col_part=64, col_gap=128)
+SR = dict(rounding="stochastic", noise=NOISE)
+
+COPIES: dict[str, Copy] = {
+    **{f"nvfp4 {s}": Copy("nvfp4", scale=s) for s in ("default", "unbiased", "four_over_six")},
+    "nvfp4 cap256 away": Copy("nvfp4", scale="cap256", ties="away"),
+    "nvfp4 2d": Copy("nvfp4", block="2d"),
+    "nvfp4 2d four_over_six": Copy("nvfp4", block="2d", scale="four_over_six"),
+    "nvfp4 H16 signs SR": Copy("nvfp4", rotation=16, signs=TE, **SR),
+    "nvfp4 H128 SR gaps": Copy("nvfp4", rotation=128, rounding="stochastic", noise=GAPS),
+    "nvfp4 SR full": Copy("nvfp4", rounding="stochastic_full", noise=NOISE),
+    **{f"mxfp4 {s}": Copy("mxfp4", scale=s) for s in ("floor", "ceil", "even", "rceil")},
+    "mxfp4 2d": Copy("mxfp4", block="2d", scale="even"),
+    "mxfp4 H32 unbiased SR": Copy("mxfp4", rotation=32, scale="unbiased", **SR),
+    "mxfp4 H64 signs": Copy("mxfp4", rotation=64, signs=TE * 4),
+    "mxfp8 rceil": Copy("mxfp8", scale="rceil"),
+    "mxfp8_e5m2 2d": Copy("mxfp8_e5m2", block="2d"),
+    **{f"fp8_e4m3 {b}": Copy("fp8_e4m3", b) for b in ("tensor", "row", "1d", "2d")},
+    "fp8_e5m2 pow2": Copy("fp8_e5m2", "tensor", scale="pow2"),
+}
+# What is unusual in an input. Those but plain also check exact values and unpacking.
+INPUTS = ("plain", "huge", "tiny", "zero", "nan", "inf")
+E4M3_CASES = ("e4m3 near", "e4m3 far")
+
+
+def sample(kind: str, shape: tuple[int, int], seed: int) -> torch.Tensor:
+    """bfloat16 numbers with outliers, zeros and -0.0, and whatever ``kind`` says.
+
+    Subnormals come as fp32: the interpreter misreads those of bfloat16 (the GPU tests have them).
+    """
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=g) * torch.exp(2 * torch.randn(shape[0], 1, generator=g))
+    x[:, ::37] *= 50
+    x[16:32, :64] = 0
+    x[3, 5] = -0.0
+    x *= {"huge": 1e30, "tiny": 1e-36, "zero": 0.0}.get(kind, 1.0)
+    if kind in ("nan", "inf"):
+        x[5, 7] = float(kind)
+    if kind == "tiny":
+        x[8, :32] *= 1e-3
+    return x.bfloat16().float() if kind == "tiny" else x.bfloat16()
+
+
+def amaxes(x: torch.Tensor, copy: Copy) -> tuple:
+    """(row, col) amaxes as ``copy`` needs them, from the kernels."""
+    turn = (copy.rotation, copy.signs)
+    if copy.amax == "none":
+        return None, None
+    measure = amax_kernels.amax if copy.amax == "tensor" else amax_kernels.line_amax
+    found = measure(x, row=turn, col=turn)
+    return found[0], found[1]
+
+
+def flushed(x: torch.Tensor) -> torch.Tensor:
+    """fp32; on a CPU without subnormals, which the interpreter loses in bfloat16."""
+    x = x.float()
+    return x if x.is_cuda else x.masked_fill(x.abs() < 2.0**-126, 0)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def differ(name: str, got: torch.Tensor, want: torch.Tensor) -> list[str]:
+    """The first mismatching element and their number; NaN equals NaN."""
+    if got.shape != want.shape:
+        return [f"{name}: shape {list(got.shape)}, not {list(want.shape)}"]
+    wrong = (got != want) & ~((got != got) & (want != want))
+    if not wrong.any():
+        return []
+    at = tuple(wrong.nonzero()[0].tolist())
+    return [f"{name}: {int(wrong.sum())} differ, first {at}: {got[at]}, not {want[at]}"]
+
+
+def check_copy(copy: Copy, kind: str, *, device: str = "cpu", times: int = 1) -> list[str]:
+    """Row and column copy of one launch against numerics: codes, scales, alpha, amax, exact values."""
+    unit = max(copy.rotation, copy.block_length, 16)
+    shape = (unit, unit) if unit > 48 else (3 * unit, 2 * unit + unit * (unit < 32))
+    shape = (shape[0] * times, shape[1] * times)
+    x = sample(kind, shape, seed=len(kind)).to(device)
+    amax = amaxes(x, copy)
+    made = quantize(x, row=copy, col=copy, row_amax=amax[0], col_amax=amax[1])
+    values: tuple = (None, None)
+    if kind != "plain":
+        exact = replace(copy, output="exact")
+        values = quantize(x, row=exact, col=exact, row_amax=amax[0], col_amax=amax[1])
+    bad = []
+    for name, source, got, value in zip(("row", "col"), (x, x.t()), made, values, strict=True):
+        if copy.rotation:
+            source = numerics.rotate(source, size=copy.rotation, signs=copy.signs)
+        bad += check_one(name, copy, source.contiguous(), got, value)
+    return bad
+
+
+def check_one(
+    name: str, copy: Copy, x: torch.Tensor, got: Quantized, value: Quantized | None
+) -> list[str]:
+    spec = numerics.QuantSpec(copy.format, copy.block, copy.rounding, copy.ties, copy.scale)
+    noise = numerics.Noise(**vars(copy.noise)) if copy.noise else None
+    want = numerics.quantize(x, spec, noise=noise)
+    packed = want.codes.dtype == torch.uint8
+    codes = (got.out, want.codes) if packed else (got.out.float(), want.codes.float())
+    bad = differ(f"{name} codes", *codes)
+    if got.scales is not None:
+        bad += differ(f"{name} scales", bits(got.scales), bits(want.scales))
+    if got.alpha is not None:
+        bad += differ(f"{name} alpha", got.alpha, want.alpha())
+    if value is not None and spec.exact_in_bf16 and not copy.format.startswith("fp8"):
+        # a NaN block scale makes every element NaN, whatever was rounded under it
+        bad += differ(f"{name} values", flushed(value.out), flushed(want.values()))
+    if value is not None and packed:
+        bad += differ(
+            f"{name} unpack", flushed(unpack(want.codes, want.scales)), flushed(want.values())
+        )
+    return bad
+
+
+def check_e4m3(spread: str, *, device: str = "cpu") -> list[str]:
+    """MXFP4 under row factors: exact up to 2^14 under the row's largest block, else counted."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(96, 128, generator=g)
+    exponents = torch.randint(0, 12 if spread == "near" else 40, (3, 4), generator=g).float()
+    x *= torch.exp2(-exponents).repeat_interleave(32, 0).repeat_interleave(32, 1)
+    x = x.bfloat16().to(device)
+    copy = Copy("mxfp4", scale="even", output="e4m3")
+    lost = torch.zeros(2, dtype=torch.int32, device=device)
+    amax = amaxes(x, copy)
+    made = quantize(x, row=copy, col=copy, row_amax=amax[0], col_amax=amax[1], lost=lost)
+    bad = []
+    for i, (source, got) in enumerate(zip((x, x.t().contiguous()), made, strict=True)):
+        want = numerics.quantize(source, numerics.QuantSpec("mxfp4", scale="even")).values()
+        wrong = int((got.out.float() * got.scales[:, None] != want).sum())
+        if wrong != int(lost[i]):
+            bad.append(f"copy {i}: {wrong} elements inexact, {int(lost[i])} counted")
+        if (wrong == 0) != (spread == "near"):
+            bad.append(f"copy {i}: {wrong} elements inexact in the {spread} case")
+    return bad
+
+
+def check_native(accumulate: bool) -> list[str]:
+    """The packed GEMM, mxfp4 (the interpreter reads E4M3 scales as E8M0), odd edges."""
+    spec = numerics.QuantSpec("mxfp4")
+    a = numerics.quantize(sample("plain", (40, 96), 1), spec)
+    b = numerics.quantize(sample("plain", (24, 96), 2), spec)
+    start = torch.ones(40, 24)
+    out = start.clone()
+    alpha = torch.tensor(0.5)
+    native_matmul(
+        (a.codes, a.scales), (b.codes, b.scales), out,
+        alpha=alpha, accumulate=accumulate, tile=(32, 32, 64, 4, 1),
+    )  # fmt: skip
+    products = a.values().double() @ b.values().double().t() * 0.5
+    # fp32 sums of 96 products: 96 * 2^-24 of the sum of magnitudes
+    limit = a.values().abs().double() @ b.values().abs().double().t() * 96 * 2.0**-24
+    wrong = (out - products - accumulate * start).abs() > limit + 2.0**-22
+    return [f"{int(wrong.sum())} sums off"] if wrong.any() else []
+
+
+def cases() -> dict[str, Callable[[], list[str]]]:
+    found = {f"{c} {k}": partial(check_copy, COPIES[c], k) for c in COPIES for k in ("plain",)}
+    some = ("nvfp4 default", "mxfp4 rceil")
+    found |= {f"{c} {k}": partial(check_copy, COPIES[c], k) for c in some for k in INPUTS[1:]}
+    rare = (("nvfp4 2d", "tiny"), ("mxfp8 rceil", "nan"), ("fp8_e4m3 tensor", "inf"))
+    found |= {f"{c} {k}": partial(check_copy, COPIES[c], k) for c, k in rare}
+    found |= {name: partial(check_e4m3, name.split()[1]) for name in E4M3_CASES}
+    return found | {f"native {a}": partial(check_native, a == "add") for a in ("store", "add")}
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy, of 1 / 0 in zero blocks
+    torch.set_num_threads(1)
+    todo = cases()
+    for line in sys.stdin:
+        try:
+            answer = todo[line.strip()]()
+        except Exception:
+            answer = [traceback.format_exc()[-3000:]]
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
