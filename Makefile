@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Tests start up to four processes each; more threads would only get in each other's way.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: train test test-gpu check bench clean
+.PHONY: train test test-gpu sanitize check bench clean
 
 train: $(VENV)/.installed ## FP8 then NVFP4 on this machine, and the gap between them
 	$(BIN)/fp4pretrain train precision=nvfp4 baseline=fp8 name=$(NAME)
@@ -18,6 +18,10 @@ test: $(VENV)/.installed-dev ## the whole CPU suite
 
 test-gpu: $(VENV)/.installed-dev ## kernels, layers and NCCL layouts, on this machine's GPUs
 	$(BIN)/python -m pytest tests/gpu
+
+sanitize: $(VENV)/.installed-dev ## compute-sanitizer over the kernels' GPU tests (minutes)
+	compute-sanitizer --error-exitcode 1 --target-processes all \
+		$(BIN)/python -m pytest tests/gpu/test_kernels_cuda.py
 
 check: $(VENV)/.installed-dev ## style, types, import directions
 	$(BIN)/ruff check .

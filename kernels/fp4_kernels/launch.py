@@ -35,7 +35,8 @@ def launch(
     if device.type != "cuda":  # Triton's interpreter, which has nothing to keep
         kernel[grid](*arguments, *scalars, *constants, num_warps=warps, enable_fp_fusion=False)
         return
-    key = (kernel, device.index, warps, constants, *map(_specialization, arguments))
+    # by identity: a kernel's own hash is that of its source
+    key = (id(kernel), device.index, warps, constants, *map(_specialization, arguments))
     compiled = _COMPILED.get(key)
     if compiled is None:
         _COMPILED[key] = kernel[grid](
@@ -47,6 +48,6 @@ def launch(
 
 def _specialization(argument: Tensor | int | None) -> Any:
     """What a kernel is compiled for: an element type and whether 16 bytes divide the address, or a value."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    return argument
+    if argument is None or argument.__class__ is int:
+        return argument
+    return argument.dtype, argument.data_ptr() % 16 == 0
