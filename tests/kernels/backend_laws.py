@@ -3,7 +3,7 @@
 Operands must dequantize to the same numbers. Products are held to float64 products of those operands by
 what the order of additions can do: FP32 accumulation of k products errs by at most k * 2^-24 of the sum
 of their magnitudes; Hopper's FP8 tensor cores, told to be fast, keep 13 bits behind the leading one and
-cut at each of k / 32 additions. BF16 results add half an ulp, 2^-9.
+cut at each of k / 32 additions, the running sum and the products aligned to it. BF16 results add half an ulp, 2^-9.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _products_differ(
     want = av @ bv.t() * alpha
     k = a.shape[1]
     fp8 = a.values().dtype != torch.bfloat16
-    share = k / 32 * 2.0**-13 if fp8 else k * 2.0**-24
+    share = k / 32 * 2.0**-12 if fp8 else k * 2.0**-24
     limit = av.abs() @ bv.abs().t() * abs(alpha) * share
     start = torch.ones(want.shape, device=want.device)
     if accumulate:
