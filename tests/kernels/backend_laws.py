@@ -3,7 +3,8 @@
 Operands must dequantize to the same numbers. Products are held to float64 products of those operands by
 what the order of additions can do: FP32 accumulation of k products errs by at most k * 2^-24 of the sum
 of their magnitudes; Hopper's FP8 tensor cores, told to be fast, keep 13 bits behind the leading one and
-cut at each of k / 32 additions, the running sum and the products aligned to it. BF16 results add half an ulp, 2^-9.
+cut at each of k / 32 additions, the running sum and the products aligned to it. BF16 results add half
+an ulp, 2^-9.
 """
 
 from __future__ import annotations
