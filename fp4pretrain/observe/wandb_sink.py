@@ -88,7 +88,7 @@ class WandbSink:
         """Upload what is left, end the wandb run, and say in one line where it is."""
         if self._run is None:
             return
-        if self._run.url:
+        if not self._run.offline:  # asking an offline run for its url prints a warning
             where = f"this run is at {self._run.url}"
         else:
             where = f"kept offline; upload it with: wandb sync {self._run.settings.sync_dir}"
