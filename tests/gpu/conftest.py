@@ -12,6 +12,7 @@ from ranks import Ranks
 @pytest.fixture(scope="session")
 def gpu_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     if torch.cuda.device_count() < 2:
+        # NCCL puts one rank on a GPU; the same law runs on gloo in the ordinary suite
         pytest.skip(f"needs 2 GPUs, there are {torch.cuda.device_count()}")
     pool = Ranks(tmp_path_factory.mktemp("ranks"), device="cuda")
     yield pool

@@ -72,6 +72,7 @@ def stage(
 def drawn(first: int, last: int, *, seed: int = 1, **layout: Any) -> dict[str, torch.Tensor]:
     """Parameters by their name in the stage."""
     model = stage(first, last, **layout)
+    # a stand-in with a GPT's parameter names, not a GPT
     initialize(model, seed=seed, std=0.02, num_layers=LAYERS)  # type: ignore[arg-type]
     return {name: p.detach() for name, p in model.named_parameters()}
 
