@@ -37,6 +37,9 @@ from fp4pretrain.train.trainer import Trainer, unwrapped
 
 LATEST = "latest"
 _RUN = "run.json"
+_DESCRIBED = {
+    "step": int, "consumed_samples": int, "skipped_samples": int, "memory": dict, "model": dict
+}  # fmt: skip
 _PARTS = ("common.pt", "metadata.json", ".metadata")  # megatron-core's, beside the shards
 # Tells megatron-core to store optimizer state as whole parameters, readable by any layout.
 _METADATA = {
@@ -100,8 +103,9 @@ def described(path: Path) -> dict[str, Any]:
         found = json.loads((path / _RUN).read_text())
         for part in _PARTS:
             (path / part).stat()
-        if not isinstance(found["step"], int) or not isinstance(found["model"], dict):
-            raise TypeError("step and model")
+        for key, kind in _DESCRIBED.items():
+            if not isinstance(found[key], kind):
+                raise TypeError(key)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"resume: {path} is damaged ({_reason(error)}); resume from another checkpoint"
@@ -114,8 +118,8 @@ def _reason(error: Exception) -> str:
     return f"{lost}: {type(error).__name__}"
 
 
-def check_model(path: Path, config: RunConfig) -> int:
-    """The step of a checkpoint of this model. Raises UserError for a checkpoint of another."""
+def check_model(path: Path, config: RunConfig) -> dict[str, Any]:
+    """``described`` of a checkpoint of this model. Raises UserError for a checkpoint of another."""
     found = described(path)
     for key, value in asdict(config.model).items():
         if found["model"].get(key) != value:
@@ -123,7 +127,7 @@ def check_model(path: Path, config: RunConfig) -> int:
                 f"resume: {path} holds another model (model.{key} is {found['model'].get(key)} "
                 f"there and {value} here); set model.{key} or resume another run"
             )
-    return int(found["step"])
+    return found
 
 
 def load(trainer: Trainer, path: Path) -> None:
@@ -131,7 +135,7 @@ def load(trainer: Trainer, path: Path) -> None:
 
     Raises UserError for a checkpoint of another model.
     """
-    step = check_model(path, trainer.config)
+    found = check_model(path, trainer.config)
     _allocate(trainer.optimizer)
     try:
         with _quiet():
@@ -146,7 +150,10 @@ def load(trainer: Trainer, path: Path) -> None:
         trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.schedule.load_state_dict(state["schedule"])
     _set_rng(state["rng"])
-    trainer.step = step
+    trainer.step = found["step"]
+    trainer.consumed_samples = found["consumed_samples"]
+    trainer.skipped_samples = found["skipped_samples"]
+    trainer.memory = found["memory"]
     trainer.clock.weights_changed()
 
 
@@ -199,6 +206,8 @@ def _description(trainer: Trainer) -> dict[str, Any]:
     return {
         "step": trainer.step,
         "consumed_samples": trainer.consumed_samples,
+        "skipped_samples": trainer.skipped_samples,
+        "memory": trainer.memory,
         "model": asdict(config.model),
         "precision": config.precision.name,
         "parallel": asdict(config.parallel),

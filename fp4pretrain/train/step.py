@@ -68,6 +68,7 @@ def train_step(trainer: Trainer, iterators: list[Iterator[Batch] | None]) -> dic
     trainer.schedule.step(increment=1)
     trainer.clock.weights_changed()
     trainer.step += 1
+    trainer.consumed_samples += trainer.config.train.global_batch
     return {"loss": mean_loss(losses, trainer), "grad_norm": float(grad_norm or 0.0), "lr": lr}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,8 +32,13 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass
 class Trainer:
-    """The state of a run. ``step`` counts finished optimizer steps; a hook that sets ``stopped``
-    ends the loop early."""
+    """The state of a run.
+
+    ``step`` counts finished steps, ``consumed_samples`` is the position in the data (sequences read
+    or passed over by all ranks), ``skipped_samples`` how many of those were passed over.
+    ``memory`` is what hooks remember across restarts: JSON values, stored with every checkpoint.
+    A hook that sets ``stopped`` ends the loop early.
+    """
 
     config: RunConfig
     world: World
@@ -49,15 +54,15 @@ class Trainer:
     backend_choice: str
     parameters: int
     step: int = 0
+    consumed_samples: int = 0
+    skipped_samples: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
     stopped: bool = False
 
     @property
-    def consumed_samples(self) -> int:
-        return self.step * self.config.train.global_batch
-
-    @property
     def tokens(self) -> int:
-        return self.consumed_samples * self.config.model.seq_length
+        """Tokens the model was trained on."""
+        return (self.consumed_samples - self.skipped_samples) * self.config.model.seq_length
 
     @property
     def progress(self) -> float:
