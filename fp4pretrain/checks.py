@@ -64,6 +64,8 @@ NOT_NEGATIVE = (
     "optim.clip",
     "train.eval_interval",
     "checkpoint.interval",
+    "profile.start",
+    "profile.steps",
 )
 FRACTIONS = ("optim.warmup", "optim.decay")
 BELOW_ONE = ("optim.beta1", "optim.beta2", "model.attention_dropout", "model.hidden_dropout")

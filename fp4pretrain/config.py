@@ -149,6 +149,14 @@ class CheckpointConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """torch's profiler records ``steps`` steps after step ``start`` (0 steps: it stays off)."""
+
+    start: int = 10
+    steps: int = 0
+
+
+@dataclass
 class WandbConfig:
     """``mode`` auto: online where an API key is set, offline otherwise."""
 
@@ -204,6 +212,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     seed: int = 1234
     name: str | None = None
     run_dir: str | None = None

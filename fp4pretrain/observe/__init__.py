@@ -5,6 +5,7 @@ Nothing in ``nn`` or ``ops`` imports this package: it is handed finished rows of
 
 from fp4pretrain.observe.console import ConsoleSink
 from fp4pretrain.observe.jsonl import JsonlSink, read_rows
+from fp4pretrain.observe.overlap import overlap
 from fp4pretrain.observe.sink import CompositeSink, Row, Sink
 from fp4pretrain.observe.throughput import Throughput, flops_per_token, memory_gib, peak_flops
 from fp4pretrain.observe.wandb_sink import WandbSink, stored_run_id
@@ -19,6 +20,7 @@ __all__ = [
     "WandbSink",
     "flops_per_token",
     "memory_gib",
+    "overlap",
     "peak_flops",
     "read_rows",
     "stored_run_id",

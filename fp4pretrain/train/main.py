@@ -20,7 +20,7 @@ from fp4pretrain.observe import (
 )
 from fp4pretrain.parallel.groups import join, leave, pick_device, world_size
 from fp4pretrain.train import checkpoint
-from fp4pretrain.train.hooks import Checkpointing, Evaluation, Logging, Signals
+from fp4pretrain.train.hooks import Checkpointing, Evaluation, Logging, Profiling, Signals
 from fp4pretrain.train.loop import fit
 from fp4pretrain.train.run_dir import check_free, find_checkpoint, on_main, prepare, run_path
 from fp4pretrain.train.trainer import Trainer, build_trainer, data_spec, samples_needed
@@ -68,7 +68,13 @@ def train(config: RunConfig) -> Path:
             _announce(trainer, path, start)
         logging = Logging(trainer, _sinks(trainer, path) if world.is_main else None)
         folder = path / "checkpoints"
-        hooks = [logging, Evaluation(logging), Checkpointing(folder, logging), Signals(folder)]
+        hooks = [
+            logging,
+            Profiling(path / "profile", logging),
+            Evaluation(logging),
+            Checkpointing(folder, logging),
+            Signals(folder),
+        ]
         fit(trainer, hooks)
         if trainer.stopped:
             raise SystemExit(0)  # asked to stop by a signal: no further run of a sweep either
