@@ -93,8 +93,6 @@ class TritonBackend:
     def _why_not_specs(
         self, specs: list[QuantSpec], gemm: Gemm, device: torch.device
     ) -> str | None:
-        if any(s.format == "mxfp4" and s.block == "2d" for s in specs):
-            return "it casts MXFP4 in 1x32 blocks only, not in 2d tiles"
         if any(s.row.family == "fp8" and s.block in ("1d", "2d") for s in specs):
             return "it has no GEMM for FP8 scaled in blocks of 128"
         if gemm.rotation.active and not all(s.quantized for s in specs):

@@ -202,7 +202,9 @@ def _words(qs, values, byte, decode, amax_row, CFG: tl.constexpr, FAST: tl.const
             low = exact_values(values[2 * k], decode, CFG)
             ws = ws + (_word_of_bf16(low, exact_values(values[2 * k + 1], decode, CFG)),)
     elif CFG[OUT] == "e4m3":
-        power = _to_tile(e4m3_power(byte, amax_row, CFG), CFG)
+        if CFG[TWO_D]:  # a row's factor is one number a column of this tile, a scale one a block
+            byte = spread_columns(byte, tl.constexpr(CFG[BLOCK]))
+        power = spread_rows(e4m3_power(byte, amax_row, CFG), tl.constexpr(CFG[BLOCK] // 16))
         vs = ()
         for i in tl.static_range(16):
             vs = vs + (values[i] * power,)

@@ -260,8 +260,8 @@ def row_copy(xs, geo, ptr, noise, signs, CFG: tl.constexpr, EVEN: tl.constexpr, 
             stored, decode, encode = stored_t, decode_t, encode_t
         else:
             stored, decode, encode = _row_scales(v, amax_row, scales_t, CFG, FAST)
-            _store_row_factors(stored, amax_row, m, geo, ptr, CFG)
             all_stored = all_stored + (stored,)
+        _store_row_factors(stored, amax_row, m, geo, ptr, CFG)
         decode = spread_columns(decode, L)
         bits = row_noise(m, n0, BN, noise, stored, CFG)
         q, value = elements(v, spread_columns(encode, L), bits, CFG, FAST)

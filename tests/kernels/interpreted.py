@@ -47,7 +47,7 @@ COPIES: dict[str, Copy] = {
 }
 # What is unusual in an input. Those but plain also check exact values and unpacking.
 INPUTS = ("plain", "huge", "tiny", "zero", "nan", "inf")
-E4M3_CASES = ("e4m3 near", "e4m3 far")
+E4M3_CASES = ("e4m3 near", "e4m3 far", "e4m3 near 2d", "e4m3 far 2d")
 
 
 def sample(kind: str, shape: tuple[int, int], seed: int) -> torch.Tensor:
@@ -144,20 +144,22 @@ def check_one(
     return bad
 
 
-def check_e4m3(spread: str, *, device: str = "cpu") -> list[str]:
+def check_e4m3(spread: str, block: str = "1d", *, device: str = "cpu") -> list[str]:
     """MXFP4 under row factors: exact up to 2^14 under the row's largest block, else counted."""
     g = torch.Generator().manual_seed(1)
     x = torch.randn(96, 128, generator=g)
     exponents = torch.randint(0, 12 if spread == "near" else 40, (3, 4), generator=g).float()
     x *= torch.exp2(-exponents).repeat_interleave(32, 0).repeat_interleave(32, 1)
     x = x.bfloat16().to(device)
-    copy = Copy("mxfp4", scale="even", output="e4m3")
-    lost = torch.zeros(2, dtype=torch.int32, device=device)
+    copy = Copy("mxfp4", block, scale="even", output="e4m3")
+    lost = torch.zeros(2, dtype=torch.int64, device=device)
     amax = amaxes(x, copy)
+    if block == "2d":  # the rows of a tile share its scale, so they take one factor
+        amax = tuple(a.view(-1, 32).amax(dim=1).repeat_interleave(32) for a in amax)
     made = quantize(x, row=copy, col=copy, row_amax=amax[0], col_amax=amax[1], lost=lost)
     bad = []
     for i, (source, got) in enumerate(zip((x, x.t().contiguous()), made, strict=True)):
-        want = numerics.quantize(source, numerics.QuantSpec("mxfp4", scale="even")).values()
+        want = numerics.quantize(source, numerics.QuantSpec("mxfp4", block, scale="even")).values()
         wrong = int((got.out.float() * got.scales[:, None] != want).sum())
         if wrong != int(lost[i]):
             bad.append(f"copy {i}: {wrong} elements inexact, {int(lost[i])} counted")
@@ -191,7 +193,7 @@ def cases() -> dict[str, Callable[[], list[str]]]:
     found |= {f"{c} {k}": partial(check_copy, COPIES[c], k) for c in some for k in INPUTS[1:]}
     rare = (("nvfp4 2d", "tiny"), ("mxfp8 rceil", "nan"), ("fp8_e4m3 tensor", "inf"))
     found |= {f"{c} {k}": partial(check_copy, COPIES[c], k) for c, k in rare}
-    found |= {name: partial(check_e4m3, name.split()[1]) for name in E4M3_CASES}
+    found |= {name: partial(check_e4m3, *name.split()[1:]) for name in E4M3_CASES}
     return found | {f"native {a}": partial(check_native, a == "add") for a in ("store", "add")}
 
 
