@@ -94,6 +94,7 @@ def check(config: RunConfig) -> None:
     require(NOT_NEGATIVE, 0, _LARGE, "0 or a number above, below 2^31")
     require(FRACTIONS, 0, 1 + 2**-52, "a fraction, 0 to 1")
     require(BELOW_ONE, 0, 1, "a number from 0 to below 1")
+    require(("parallel.timeout_minutes",), 0.1, 10_001, "minutes from 0.1 to 10000 (a week)")
     require(("seed",), 0, _SEEDS, "a whole number from 0 to 2^32 - 1")
     for key in NOT_EMPTY:
         if value(key) == "":

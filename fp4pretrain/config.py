@@ -113,7 +113,11 @@ class OptimConfig:
 
 @dataclass
 class ParallelConfig:
-    """Layout of the ranks; data parallelism takes what is left of the world size."""
+    """Layout of the ranks; data parallelism takes what is left of the world size.
+
+    ``timeout_minutes``: how long a rank waits for the others before it fails (also while rank 0
+    builds the index of a dataset).
+    """
 
     tensor: int = 1
     pipeline: int = 1
@@ -124,6 +128,7 @@ class ParallelConfig:
     overlap: bool = True
     recompute: str = "none"
     device: str = "auto"
+    timeout_minutes: float = 10.0
 
 
 @dataclass

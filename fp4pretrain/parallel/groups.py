@@ -59,9 +59,13 @@ def join(
     pipeline: int = 1,
     virtual_pipeline: int | None = None,
     seed: int = 1234,
+    timeout_minutes: float = 10.0,
 ) -> World:
     """Form all groups. ``virtual_pipeline`` is the number of model chunks a pipeline rank holds.
 
+    A rank that waits longer than ``timeout_minutes`` for another in a collective fails. Dead
+    processes are noticed at once on gloo (their sockets close); hosts that vanish, and peers lost
+    under NCCL, only by this.
     The layout must fit ``world_size()``: that is checked while composing.
     """
     if device.type == "cpu":
@@ -78,7 +82,7 @@ def join(
         backend = "gloo" if device.type == "cpu" else "nccl"
         bind: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timedelta(minutes=10), **bind)
+            dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **bind)
         else:
             store = dist.HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1, **bind)
@@ -87,6 +91,7 @@ def join(
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=virtual_pipeline,
         create_gloo_process_groups=True,
+        distributed_timeout_minutes=timeout_minutes,
     )
     # The seed is the same on every rank: what is drawn from it (initial weights, rotation signs,
     # rounding noise) is keyed by names and global coordinates, not by rank.

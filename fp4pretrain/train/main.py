@@ -47,6 +47,7 @@ def train(config: RunConfig) -> Path:
         pipeline=config.parallel.pipeline,
         virtual_pipeline=config.parallel.virtual_pipeline,
         seed=config.seed,
+        timeout_minutes=config.parallel.timeout_minutes,
     )
     try:
         on_main(lambda: check_free(path, config.resume), is_main=world.is_main)

@@ -117,6 +117,7 @@ REFUSED = [
     ("optim.decay=0.96", "optim.decay", r"before the warmup ends.*lower"),
     ("train.eval_interval=-5", "train.eval_interval", r"out of range"),
     ("checkpoint.keep_last=0", "checkpoint.keep_last", r"out of range"),
+    ("parallel.timeout_minutes=0", "parallel.timeout_minutes", r"out of range; give minutes"),
     ("model.num_query_groups=0", "model.num_query_groups", r"out of range"),
     ("model.kv_channels=-4", "model.kv_channels", r"out of range"),
     ("model.kv_channels=7", "model.kv_channels", r"heads of 7 .*even"),
