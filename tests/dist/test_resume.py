@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from records import curve, weights
 
 SMALL = (
     "model.num_layers=2 model.hidden_size=64 model.num_attention_heads=2 model.num_query_groups=2 "
@@ -22,30 +19,8 @@ SMALL = (
     "train.steps=6 train.eval_interval=2 train.eval_batches=1 checkpoint.interval=2 "
     "checkpoint.keep_last=9 logging.wandb.mode=disabled logging.console=quiet data.mock=true"
 ).split()
-TIMING = ("tokens_per_second", "mfu", "memory_gib")
 
 pytestmark = pytest.mark.xdist_group("ranks")
-
-
-def curve(run: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len({(row["event"], row["step"]) for row in rows}) == len(rows)
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, optimizer state included, whole."""
-    reader = dcp.FileSystemReader(checkpoint)
-    metadata = reader.read_metadata().state_dict_metadata
-    state = {
-        k: torch.empty(m.size, dtype=m.properties.dtype)
-        for k, m in metadata.items()
-        if hasattr(m, "size")
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
 
 
 @pytest.mark.parametrize(
