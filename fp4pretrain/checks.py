@@ -26,6 +26,8 @@ CHOICES = {
     "parallel.device": ("auto", "cpu", "cuda"),
     "precision.amax": ("tensor_parallel", "rank"),
     "precision.backend": ("auto", "reference", "triton", "native", "transformer_engine"),
+    "guard.spike.action": ("none", "report", "rollback"),
+    "guard.hang_action": ("restart", "report"),
     "logging.wandb.mode": ("auto", "online", "offline", "disabled"),
     "logging.console": ("auto", "progress", "lines", "quiet"),
 }
@@ -56,6 +58,10 @@ POSITIVE = (
     "parallel.virtual_pipeline",
     "parallel.context",
     "checkpoint.keep_last",
+    "guard.spike.threshold",
+    "guard.spike.window",
+    "guard.spike.warmup",
+    "guard.spike.patience",
 )
 NOT_NEGATIVE = (
     "model.init_std",
@@ -64,6 +70,10 @@ NOT_NEGATIVE = (
     "optim.clip",
     "train.eval_interval",
     "checkpoint.interval",
+    "guard.max_skipped",
+    "guard.skip_batches",
+    "guard.max_rollbacks",
+    "guard.hang_timeout",
     "profile.start",
     "profile.steps",
 )
@@ -109,6 +119,11 @@ def check(config: RunConfig) -> None:
     _check_model(config.model)
     _check_schedule(config.optim, config.train.steps)
     _check_data_path(config.data.path)
+    if config.guard.spike.action == "rollback" and config.checkpoint.interval == 0:
+        raise UserError(
+            "guard.spike.action: rollback has no checkpoint to go back to; set checkpoint.interval, "
+            "or use report"
+        )
     if config.train.global_batch % config.train.micro_batch:
         raise UserError(
             f"train.global_batch: {config.train.global_batch} is no multiple of train.micro_batch="

@@ -154,6 +154,41 @@ class CheckpointConfig:
 
 
 @dataclass
+class SpikeConfig:
+    """A loss spike: ``patience`` losses in a row above mean + ``threshold`` standard deviations.
+
+    Mean and deviation follow about ``window`` steps; the first ``warmup`` losses are only learned.
+    ``action``: ``none``, ``report`` (an event, nothing else) or ``rollback``.
+    """
+
+    action: str = "report"
+    threshold: float = 7.0
+    window: int = 100
+    warmup: int = 200
+    patience: int = 10
+
+
+@dataclass
+class GuardConfig:
+    """What a run does about NaN and Inf, loss spikes and hangs.
+
+    A step whose loss or gradients are not finite changes nothing. After ``max_skipped`` of them in a
+    row (0: never) the run goes back to its last good checkpoint and passes over the data in between
+    and ``skip_batches`` global batches more; one more than ``max_rollbacks`` times, it stops.
+    ``hang_timeout`` (seconds without a finished step; 0: off): every rank writes its stacks, and with
+    ``hang_action`` ``restart`` ends, for torchrun to start it again (``report``: goes on waiting).
+    Below ``parallel.timeout_minutes``, at which the collectives themselves give up.
+    """
+
+    max_skipped: int = 5
+    skip_batches: int = 0
+    max_rollbacks: int = 5
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
+    hang_timeout: float = 540.0
+    hang_action: str = "restart"
+
+
+@dataclass
 class ProfileConfig:
     """torch's profiler records ``steps`` steps after step ``start`` (0 steps: it stays off)."""
 
@@ -217,6 +252,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     seed: int = 1234
     name: str | None = None

@@ -22,6 +22,7 @@ BOOKKEEPING = (
     "baseline",
     "logging",
     "checkpoint",
+    "guard",  # what it did is in the notes, run by run
     "train.log_interval",
     "train.eval_interval",
     "train.eval_bf16",
