@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fp4pretrain.config import RunConfig
+from fp4pretrain.train.guard_update import GuardedOptimizer
 
 
-def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> Any:
+def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> GuardedOptimizer:
     """megatron-core's optimizer over DDP-wrapped chunks: sharded over data-parallel ranks where
-    ``parallel.distributed_optimizer`` says so. Weight decay skips norms and biases."""
+    ``parallel.distributed_optimizer`` says so. Weight decay skips norms and biases, and an update
+    that is not finite is left out."""
     o = config.optim
     dtype = torch.bfloat16 if o.params_dtype == "bf16" else torch.float32
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=o.lr,
@@ -33,9 +34,10 @@ def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> Any
         ),
         list(chunks),
     )
+    return GuardedOptimizer(optimizer)
 
 
-def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
+def build_schedule(config: RunConfig, optimizer: GuardedOptimizer) -> OptimizerParamScheduler:
     """Warmup, then WSD (stable, decay over the last fraction) or cosine, counted in steps."""
     o, steps = config.optim, config.train.steps
     warmup = round(o.warmup * steps)

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from fp4pretrain.precision import BF16
+from fp4pretrain.train.guard_update import StepHealth
 from fp4pretrain.train.trainer import Batch, Trainer
 
 # Evaluation draws its noise from microbatch numbers that training never reaches.
@@ -57,19 +58,29 @@ class ForwardStep:
 
 
 def train_step(trainer: Trainer, iterators: list[Iterator[Batch] | None]) -> dict[str, float]:
-    """Forward, backward, clip and update once; returns loss, grad_norm and lr of this step."""
+    """Forward, backward, clip and update once; returns loss, grad_norm and lr of this step.
+
+    Where loss or grad_norm is not finite the update was left out.
+    """
     trainer.clock.step = trainer.step
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
     losses = _schedule(trainer, iterators, ForwardStep(trainer), forward_only=False)
+    health = StepHealth(
+        _mean(losses),
+        (parameter for chunk in trainer.chunks for parameter in chunk.parameters()),
+        device=trainer.world.device,
+        data_size=trainer.world.data_size,
+    )
+    trainer.optimizer.may_write = health.finite
     _, grad_norm, _ = trainer.optimizer.step()
     lr = trainer.optimizer.param_groups[0]["lr"]
     trainer.schedule.step(increment=1)
     trainer.clock.weights_changed()
     trainer.step += 1
     trainer.consumed_samples += trainer.config.train.global_batch
-    return {"loss": mean_loss(losses, trainer), "grad_norm": float(grad_norm or 0.0), "lr": lr}
+    return {"loss": health.loss, "grad_norm": health.norm(float(grad_norm)), "lr": lr}
 
 
 def evaluate(trainer: Trainer, *, bf16: bool = False) -> float:
@@ -122,7 +133,12 @@ def mean_loss(losses: list[dict[str, torch.Tensor]], trainer: Trainer) -> float:
     """
     total = torch.zeros((), dtype=torch.float64, device=trainer.world.device)
     if losses:
-        total += torch.stack([entry["loss"].double() for entry in losses]).mean()
+        total += _mean(losses)
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     return float(total) / trainer.world.data_size
+
+
+def _mean(losses: list[dict[str, torch.Tensor]]) -> torch.Tensor | None:
+    """Over this rank's microbatches, in float64; None without any."""
+    return torch.stack([entry["loss"].double() for entry in losses]).mean() if losses else None
