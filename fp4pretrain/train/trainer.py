@@ -16,6 +16,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils.data import Subset
 
 from fp4pretrain.config import RunConfig, plan_of
 from fp4pretrain.data import DataSpec, batches, build_datasets
@@ -70,16 +71,24 @@ class Trainer:
         return self.step / self.config.train.steps
 
     def batches(self, dataset: Any, consumed_samples: int) -> list[Iterator[Batch] | None]:
-        """This rank's microbatches for each of its model chunks, None for chunks that read none."""
+        """This rank's microbatches for each of its model chunks, None for chunks that read none.
+
+        A dataset is built for the run's length. A run that passed over some of it begins again where
+        it ends, after the last whole global batch.
+        """
+        whole = len(dataset) // self.config.train.global_batch * self.config.train.global_batch
 
         def iterator() -> Iterator[Batch]:
-            return batches(
-                dataset,
-                consumed_samples=consumed_samples,
-                micro_batch=self.config.train.micro_batch,
-                dp_rank=self.world.data_rank,
-                dp_size=self.world.data_size,
-            )
+            position = consumed_samples % whole
+            while True:
+                yield from batches(
+                    Subset(dataset, range(whole)),
+                    consumed_samples=position,
+                    micro_batch=self.config.train.micro_batch,
+                    dp_rank=self.world.data_rank,
+                    dp_size=self.world.data_size,
+                )
+                position = 0
 
         return [iterator() if reads_data(chunk) else None for chunk in self.chunks]
 
