@@ -2,7 +2,7 @@
 
 usage: python scripts/layouts.py [--out FOLDER] [--recipes bf16,nvfp4] [key=value ...]
 
-Each layout trains a few steps through the front door and profiles two of them. Work a GPU is fixed for
+Each layout trains a few steps through the front door and profiles one of them. Work a GPU is fixed for
 DP 2 (twice the batch), total work for the others, so an ideal speed-up is 2 for all. docs/gpu.md's table.
 """
 
@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-BATCH = 16
+BATCH = 32
 RUN = (
-    "model=gpt_1_3b data.mock=true train.micro_batch=4 train.steps=14 train.eval_interval=0 "
-    "train.eval_batches=1 train.eval_bf16=false profile.start=8 profile.steps=2 "
+    "model=gpt_1_3b data.mock=true train.micro_batch=8 train.steps=11 train.eval_interval=0 "
+    "train.eval_batches=1 train.eval_bf16=false profile.start=5 profile.steps=1 "
     "checkpoint.at_end=false logging.wandb.mode=disabled logging.console=lines"
 ).split()
 LAYOUTS: dict[str, tuple[int, int, list[str]]] = {  # ranks, batches of BATCH, overrides
@@ -39,7 +40,9 @@ def train(folder: Path, layout: str, overrides: list[str]) -> list[dict[str, Any
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *(launch if ranks > 1 else [])]
     run = [*RUN, f"train.global_batch={BATCH * batches}", f"run_dir={folder}", *parallel]
-    subprocess.run([*command, "-m", "fp4pretrain", "train", *run, *overrides], check=True)
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ}  # as launch/torchrun.sh does
+    training = [*command, "-m", "fp4pretrain", "train", *run, *overrides]
+    subprocess.run(training, check=True, env=environment)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -47,7 +50,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Tokens a second (median of the steps after the profile), loss of step 1, profile."""
     steps = [row for row in rows if row["event"] == "train"]
     profile = next((row for row in rows if row["event"] == "profile"), {})
-    rates = [row["tokens_per_second"] for row in steps if row["step"] > 10]
+    rates = [row["tokens_per_second"] for row in steps if row["step"] > 7]
     return {
         "tokens_per_second": statistics.median(rates),
         "first_loss": steps[0]["loss"],
