@@ -130,7 +130,7 @@ _WORKSPACES: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _workspace(device: torch.device) -> Tensor:
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
     work = _WORKSPACES.get((device, stream))
     if work is None:
         work = torch.zeros(3, dtype=torch.int32, device=device)

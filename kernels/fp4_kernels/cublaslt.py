@@ -2,10 +2,10 @@
 
     alpha on the device   the tensor scales of NVFP4 multiply the result, and nobody waits for them
     beta = 1, FP32 out    wgrad is added to the FP32 main gradient inside the GEMM
-    outer-vector scales   FP8 operands with one factor a row (MXFP4 carried in E4M3), Hopper only
+    scales of FP8         one factor a row (MXFP4 carried in E4M3) or a block of 128; Hopper only
 
 The library is the one torch itself has loaded. Plans (descriptors and the heuristic's algorithm) are kept
-by shape, so a call costs a dictionary lookup and one foreign call. Attribute numbers are those of
+by shape, so a call costs a dictionary lookup and one to three foreign calls. Attribute numbers are those of
 ``cublasLt.h``; they are stable across CUDA 12 and 13.
 """
 
@@ -29,7 +29,7 @@ _TYPES = {
 _COMPUTE_32F, _R_32F, _DEVICE_POINTERS = 68, 0, 1
 _POINTER_MODE, _TRANSA, _TRANSB = 2, 3, 4
 _A_SCALE, _B_SCALE, _FAST_ACCUM, _A_SCALE_MODE, _B_SCALE_MODE = 17, 18, 25, 31, 32
-_OUTER_VECTOR = 3
+_OUTER_VECTOR, _VECTOR_128, _BLOCK_128 = 3, 4, 5
 _MAX_WORKSPACE = 1
 _WORKSPACE_BYTES = 32 << 20
 
@@ -51,9 +51,9 @@ class CublasError(RuntimeError):
 @dataclass(frozen=True)
 class _Plan:
     desc: c_void_p
-    a: c_void_p
-    b: c_void_p
-    d: c_void_p
+    b_matrix: c_void_p
+    a_matrix: c_void_p
+    out: c_void_p
     heuristic: _Heuristic
 
 
@@ -63,9 +63,13 @@ def _library() -> ctypes.CDLL | None:
         return None
     name = f"libcublasLt.so.{torch.version.cuda.split('.')[0]}"
     try:
-        return ctypes.CDLL(name)
+        library = ctypes.CDLL(name)
     except OSError:
         return None
+    pointer = c_void_p
+    library.cublasLtMatmul.argtypes = [pointer] * 14 + [c_size_t, pointer]  # addresses come as ints
+    library.cublasLtMatmulDescSetAttribute.argtypes = [pointer, c_int, pointer, c_size_t]
+    return library
 
 
 def why_missing() -> str | None:
@@ -96,8 +100,8 @@ def _workspace(device: int, stream: int) -> Tensor:
 
 
 @cache
-def _constant(value: float, device: torch.device) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=device)
+def _constant(value: float, device: int) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device=f"cuda:{device}")
 
 
 def _set(desc: c_void_p, attribute: int, value: ctypes._SimpleCData) -> None:
@@ -125,19 +129,12 @@ def _storage(x: Tensor) -> tuple[bool, int]:
     raise ValueError(f"a GEMM operand needs a unit stride, got {x.stride()}")
 
 
-@lru_cache(maxsize=1024)
-def _plan(
-    device: int,
-    shape: tuple[int, int, int],
-    dtypes: tuple,
-    storage: tuple,
-    scaled: bool,
-    fast: bool,
-) -> _Plan:
+def _plan(a: Tensor, b: Tensor, out: Tensor, modes: tuple[int, int] | None, fast: bool) -> _Plan:
     """Column-major throughout: out.T [n, m] = b [n, k] @ a.T, with b as cuBLAS's A and a as its B."""
     lib = _library()
-    m, n, k = shape
-    (a_rows, lda), (b_rows, ldb), ldd = storage
+    device = out.device.index
+    (m, k), n = a.shape, b.shape[0]
+    (a_rows, lda), (b_rows, ldb) = _storage(a), _storage(b)
     desc = c_void_p()
     _check(lib.cublasLtMatmulDescCreate(byref(desc), _COMPUTE_32F, _R_32F), "MatmulDescCreate")
     _set(desc, _POINTER_MODE, c_int32(_DEVICE_POINTERS))
@@ -145,27 +142,59 @@ def _plan(
     _set(desc, _TRANSB, c_int32(0 if a_rows else 1))
     if fast:
         _set(desc, _FAST_ACCUM, ctypes.c_int8(1))
-    if scaled:
-        _set(desc, _A_SCALE_MODE, c_int32(_OUTER_VECTOR))
-        _set(desc, _B_SCALE_MODE, c_int32(_OUTER_VECTOR))
-        anchor = c_void_p(_constant(1.0, torch.device("cuda", device)).data_ptr())
+    if modes is not None:
+        _set(desc, _A_SCALE_MODE, c_int32(modes[1]))
+        _set(desc, _B_SCALE_MODE, c_int32(modes[0]))
+        anchor = c_void_p(_constant(1.0, device).data_ptr())
         _set(desc, _A_SCALE, anchor)
         _set(desc, _B_SCALE, anchor)
-    left = _layout(dtypes[1], k, n, ldb) if b_rows else _layout(dtypes[1], n, k, ldb)
-    right = _layout(dtypes[0], k, m, lda) if a_rows else _layout(dtypes[0], m, k, lda)
-    out = _layout(dtypes[2], n, m, ldd)
+    left = _layout(b.dtype, k, n, ldb) if b_rows else _layout(b.dtype, n, k, ldb)
+    right = _layout(a.dtype, k, m, lda) if a_rows else _layout(a.dtype, m, k, lda)
+    result = _layout(out.dtype, n, m, out.stride(0))
     preference = c_void_p()
     _check(lib.cublasLtMatmulPreferenceCreate(byref(preference)), "MatmulPreferenceCreate")
     size = c_uint64(_WORKSPACE_BYTES)
     lib.cublasLtMatmulPreferenceSetAttribute(preference, _MAX_WORKSPACE, byref(size), c_size_t(8))
     found, heuristic = c_int(0), _Heuristic()
     status = lib.cublasLtMatmulAlgoGetHeuristic(
-        _handle(device), desc, left, right, out, out, preference, 1, byref(heuristic), byref(found)
-    )
+        _handle(device), desc, left, right, result, result, preference, 1,
+        byref(heuristic), byref(found),
+    )  # fmt: skip
     lib.cublasLtMatmulPreferenceDestroy(preference)
     if status or not found.value:
-        raise CublasError(f"no algorithm for {shape}, {dtypes}, scaled={scaled} (status {status})")
-    return _Plan(desc, left, right, out, heuristic)
+        types = f"{a.dtype} x {b.dtype} to {out.dtype}"
+        raise CublasError(f"no algorithm for {m}x{k}x{n}, {types}, {modes=} (status {status})")
+    return _Plan(desc, left, right, result, heuristic)
+
+
+def _scale_mode(x: Tensor, scale: Tensor) -> int:
+    """How cuBLASLt reads the factors of x [rows, k]; see ``matmul``."""
+    rows, blocks = x.shape[0], -(-x.shape[1] // 128)
+    if scale.shape == (rows,):
+        return _OUTER_VECTOR
+    if scale.shape == (rows, blocks) and scale.stride(0) == 1 and scale.stride(1) == rows:
+        return _VECTOR_128
+    if scale.shape == (-(-rows // 128), blocks) and scale.stride() == (-(-blocks // 4) * 4, 1):
+        return _BLOCK_128
+    raise ValueError(f"factors {list(scale.shape)}, strides {scale.stride()}, for {list(x.shape)}")
+
+
+def block_layout(scale: Tensor, *, tiles: bool) -> Tensor:
+    """fp32 factors of 128-blocks [rows or row tiles, k / 128] as ``matmul`` wants them to lie.
+
+    Vectors of 1x128: rows adjacent. Tiles of 128x128: blocks adjacent, a row padded to four.
+    """
+    if not tiles:
+        return scale.t().contiguous().t()
+    rows, blocks = scale.shape
+    if blocks % 4 == 0:
+        return scale
+    padded = scale.new_zeros((rows, -(-blocks // 4) * 4))
+    padded[:, :blocks] = scale
+    return padded[:, :blocks]
+
+
+_PLANS: dict[tuple, _Plan] = {}
 
 
 def matmul(
@@ -185,35 +214,37 @@ def matmul(
         out: [m, n] float32 or bfloat16, rows adjacent.
         alpha: fp32 scalar on the device; None for 1.
         accumulate: add to out.
-        scales: fp32 factors of a's rows [m] and of b's rows [n] (float8 on Hopper).
-        fast_accum: FP8 products accumulated in the tensor core's own, narrower registers.
+        scales: fp32 factors of a and of b (float8 on Hopper): one a row [m], [n]; or one a block of 128
+            along k, [m, k / 128], [n, k / 128] or [n / 128, k / 128], as ``block_layout`` lays them.
+        fast_accum: FP8 products accumulated in the tensor core's own, narrower registers; not with
+            blocks, whose partial sums cuBLASLt adds in FP32.
 
     Raises:
         CublasError: where cuBLASLt has no algorithm for it.
     """
-    device = out.device.index
-    plan = _plan(
-        device,
-        (a.shape[0], b.shape[0], a.shape[1]),
-        (a.dtype, b.dtype, out.dtype),
-        (_storage(a), _storage(b), out.stride(0)),
-        scales is not None,
-        fast_accum,
-    )
+    modes = None
+    if scales is not None:
+        modes = _scale_mode(a, scales[0]), _scale_mode(b, scales[1])
+    key = (
+        out.device.index, a.shape, a.stride(), a.dtype, b.shape, b.stride(), b.dtype,
+        out.stride(0), out.dtype, modes, fast_accum,
+    )  # fmt: skip
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = _PLANS[key] = _plan(a, b, out, modes, fast_accum)
     if scales is not None:
         _set(plan.desc, _A_SCALE, c_void_p(scales[1].data_ptr()))
         _set(plan.desc, _B_SCALE, c_void_p(scales[0].data_ptr()))
-    stream = torch.cuda.current_stream(out.device).cuda_stream
-    if alpha is None:
-        alpha = _constant(1.0, out.device)
-    beta = _constant(1.0 if accumulate else 0.0, out.device)
-    workspace = _workspace(device, stream)
-    d = c_void_p(out.data_ptr())
+    device: int = out.device.index
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    one = _constant(1.0, device)
+    address = out.data_ptr()
     status = _library().cublasLtMatmul(
-        _handle(device), plan.desc,
-        c_void_p(alpha.data_ptr()), c_void_p(b.data_ptr()), plan.a, c_void_p(a.data_ptr()), plan.b,
-        c_void_p(beta.data_ptr()), d, plan.d, d, plan.d, byref(plan.heuristic),
-        c_void_p(workspace.data_ptr()), c_size_t(_WORKSPACE_BYTES), c_void_p(stream),
+        _handle(device), plan.desc, (one if alpha is None else alpha).data_ptr(),
+        b.data_ptr(), plan.b_matrix, a.data_ptr(), plan.a_matrix,
+        (one if accumulate else _constant(0.0, device)).data_ptr(),
+        address, plan.out, address, plan.out, byref(plan.heuristic),
+        _workspace(device, stream).data_ptr(), _WORKSPACE_BYTES, stream,
     )  # fmt: skip
     _check(status, "cublasLtMatmul")
     return out

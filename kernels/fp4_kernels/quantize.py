@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fp4_kernels.device import has_fast_casts
-from fp4_kernels.launch import launch
+from fp4_kernels.launch import Argument, launch
 from fp4_kernels.quantize_kernel import quantize_kernel
 from fp4_kernels.spec import FORMATS, Copy
 
@@ -58,7 +58,7 @@ def quantize(
         row, col: the copy of x and the copy of x.T; None to leave one out.
         row_amax, col_amax: fp32, after the copy's rotation: a scalar where ``Copy.amax`` is "tensor",
             one a row of the copy where it is "row".
-        lost: int32 [2], to which the counts of elements that an e4m3 copy could not hold are added.
+        lost: int64 [2], to which the counts of elements that an e4m3 copy could not hold are added.
         tile: tokens / 16, columns, warps of a program.
 
     Returns:
@@ -108,14 +108,16 @@ def _pointers(
     """(output, scales, amax, alpha, lost): finished words are stored as int32, other codes as bytes."""
     if copy is None or made is None:
         return None, None, None, None, None
-    out, scales = made.out, made.scales
+    out: Argument = made.out
+    scales: Argument = made.scales
     if side == 1 or (copy.output == "codes" and copy.element.dtype == torch.uint8):
-        out = out.view(torch.int32)
+        out = made.out, torch.int32
     elif copy.output != "exact":
-        out = out.view(torch.uint8)
-    if scales is not None and scales.dtype != torch.float32:
-        scales = scales.view(torch.uint8)
-    return out, scales, amax, made.alpha, None if lost is None else lost[side : side + 1]
+        out = made.out, torch.uint8
+    if made.scales is not None and made.scales.dtype != torch.float32:
+        scales = made.scales, torch.uint8
+    counted = copy.output == "e4m3" and lost is not None
+    return out, scales, amax, made.alpha, lost[side:] if counted else None
 
 
 def _allocate(

@@ -82,8 +82,8 @@ def unpack(
         device=codes.device,
     )
     arguments = (
-        codes.view(torch.int32), scales.view(torch.uint8), factors,
-        out if factors is None else out.view(torch.uint8), rows, cols,
+        (codes, torch.int32), (scales, torch.uint8), factors,
+        out if factors is None else (out, torch.uint8), rows, cols,
     )  # fmt: skip
     constants = (
         cols // scales.shape[1], rows // scales.shape[0], scales.dtype == torch.float8_e8m0fnu,

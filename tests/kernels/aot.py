@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import triton
-from fp4_kernels import amax, native, unpack
+from fp4_kernels import amax, block_gemm, native, unpack
 from fp4_kernels.quantize_kernel import quantize_kernel
 from fp4_kernels.spec import Copy, Noise
 from triton.backends.compiler import GPUTarget
@@ -28,7 +28,9 @@ PAIRS = {
         Copy("mxfp4", scale="even", output="e4m3"),
         Copy("mxfp4", scale="even", output="e4m3", rotation=16),
     ),
+    "mxfp4 2d": (Copy("mxfp4", "2d", output="e4m3"), Copy("mxfp4", "2d", output="e4m3")),
     "fp8": (Copy("fp8_e4m3", "tensor"), Copy("fp8_e5m2", "tensor")),
+    "fp8 blocks": (Copy("fp8_e4m3", "1d"), Copy("fp8_e4m3", "1d")),
 }
 _AMAX = dict(ROW=True, ROW_ROTATION=0, ROW_SIGNS=False, COL=True, COL_ROTATION=16, COL_SIGNS=True)
 
@@ -76,7 +78,13 @@ def kernels(target: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any],
         ),
     }
     for pair in PAIRS:
-        found[f"quantize {pair}"] = _quantize(pair, target != "gfx950", tile, options)
+        # blocks of 128 tokens need a tile that tall; tiles differ in config alone, so once is enough
+        if pair in ("mxfp4 2d", "fp8 blocks") and target != "sm_90":
+            continue
+        shape = tile | dict(TB=8) if pair == "fp8 blocks" else tile
+        found[f"quantize {pair}"] = _quantize(pair, target != "gfx950", shape, options)
+    for name, tall in (("block gemm", 128), ("block gemm, wgrad", 1)):
+        found[name] = _block_gemm(tall)
     if target != "sm_90":
         formats = ("mxfp4",) if target == "gfx950" else ("nvfp4", "mxfp4")
         found |= {f"native {f}": _native(f) for f in formats}
@@ -89,13 +97,14 @@ def _quantize(pair: str, fast: bool, tile: dict, options: dict) -> tuple:
     for side, copy in zip(("row", "col"), PAIRS[pair], strict=True):
         packed = copy.output == "codes" and copy.format.endswith("fp4")
         out = "*bf16" if copy.output == "exact" else "*i32" if packed else "*u8"
-        scales = {"e4m3": "*fp32", "exact": None}.get(copy.output, "*u8" if packed else None)
+        blocks = "*u8" if packed else "*fp32" if copy.block_length else None
+        scales = {"e4m3": "*fp32", "exact": None}.get(copy.output, blocks)
         pointers = {
             "out": "*i32" if side == "col" else out,
             "scales": scales,
-            "amax": "*fp32",
+            "amax": None if copy.amax == "none" else "*fp32",
             "alpha": "*fp32" if copy.amax == "tensor" else None,
-            "lost": "*i32" if copy.output == "e4m3" else None,
+            "lost": "*i64" if copy.output == "e4m3" else None,
         }
         for name, type_ in pointers.items():
             if type_ is None:
@@ -107,6 +116,22 @@ def _quantize(pair: str, fast: bool, tile: dict, options: dict) -> tuple:
         types |= {f"{side}_{n}": "i32" for n in places}
         constants["ROW" if side == "row" else "COL"] = copy.config()
     return quantize_kernel, types, constants, options
+
+
+def _block_gemm(tall: int) -> tuple:
+    """x by a weight of 128x128 tiles to BF16, or dy by x, 1x128 both, into the FP32 main gradient."""
+    types = dict(a_ptr="*fp8e4nv", a_scales_ptr="*fp32", b_ptr="*fp8e4nv", b_scales_ptr="*fp32")
+    types |= {"out_ptr": "*bf16" if tall > 1 else "*fp32"}
+    types |= dict.fromkeys(("M", "N", "K", "out_stride", "a_scale_step", "b_scale_step"), "i32")
+    bm, bn, group, warps, stages = block_gemm.TILE
+    constants = dict(a_scale_stride=1, B_TALL=tall, ACCUMULATE=tall == 1)
+    constants |= dict(BM=bm, BN=bn, GROUP=group, BK=block_gemm.BLOCK)
+    if tall == 1:
+        constants["b_scale_stride"] = 1
+    else:
+        types["b_scale_stride"] = "i32"
+    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    return block_gemm.block_gemm_kernel, types, constants, options
 
 
 def _native(format_: str) -> tuple:

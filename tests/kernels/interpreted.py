@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 from fp4_kernels import amax as amax_kernels
+from fp4_kernels.block_gemm import TILE, block_matmul
 from fp4_kernels.native import native_matmul
 from fp4_kernels.quantize import Quantized, quantize
 from fp4_kernels.spec import Copy, Noise
@@ -47,6 +48,7 @@ COPIES: dict[str, Copy] = {
 }
 # What is unusual in an input. Those but plain also check exact values and unpacking.
 INPUTS = ("plain", "huge", "tiny", "zero", "nan", "inf")
+BLOCK_GEMMS = ("block gemm 1d store", "block gemm 1d add", "block gemm 2d store")
 E4M3_CASES = ("e4m3 near", "e4m3 far", "e4m3 near 2d", "e4m3 far 2d")
 
 
@@ -187,6 +189,25 @@ def check_native(accumulate: bool) -> list[str]:
     return [f"{int(wrong.sum())} sums off"] if wrong.any() else []
 
 
+def check_block_gemm(block: str, store: str, *, device: str = "cpu") -> list[str]:
+    """The FP8 GEMM in blocks of 128, E5M2 by E4M3, edges that hang over its tiles."""
+    e4m3, e5m2 = numerics.QuantSpec("fp8_e4m3", block), numerics.QuantSpec("fp8_e5m2", "1d")
+    a = numerics.quantize(sample("plain", (144, 384), 1).to(device), e5m2)
+    b = numerics.quantize(sample("plain", (256, 384), 2).to(device), e4m3)
+    out = torch.ones(144, 256, device=device)
+    before = 1.0 if store == "add" else 0.0
+    assert a.scales is not None and b.scales is not None
+    block_matmul(
+        (a.codes, a.scales.t().contiguous().t()), (b.codes, b.scales), out,
+        accumulate=store == "add", tile=(32, 128, 2, 4, 1) if device == "cpu" else TILE,
+    )  # fmt: skip
+    av, bv = a.values().double(), b.values().double()
+    # Hopper keeps 14 bits while adding 128 products, then fp32: 4 + 3 cuts of what was summed
+    limit = av.abs() @ bv.abs().t() * (2.0**-11 if device == "cuda" else 384 * 2.0**-24)
+    wrong = (out - av @ bv.t() - before).abs() > limit + 2.0**-22
+    return [f"{int(wrong.sum())} sums off"] if wrong.any() else []
+
+
 def cases() -> dict[str, Callable[[], list[str]]]:
     found = {f"{c} {k}": partial(check_copy, COPIES[c], k) for c in COPIES for k in ("plain",)}
     some = ("nvfp4 default", "mxfp4 rceil")
@@ -194,6 +215,7 @@ def cases() -> dict[str, Callable[[], list[str]]]:
     rare = (("nvfp4 2d", "tiny"), ("mxfp8 rceil", "nan"), ("fp8_e4m3 tensor", "inf"))
     found |= {f"{c} {k}": partial(check_copy, COPIES[c], k) for c, k in rare}
     found |= {name: partial(check_e4m3, *name.split()[1:]) for name in E4M3_CASES}
+    found |= {name: partial(check_block_gemm, *name.split()[2:]) for name in BLOCK_GEMMS}
     return found | {f"native {a}": partial(check_native, a == "add") for a in ("store", "add")}
 
 
