@@ -70,6 +70,7 @@ NOT_NEGATIVE = (
     "optim.clip",
     "train.eval_interval",
     "checkpoint.interval",
+    "checkpoint.keep_every",
     "guard.max_skipped",
     "guard.skip_batches",
     "guard.max_rollbacks",

@@ -146,11 +146,19 @@ class TrainConfig:
 
 @dataclass
 class CheckpointConfig:
-    """``interval`` in steps (0: only the end of the run); ``keep_last`` complete ones are kept."""
+    """``interval`` in steps (0: only the end of the run).
+
+    ``keep_last`` complete ones are kept, and those whose step ``keep_every`` divides (0: none).
+    ``asynchronous``: files are written while training goes on, from a copy in host memory.
+    ``allow_recipe_change``: a checkpoint of another ``precision`` may be resumed in this one.
+    """
 
     interval: int = 0
     keep_last: int = 2
+    keep_every: int = 0
     at_end: bool = True
+    asynchronous: bool = True
+    allow_recipe_change: bool = False
 
 
 @dataclass

@@ -15,8 +15,21 @@ class Hook:
     def start(self, trainer: Trainer) -> None:
         """Before the first step of this process, after a checkpoint is loaded."""
 
+    def before_step(self, trainer: Trainer) -> None:
+        """Before every step."""
+
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        """After a step; ``row`` has event, step, tokens, loss, grad_norm, lr."""
+        """After a step; ``row`` has event, step, tokens, loss, grad_norm, lr.
+
+        A hook that takes the trainer back to an earlier step does so on every rank; the hooks after
+        it do not see the step that is gone.
+        """
+
+    def after_rollback(self, trainer: Trainer) -> None:
+        """After a hook took the trainer back, to ``trainer.step``."""
+
+    def end(self, trainer: Trainer) -> None:
+        """After the last step of this process, unless an error ended it: finish what communicates."""
 
     def close(self) -> None:
         """Always, also after an error: let go of files."""
@@ -25,20 +38,36 @@ class Hook:
 def fit(trainer: Trainer, hooks: Sequence[Hook]) -> None:
     """Train from ``trainer.step`` to ``train.steps``, or until a hook sets ``trainer.stopped``.
 
-    The recipe of every linear is set before each step, so a plan may switch at any of them.
+    The recipe of every linear is set before each step, so a plan may switch at any of them. The data
+    is read from ``trainer.consumed_samples`` on, also where a hook has moved that.
     """
+    position = -1
     try:
         for hook in hooks:
             hook.start(trainer)
-        iterators = trainer.batches(trainer.train_data, trainer.consumed_samples)
         while trainer.step < trainer.config.train.steps and not trainer.stopped:
+            if trainer.consumed_samples != position:
+                iterators = trainer.batches(trainer.train_data, trainer.consumed_samples)
+            for hook in hooks:
+                hook.before_step(trainer)
             switched = trainer.binding.apply(trainer.progress)
             row: dict[str, Any] = train_step(trainer, iterators)
             row = {"event": "train", "step": trainer.step, "tokens": trainer.tokens, **row}
             if switched:
                 row["recipe_switched"] = True
-            for hook in hooks:
-                hook.after_step(trainer, row)
+            position = trainer.consumed_samples
+            _after_step(trainer, row, hooks)
+        for hook in hooks:
+            hook.end(trainer)
     finally:
         for hook in hooks:
             hook.close()
+
+
+def _after_step(trainer: Trainer, row: dict[str, Any], hooks: Sequence[Hook]) -> None:
+    for hook in hooks:
+        hook.after_step(trainer, row)
+        if trainer.step != row["step"]:
+            for each in hooks:
+                each.after_rollback(trainer)
+            return

@@ -22,7 +22,7 @@ from fp4pretrain.parallel.groups import join, leave, pick_device, world_size
 from fp4pretrain.train import checkpoint
 from fp4pretrain.train.hooks import Checkpointing, Evaluation, Logging, Profiling, Signals
 from fp4pretrain.train.loop import fit
-from fp4pretrain.train.run_dir import check_free, find_checkpoint, on_main, prepare, run_path
+from fp4pretrain.train.run_dir import CHECKPOINTS, check_free, on_main, prepare, run_path
 from fp4pretrain.train.trainer import Trainer, build_trainer, data_spec, samples_needed
 
 
@@ -51,10 +51,10 @@ def train(config: RunConfig) -> Path:
     )
     try:
         on_main(lambda: check_free(path, config.resume), is_main=world.is_main)
-        start = find_checkpoint(path, config.resume)
         trainer = build_trainer(config, world, layout)
-        if start is not None:
-            checkpoint.load(trainer, start)
+        start = checkpoint.resume(
+            trainer, path / CHECKPOINTS, config.resume, say=_warn if world.is_main else _silent
+        )
         plan_text = f"{trainer.backend_choice}\n\n{trainer.binding.plan}"
         on_main(
             lambda: prepare(
@@ -68,13 +68,15 @@ def train(config: RunConfig) -> Path:
         if world.is_main:
             _announce(trainer, path, start)
         logging = Logging(trainer, _sinks(trainer, path) if world.is_main else None)
-        folder = path / "checkpoints"
+        if start is not None and world.is_main:
+            _log_recipe_change(trainer, start, logging)
+        checkpointing = Checkpointing(path / CHECKPOINTS, logging)
         hooks = [
             logging,
             Profiling(path / "profile", logging),
             Evaluation(logging),
-            Checkpointing(folder, logging),
-            Signals(folder),
+            checkpointing,
+            Signals(checkpointing),
         ]
         fit(trainer, hooks)
         if trainer.stopped:
@@ -101,6 +103,31 @@ def _announce(trainer: Trainer, path: Path, start: Path | None) -> None:
     console.print(str(trainer.binding.plan))
     for warning in trainer.binding.plan.recipe.warnings():
         console.print(f"[yellow]warning[/yellow] {warning}")
+
+
+def _log_recipe_change(trainer: Trainer, start: Path, logging: Logging) -> None:
+    """A run that goes on in another recipe says so on the console and in its metrics, at the first
+    step of the new one: a row that is cut and written again if the run is resumed once more."""
+    found = checkpoint.described(start)
+    change = checkpoint.recipe_change(found, trainer.config)
+    if change is None:
+        return
+    key, was, now = change
+    names = {"was": found["precision"]["name"], "now": trainer.config.precision.name}
+    step = trainer.step + 1
+    _warn(
+        f"from step {step} on the recipe is {names['now']}, before it was {names['was']} "
+        f"({key}: {was} -> {now})"
+    )
+    logging.write({"event": "recipe", "step": step, "tokens": trainer.tokens, **names})
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", flush=True)
+
+
+def _silent(text: str) -> None:
+    """What a rank that is not the main one says."""
 
 
 def _sinks(trainer: Trainer, path: Path) -> Sink:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+
+from fp4pretrain.train.checkpoint import read_manifest, read_part
 
 TIMING = ("tokens_per_second", "mfu", "memory_gib")
 
@@ -22,14 +22,8 @@ def curve(run: Path) -> list[dict[str, Any]]:
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, optimizer state included, whole."""
-    reader = dcp.FileSystemReader(checkpoint)
-    metadata = reader.read_metadata().state_dict_metadata
-    state = {
-        k: torch.empty(m.size, dtype=m.properties.dtype)
-        for k, m in metadata.items()
-        if hasattr(m, "size")
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
+    whole = {}
+    for key, tensor in read_manifest(checkpoint).tensors.items():
+        whole[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        read_part(checkpoint, tensor, offset=(0,) * len(tensor.shape), out=whole[key])
+    return whole

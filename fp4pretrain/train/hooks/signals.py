@@ -6,13 +6,12 @@ Ranks get a signal at slightly different moments, so after each step they agree 
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from fp4pretrain.train.checkpoint import save
+from fp4pretrain.train.hooks.checkpointing import Checkpointing
 from fp4pretrain.train.loop import Hook
 from fp4pretrain.train.trainer import Trainer
 
@@ -20,10 +19,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Signals(Hook):
-    """Saves into ``folder`` and stops the loop after the step in which any rank got a signal."""
+    """Saves and stops the loop after the step in which any rank got a signal."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, checkpointing: Checkpointing) -> None:
+        self._checkpointing = checkpointing
         self._caught = 0
         self._before: dict[int, Any] = {}
 
@@ -37,11 +36,15 @@ class Signals(Hook):
         number = int(caught)
         if number == 0 or trainer.step == trainer.config.train.steps:
             return
-        path = save(trainer, self._folder, keep_last=trainer.config.checkpoint.keep_last)
+        self._checkpointing.begin(trainer)
+        self._checkpointing.wait(trainer)
         trainer.stopped = True
         if trainer.world.is_main:
             name = signal.Signals(number).name
-            print(f"{name}: saved {path}; continue with resume=auto", flush=True)
+            said = "stopped, but could not save"
+            if self._checkpointing.failed is None:
+                said = f"saved {self._checkpointing.path}; continue with resume=auto"
+            print(f"{name}: {said}", flush=True)
 
     def close(self) -> None:
         for number, handler in self._before.items():

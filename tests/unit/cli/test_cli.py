@@ -163,9 +163,8 @@ DAMAGE = {
         b'{"step": "2", "model": {}}',
         b"\xff\xfe",
     ],
-    "common.pt": [None],
-    "metadata.json": [None],
-    ".metadata": [None],
+    "manifest.json": [None, b"", b"{}", b"[]", b"\xff"],
+    "rank_00000.safetensors": [None, b"", b"short"],
 }
 
 

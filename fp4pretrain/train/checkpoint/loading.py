@@ -1,0 +1,251 @@
+"""Which checkpoint a run goes on from, whether it is whole, and the way back.
+
+Every file is compared with the manifest's SHA-256 before anything is believed, the files shared out
+over the ranks; what one rank finds wrong is wrong for all. ``resume=auto`` then takes the newest
+checkpoint before that one which is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from fp4pretrain.config import RunConfig
+from fp4pretrain.errors import UserError
+from fp4pretrain.train.checkpoint.files import Damaged, Manifest, check_file, read_manifest
+from fp4pretrain.train.checkpoint.saving import LATEST, RUN, step_of, steps_in
+from fp4pretrain.train.checkpoint.state import restore
+from fp4pretrain.train.trainer import Trainer
+
+_DESCRIBED = {
+    "step": int,
+    "consumed_samples": int,
+    "skipped_samples": int,
+    "memory": dict,
+    "model": dict,
+    "precision": dict,
+    "train": dict,
+    "optimizer_step": float,
+    "schedule_step": int,
+}
+# Who computes a recipe, and what it is called, are no part of it.
+_NOT_THE_RECIPE = ("name", "backend")
+
+
+class Unusable(UserError):
+    """A checkpoint that is damaged or of another model: ``resume=auto`` takes one before it."""
+
+
+def candidates(folder: Path, resume: str | None) -> list[Path]:
+    """The checkpoints that ``resume`` may mean, best first: for None none, for ``auto`` or a run's
+    folder the latest and those before it (none in a folder without any), for a path itself.
+
+    Raises UserError for a path that is no checkpoint.
+    """
+    if resume is None:
+        return []
+    if resume == "auto":
+        return _newest_first(folder)
+    path = Path(resume).expanduser()
+    if (path / folder.name).is_dir():
+        path = path / folder.name  # a run's folder stands for its checkpoints
+    if (path / RUN).is_file():
+        return [path]
+    found = _newest_first(path) if path.is_dir() else []
+    if not found:
+        raise UserError(f"resume: {resume} is no checkpoint; give auto or a .../step_N folder")
+    return found
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    steps = steps_in(folder)
+    newest = _latest(folder)
+    if newest is not None:
+        steps = [step for step in steps if step < newest] + [newest]
+    return [folder / f"step_{step:08d}" for step in reversed(steps)]
+
+
+def _latest(folder: Path) -> int | None:
+    """The step that ``latest`` names; None where it is missing or names nothing."""
+    try:
+        return step_of(folder / (folder / LATEST).read_text()[:100].strip())
+    except (OSError, ValueError):
+        return None
+
+
+def find(folder: Path, resume: str | None) -> Path | None:
+    """The newest checkpoint ``resume`` may mean whose files are all there, by name and size.
+
+    Raises UserError for a path that is no checkpoint, and where none is whole.
+    """
+    return _first_good(candidates(folder, resume), described)
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What ``run.json`` of a checkpoint says: step, consumed_samples, model, recipe, ...
+
+    Raises UserError where it or another file is missing or visibly damaged.
+    """
+    return _described(path)[0]
+
+
+def _described(path: Path) -> tuple[dict[str, Any], Manifest]:
+    try:
+        manifest = read_manifest(path)
+        check_file(path, RUN, manifest)
+        found = json.loads((path / RUN).read_bytes())
+        for key, kind in _DESCRIBED.items():
+            if not isinstance(found[key], kind):
+                raise Damaged(f"{RUN}: {key} is no {kind.__name__}")
+        if step_of(path) not in (None, found["step"]):
+            raise Damaged(f"{RUN}: it is of step {found['step']}")
+    except Damaged as damage:
+        raise _damaged(path, str(damage)) from None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise _damaged(path, f"{RUN}: {type(error).__name__}") from None
+    return found, manifest
+
+
+def _damaged(path: Path, what: str) -> Unusable:
+    return Unusable(f"resume: {path} is damaged ({what}); resume from another checkpoint")
+
+
+def check_model(path: Path, config: RunConfig) -> dict[str, Any]:
+    """``described`` of a checkpoint that ``config`` can go on from.
+
+    Raises UserError for another model, for a run that is over before it, and for another recipe
+    without ``checkpoint.allow_recipe_change``.
+    """
+    return _checked(path, config)[0]
+
+
+def _checked(path: Path, config: RunConfig) -> tuple[dict[str, Any], Manifest]:
+    found, manifest = _described(path)
+    for key, value in asdict(config.model).items():
+        if found["model"].get(key) != value:
+            raise Unusable(
+                f"resume: {path} holds another model (model.{key} is {found['model'].get(key)} "
+                f"there and {value} here); set model.{key} or resume another run"
+            )
+    if found["step"] > config.train.steps:
+        raise UserError(
+            f"train.steps: {path} is of step {found['step']}, after the end of this run; raise "
+            f"train.steps={config.train.steps} or resume an earlier checkpoint"
+        )
+    changed = recipe_change(found, config)
+    if changed and not config.checkpoint.allow_recipe_change:
+        raise UserError(
+            f"checkpoint.allow_recipe_change: {path} was trained with "
+            f"precision={found['precision'].get('name')} ({changed[0]} is {changed[1]} there and "
+            f"{changed[2]} here); set it to true to go on in precision={config.precision.name}, or "
+            "give the recipe it was trained with"
+        )
+    return found, manifest
+
+
+def recipe_change(found: dict[str, Any], config: RunConfig) -> tuple[str, Any, Any] | None:
+    """The first key in which the recipe of a ``described`` checkpoint differs from the config's,
+    with both values; None where they are one recipe."""
+    there, here = _flat(found["precision"]), _flat(asdict(config.precision))
+    for key in sorted(there.keys() | here.keys()):
+        if there.get(key) != here.get(key):
+            return f"precision.{key}", there.get(key), here.get(key)
+    return None
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            leaves |= _flat(value, f"{prefix}{key}.")
+        elif prefix or key not in _NOT_THE_RECIPE:
+            leaves[prefix + key] = value
+    return leaves
+
+
+def load(trainer: Trainer, path: Path) -> None:
+    """Continue from a checkpoint: weights, optimizer, schedule, position in the data, memory.
+
+    Collective. Raises UserError on all ranks, for a checkpoint of another model and for damage that
+    any rank sees; the trainer is as it was unless the damage came while tensors were read.
+    """
+    try:
+        found, manifest = _checked(path, trainer.config)
+    except UserError as error:
+        _agree(error)
+        raise
+    _agree(None)
+    world = trainer.world
+
+    def agree(problem: str | None) -> None:
+        _agree(None if problem is None else _damaged(path, problem))
+
+    agree(_wrong_file(path, manifest, names=sorted(manifest.files)[world.rank :: world.size]))
+    restore(trainer, path, manifest, numbers=found, agree=agree)
+    trainer.step = found["step"]
+    trainer.consumed_samples = found["consumed_samples"]
+    trainer.skipped_samples = found["skipped_samples"]
+    trainer.memory = found["memory"]
+    trainer.clock.weights_changed()
+
+
+def resume(
+    trainer: Trainer, folder: Path, resume: str | None, *, say: Callable[[str], None]
+) -> Path | None:
+    """``load`` the first of ``candidates`` that is whole; None where there is none to load.
+
+    ``say`` gets a line for each that is passed over. Collective, and rank 0 says which candidates
+    there are. Raises UserError where there are some and none is whole.
+    """
+    said: list[Any] = [None]
+    if trainer.world.is_main:
+        try:
+            said[0] = candidates(folder, resume)
+        except UserError as error:
+            said[0] = error
+    dist.broadcast_object_list(said, src=0)
+    if isinstance(said[0], UserError):
+        raise said[0]
+    return _first_good(said[0], lambda path: load(trainer, path), say=say)
+
+
+def _first_good(
+    paths: list[Path], attempt: Callable[[Path], Any], *, say: Callable[[str], None] | None = None
+) -> Path | None:
+    """The first path that ``attempt`` takes. Raises what the first refused one raised, if all are."""
+    refused: Unusable | None = None
+    for path in paths:
+        try:
+            attempt(path)
+        except Unusable as error:
+            refused = refused or error
+            if say is not None and path != paths[-1]:
+                say(f"{error}; trying the one before it")
+            continue
+        return path
+    if refused is not None:
+        raise refused
+    return None
+
+
+def _wrong_file(path: Path, manifest: Manifest, *, names: list[str]) -> str | None:
+    try:
+        for name in names:
+            check_file(path, name, manifest)
+    except Damaged as damage:
+        return str(damage)
+    return None
+
+
+def _agree(problem: UserError | None) -> None:
+    """Raise on all ranks the first problem that any rank has."""
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise found
