@@ -76,6 +76,12 @@ class ConsoleSink:
         short = {key: shown.get(key) for key in ("loss", "val_loss", "lr", "tokens_per_second")}
         self._bar.update(self._task, completed=step, text=f"{_numbers(short)}  eta {left}")
 
+    def rewind(self, step: int) -> None:
+        """Count steps and pace from ``step`` on."""
+        self._first, self._start = step, self._clock()
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step)
+
     def close(self) -> None:
         """Leave the bar as it stands and give the terminal back."""
         if self._bar is not None:

@@ -1,8 +1,9 @@
 """``metrics.jsonl``: the record of a run, one JSON object a line.
 
 The file is what ``fp4pretrain compare`` reads, so it must hold each step once, whatever happened
-to the run. A resumed run repeats the steps after its checkpoint, so their old rows are cut off
-first; a row that a crash left half-written goes the same way.
+to the run. A run that is resumed, or that went back to a checkpoint by itself, repeats the steps after
+it, so their old rows are cut off; a row that a crash left half-written goes the same way. The record of
+why it went back stays: see ``kept``.
 
 JSON has no NaN. A diverged loss is written as the string ``"NaN"``, ``"Infinity"`` or
 ``"-Infinity"`` (the convention of protobuf's JSON mapping), which ``float`` takes back;
@@ -14,12 +15,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fp4pretrain.errors import UserError
-from fp4pretrain.observe.sink import Row
+from fp4pretrain.observe.sink import DECIDED, HAPPENED, Row
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -47,6 +48,12 @@ class JsonlSink:
         self._file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
         self._file.flush()
 
+    def rewind(self, step: int) -> None:
+        """Cut off the rows of later steps, but for those that say why the run went back."""
+        self._file.close()
+        _truncate_after(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -68,6 +75,27 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
             raise UserError(f"{path}: line {number} is no JSON object; delete it or rerun the run")
         rows.append({key: _number(value) for key, value in row.items()})
     return rows
+
+
+def kept(rows: Sequence[Row], step: int) -> list[bool]:
+    """Which rows stay where a run goes on from ``step``.
+
+    Those up to that step, those of what happened, and those of what was decided before the run went
+    back to that step or an earlier one: it did so then and will not decide it again. What was decided
+    after that will be decided again.
+    """
+    back = [
+        index
+        for index, row in enumerate(rows)
+        if row.get("event") == "rollback" and row["to_step"] <= step
+    ]
+    last = back[-1] if back else -1
+    return [
+        row.get("step", 0) <= step
+        or row.get("event") in HAPPENED
+        or (row.get("event") in DECIDED and index <= last)
+        for index, row in enumerate(rows)
+    ]
 
 
 def _plain(value: Any) -> Any:
@@ -95,14 +123,11 @@ def _finished_lines(path: Path) -> list[str]:
 
 
 def _truncate_after(path: Path, step: int) -> None:
-    """Rewrite the file without the rows of later steps, in one atomic replacement."""
-    kept = [
-        line
-        for line, row in zip(_finished_lines(path), read_rows(path), strict=True)
-        if row.get("step", 0) <= step
-    ]
+    """Rewrite the file without the rows that are repeated, in one atomic replacement."""
+    stay = kept(read_rows(path), step)
+    lines = [line for line, stays in zip(_finished_lines(path), stay, strict=True) if stays]
     rewritten = path.with_suffix(".rewritten")
-    rewritten.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    rewritten.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     os.replace(rewritten, path)
 
 

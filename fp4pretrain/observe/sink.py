@@ -3,6 +3,10 @@
 A row is a flat dict of one event: ``{"event": "train", "step": 7, "tokens": 57344, "loss": 4.2,
 ...}`` or ``{"event": "eval", ..., "val_loss": 4.3}``. Every sink takes the same rows, so a number
 that is in one place is in all of them. Only one rank of a run makes sinks.
+
+Two kinds of row are a record and no measurement. What the guard decided (a skipped step, a spike, a
+rollback) follows from the run: a run resumed before it decides it again. What happened to a process
+(a hang, a failed save) does not come again. Such a row may hold ``count``, how many there were so far.
 """
 
 from __future__ import annotations
@@ -12,12 +16,18 @@ from typing import Any, Protocol
 
 Row = Mapping[str, Any]
 
+DECIDED = frozenset({"skipped", "spike", "rollback", "stopped"})
+HAPPENED = frozenset({"hang", "save_failed"})
+
 
 class Sink(Protocol):
     """A place that rows are written to."""
 
     def write(self, row: Row) -> None:
         """Take one row."""
+
+    def rewind(self, step: int) -> None:
+        """The run went back to ``step`` and repeats what comes after it; its row is written already."""
 
     def close(self) -> None:
         """Finish; nothing is written afterwards."""
@@ -33,6 +43,11 @@ class CompositeSink:
         """Hand the row to every sink."""
         for sink in self.sinks:
             sink.write(row)
+
+    def rewind(self, step: int) -> None:
+        """Tell every sink."""
+        for sink in self.sinks:
+            sink.rewind(step)
 
     def close(self) -> None:
         """Close every sink."""

@@ -2,8 +2,10 @@
 
 A run has its whole config there, and its charts run over tokens, so that runs of other batch sizes
 lie on one axis. The run's id is kept in ``run_dir/wandb/run_id``: a resumed run gives it back and
-goes on in the same wandb run. A resumed run repeats the steps after its checkpoint; wandb's history
-cannot be cut, so the steps it has already are not sent again.
+goes on in the same wandb run. A run that is resumed or goes back repeats the steps after its checkpoint;
+wandb's history cannot be cut, so the steps it has already are not sent again (metrics.jsonl has the
+repeated ones). What the guard did is in series of its own, ``events/skipped``, ``events/rollback``, ...:
+how many so far, at wandb's own newest step; and each is an alert of an online run.
 
 Logging must never end a training run: whatever goes wrong here costs one line on the console.
 """
@@ -19,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fp4pretrain.errors import UserError
-from fp4pretrain.observe.sink import Row
+from fp4pretrain.observe.sink import DECIDED, HAPPENED, Row
 
 MODES = ("auto", "online", "offline", "disabled")
 
@@ -53,6 +55,7 @@ class WandbSink:
     name: str | None = None
     resume_id: str | None = None
     _run: Any = field(init=False, default=None, repr=False)
+    _newest: int = field(init=False, default=0, repr=False)  # the first step to send
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -72,17 +75,33 @@ class WandbSink:
         return None if self._run is None else str(self._run.id)
 
     def write(self, row: Row) -> None:
-        """Log a row at its step. Rows of steps that a continued run has already are left out."""
+        """Log a row at its step. Rows of steps that the wandb run has already are left out."""
         if self._run is None:
             return
         step = row["step"]
-        values = {key: value for key, value in row.items() if key != "event"}
         try:
-            if step >= self._run.starting_step:
-                self._run.log(values, step=step)
+            if row.get("event") in DECIDED | HAPPENED:
+                self._record(row)
+            elif step >= max(self._run.starting_step, self._newest):
+                self._newest = step
+                self._run.log({k: v for k, v in row.items() if k != "event"}, step=step)
         except Exception as error:  # as above
             _say(f"stopped at step {step} ({_first_line(error)}); metrics.jsonl goes on")
             self._run = None
+
+    def rewind(self, step: int) -> None:
+        """Leave the repeated steps out until the run is past those that were sent."""
+        self._newest += 1
+
+    def _record(self, row: Row) -> None:
+        event = str(row["event"])
+        self._newest = max(row["step"], self._run.starting_step, self._newest)
+        values = {"tokens": row["tokens"], f"events/{event}": row.get("count", 1)}
+        self._run.log(values, step=self._newest)
+        if not self._run.offline:
+            told = {k: v for k, v in row.items() if k not in ("event", "count", "tokens")}
+            text = ", ".join(f"{key} {value}" for key, value in told.items())
+            self._run.alert(title=f"{self._run.name}: {event}"[:63], text=text, level="WARN")
 
     def close(self) -> None:
         """Upload what is left, end the wandb run, and say in one line where it is."""

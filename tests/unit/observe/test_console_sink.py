@@ -84,9 +84,13 @@ def test_a_composite_hands_every_row_to_every_sink_and_closes_them_all() -> None
         def __init__(self) -> None:
             self.rows: list[Row] = []
             self.closed = False
+            self.step = -1
 
         def write(self, row: Row) -> None:
             self.rows.append(row)
+
+        def rewind(self, step: int) -> None:
+            self.step = step
 
         def close(self) -> None:
             self.closed = True
@@ -94,5 +98,24 @@ def test_a_composite_hands_every_row_to_every_sink_and_closes_them_all() -> None
     recorders = [Recorder(), Recorder()]
     composite = CompositeSink(recorders)
     composite.write(TRAIN)
+    composite.rewind(3)
     composite.close()
-    assert all(one.rows == [TRAIN] and one.closed for one in recorders)
+    assert all(one.rows == [TRAIN] and one.step == 3 and one.closed for one in recorders)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_that_went_back_says_so_in_a_line_and_counts_from_there(terminal: bool) -> None:
+    clock = _Clock()
+    sink, stream = _sink(clock, terminal=terminal)
+    clock.now = 10.0
+    sink.write({**TRAIN, "step": 60})
+    sink.write(
+        {"event": "rollback", "step": 60, "tokens": 1, "count": 1, "reason": "spike", "to_step": 50}
+    )
+    sink.rewind(50)
+    clock.now = 20.0
+    sink.write({**TRAIN, "step": 55})
+    sink.close()
+    text = stream.getvalue()
+    assert "step 60/100  rollback  count 1  reason spike  to_step 50" in text
+    assert "0:01:30" in text  # 45 steps at 2 s

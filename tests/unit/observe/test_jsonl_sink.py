@@ -57,6 +57,59 @@ def test_resuming_keeps_the_evaluation_of_the_checkpointed_step(tmp_path: Path) 
     assert [row["event"] for row in read_rows(path)] == ["train", "eval"]
 
 
+def _names(path: Path) -> list[str]:
+    return [f"{row['event']} {row['step']}" for row in read_rows(path)]
+
+
+def _run_that_went_back(path: Path) -> JsonlSink:
+    """Steps 1 to 6, of which 5 and 6 were skipped, a failed save, and back to step 4."""
+    sink = JsonlSink(path)
+    for step in range(1, 7):
+        if step > 4:
+            sink.write({"event": "skipped", "step": step})
+        sink.write(_row(step))
+    sink.write({"event": "save_failed", "step": 6})
+    sink.write({"event": "rollback", "step": 6, "to_step": 4})
+    sink.rewind(4)
+    return sink
+
+
+RECORD = ["skipped 5", "skipped 6", "save_failed 6", "rollback 6"]
+STEPS = [f"train {step}" for step in range(1, 8)]
+
+
+def test_a_run_that_went_back_has_each_step_once_and_the_record_of_why(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = _run_that_went_back(path)
+    assert _names(path) == STEPS[:4] + RECORD
+    for step in (5, 6, 7):
+        sink.write(_row(step))
+    sink.close()
+    assert _names(path) == STEPS[:4] + RECORD + STEPS[4:]
+
+
+@pytest.mark.parametrize(
+    ("resume_step", "kept"),
+    [
+        (6, [*STEPS[:4], *RECORD, "train 5", "train 6"]),
+        (4, STEPS[:4] + RECORD),
+        # before the rollback: the run will skip and go back again; the disk was full only once
+        (2, [*STEPS[:2], "save_failed 6"]),
+    ],
+)
+def test_a_resumed_run_keeps_the_record_that_it_will_not_write_again(
+    tmp_path: Path, resume_step: int, kept: list[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = _run_that_went_back(path)
+    for step in (5, 6):
+        sink.write(_row(step))
+    sink.write({"event": "skipped", "step": 7})
+    sink.close()
+    JsonlSink(path, resume_step=resume_step).close()
+    assert _names(path) == kept
+
+
 def test_a_half_written_row_is_dropped_and_does_not_swallow_the_next(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     _write(path, range(1, 4))

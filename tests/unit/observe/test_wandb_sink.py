@@ -39,6 +39,61 @@ def test_offline_records_config_rows_and_the_token_axis(tmp_path: Path) -> None:
         assert text in record
 
 
+class _Recorder:
+    """wandb's run as far as the sink talks to it: steps never go back."""
+
+    def __init__(self, *, offline: bool, starting_step: int = 0) -> None:
+        self.offline, self.starting_step, self.name = offline, starting_step, "one"
+        self.logged: list[tuple[int, dict[str, object]]] = []
+        self.alerts: list[tuple[str, str]] = []
+
+    def log(self, values: dict[str, object], *, step: int) -> None:
+        assert not self.logged or step >= self.logged[-1][0]
+        self.logged.append((step, values))
+
+    def alert(self, *, title: str, text: str, level: str) -> None:
+        self.alerts.append((title, text))
+
+
+def _sink_to(recorder: _Recorder, tmp_path: Path) -> WandbSink:
+    sink = WandbSink(CONFIG, tmp_path, mode="disabled")
+    sink._run = recorder
+    return sink
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_events_are_series_at_steps_that_never_go_back(tmp_path: Path, offline: bool) -> None:
+    recorder = _Recorder(offline=offline)
+    sink = _sink_to(recorder, tmp_path)
+    at = {"tokens": 9}
+    for step in (1, 2, 3, 4):
+        sink.write({"event": "train", "step": step, **at, "loss": 1.0})
+    sink.write({"event": "rollback", "step": 4, **at, "count": 2, "reason": "spike", "to_step": 2})
+    sink.rewind(2)
+    for step in (3, 4, 5):
+        if step == 3:
+            sink.write({"event": "skipped", "step": step, **at, "count": 7, "reason": "loss"})
+        sink.write({"event": "train", "step": step, **at, "loss": 0.5})
+    assert [(s, v["loss"]) for s, v in recorder.logged if "loss" in v] == [
+        *((step, 1.0) for step in (1, 2, 3, 4)),
+        (5, 0.5),
+    ]
+    events = [(s, k, v[k]) for s, v in recorder.logged for k in v if k.startswith("events/")]
+    assert events == [(4, "events/rollback", 2), (5, "events/skipped", 7)]
+    told = [
+        ("one: rollback", "step 4, reason spike, to_step 2"),
+        ("one: skipped", "step 3, reason loss"),
+    ]
+    assert recorder.alerts == ([] if offline else told)
+
+
+def test_the_real_package_takes_events(tmp_path: Path) -> None:
+    sink = WandbSink(CONFIG, tmp_path, mode="offline")
+    sink.write({"event": "skipped", "step": 3, "tokens": 5, "count": 1, "reason": "loss"})
+    sink.close()
+    assert b"events/skipped" in _recorded(tmp_path)
+
+
 def test_an_offline_run_ends_with_one_line_that_says_how_to_upload_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
