@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from agreement import GRADIENT, SAME_LOSS, SMALL, STEPS, agree, gradient_error, losses, single
 
+from fp4pretrain.presets import groups
+
 NEAREST = ["precision.dgrad.dy.rounding=nearest", "precision.wgrad.dy.rounding=nearest"]
 RECIPES = {
     "bf16": ["precision=bf16"],
@@ -21,6 +23,18 @@ LAYOUTS = {
     "DP 2": (2, ["parallel.distributed_optimizer=true"]),
     "TP 2 x PP 2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "TP 2 x DP 2": (4, ["parallel.tensor=2"]),
+}
+# The other recipes that ship, whose blocks need wider shards: sequence parallelism with each of them.
+WIDE = [
+    "model.hidden_size=128",
+    "model.ffn_hidden_size=256",
+    "model.kv_channels=64",
+    "model.num_layers=2",
+]
+ALSO_SHIPPED = {
+    "fp8_block": ["precision=fp8_block", *WIDE],
+    "mxfp8": ["precision=mxfp8"],
+    "mxfp4_h16": ["precision=mxfp4_h16"],
 }
 # Shapes and switches that take other code paths, on the layout that could break them.
 VARIANTS = {
@@ -65,6 +79,15 @@ def test_sharded_equals_single(ranks, layout: str, recipe: str) -> None:
     reference = single(ranks, SMALL + RECIPES[recipe])
     reply = ranks.run("first_steps", SMALL + RECIPES[recipe] + parallel, size=size, steps=STEPS)
     agree(reply, reference, recipe=recipe, splits_sums="parallel.tensor=2" in parallel)
+
+
+@pytest.mark.parametrize("recipe", ALSO_SHIPPED)
+def test_sequence_parallelism_with_the_other_recipes(ranks, recipe: str) -> None:
+    assert {*RECIPES, *ALSO_SHIPPED} >= set(groups()["precision"])
+    size, parallel = LAYOUTS["TP 2 + SP"]
+    overrides = SMALL + ALSO_SHIPPED[recipe]
+    reply = ranks.run("first_steps", overrides + parallel, size=size, steps=STEPS)
+    agree(reply, single(ranks, overrides), recipe=recipe, splits_sums=True)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
