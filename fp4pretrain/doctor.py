@@ -15,10 +15,12 @@ def device_here() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def examine(recipe: Recipe, device: torch.device) -> list[tuple[str, str, bool, str]]:
+def examine(
+    recipe: Recipe, device: torch.device, *, mxfp4_emulation: str = "fp8"
+) -> list[tuple[str, str, bool, str]]:
     """(backend, GEMM, can run, instruction or reason) for every backend, ``auto``'s order."""
     rows = []
-    for backend in available().values():
+    for backend in available(mxfp4_emulation=mxfp4_emulation).values():
         for name in GEMMS:
             gemm = recipe.gemm(name)
             reason = backend.why_not(gemm, device)
@@ -27,7 +29,7 @@ def examine(recipe: Recipe, device: torch.device) -> list[tuple[str, str, bool, 
     return rows
 
 
-def table(recipe_name: str, recipe: Recipe) -> Any:
+def table(recipe_name: str, recipe: Recipe, *, mxfp4_emulation: str = "fp8") -> Any:
     """``examine`` as a rich table, on the device at hand."""
     from rich.table import Table
 
@@ -36,6 +38,6 @@ def table(recipe_name: str, recipe: Recipe) -> Any:
     shown = Table(title=f"precision={recipe_name} on {name}, torch {torch.__version__}")
     for column in ("backend", "GEMM", "runs", "by, or why not"):
         shown.add_column(column)
-    for backend, gemm, runs, text in examine(recipe, device):
+    for backend, gemm, runs, text in examine(recipe, device, mxfp4_emulation=mxfp4_emulation):
         shown.add_row(backend, gemm, "yes" if runs else "no", text)
     return shown

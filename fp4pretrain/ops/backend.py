@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.numerics import Noise, QuantSpec
-from fp4pretrain.precision import Gemm, Plan, Recipe
+from fp4pretrain.precision import GEMMS, Gemm, Plan, Recipe
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,13 @@ class Backend(Protocol):
     ) -> torch.Tensor:
         """a @ b.T as ``out_dtype``, or added in FP32 to ``accumulate_into``, which is returned."""
 
+    def counters(self, recipe: Recipe, device: torch.device) -> dict[str, int]:
+        """What this process counted since it started, by the names of metrics rows.
+
+        The names depend on recipe and device alone, so that ranks agree on them. May wait for the
+        device: read it where a row is written, not in every step.
+        """
+
 
 def cast_operands(
     backend: Backend,
@@ -109,8 +116,11 @@ def cast_operands(
     return backend.quantize(x, casts, reduce_amax)
 
 
-def available() -> dict[str, Backend]:
-    """All backends by name, fastest first: the order in which ``auto`` tries them."""
+def available(*, mxfp4_emulation: str = "fp8") -> dict[str, Backend]:
+    """All backends by name, fastest first: the order in which ``auto`` tries them.
+
+    ``mxfp4_emulation``: fp8 or bf16; see ``TritonBackend``.
+    """
     from fp4pretrain.ops.reference import ReferenceBackend
 
     found: list[Backend] = []
@@ -118,27 +128,32 @@ def available() -> dict[str, Backend]:
         from fp4pretrain.ops.native_backend import NativeBackend
         from fp4pretrain.ops.triton_backend import TritonBackend
 
-        found += [NativeBackend(), TritonBackend()]
+        found += [
+            NativeBackend(mxfp4_emulation=mxfp4_emulation),
+            TritonBackend(mxfp4_emulation=mxfp4_emulation),
+        ]
     return {b.name: b for b in (*found, ReferenceBackend())}
 
 
 def refusals(backend: Backend, recipe: Recipe, device: torch.device) -> list[str]:
     """Why the backend cannot run the recipe on the device: one clause a GEMM, none if it can."""
     reasons = []
-    for name in ("fprop", "dgrad", "wgrad"):
+    for name in GEMMS:
         reason = backend.why_not(recipe.gemm(name), device)
         if reason:
             reasons.append(f"{name}: {reason}")
     return reasons
 
 
-def choose(name: str, plan: Plan, device: torch.device) -> tuple[Backend, str]:
-    """The backend for a plan on a device, and one line that says why.
+def choose(
+    name: str, plan: Plan, device: torch.device, *, mxfp4_emulation: str = "fp8"
+) -> tuple[Backend, str]:
+    """The backend for a plan on a device, and one line that says why, and what multiplies.
 
     A named backend that cannot run raises UserError; ``auto`` takes the first that can. Nothing
     falls back silently.
     """
-    backends = available()
+    backends = available(mxfp4_emulation=mxfp4_emulation)
     if name != "auto":
         if name not in backends:
             raise UserError(
@@ -150,12 +165,22 @@ def choose(name: str, plan: Plan, device: torch.device) -> tuple[Backend, str]:
                 f"precision.backend: {name} cannot run this recipe on {device.type} "
                 f"({'; '.join(reasons)}); use auto"
             )
-        return backends[name], f"backend {name} (asked for)"
+        how = _instructions(backends[name], plan.recipe, device)
+        return backends[name], f"backend {name} (asked for): {how}"
     passed: list[str] = []
     for backend in backends.values():
         reasons = refusals(backend, plan.recipe, device)
         if not reasons:
             why = f"; not {', '.join(passed)}" if passed else ""
-            return backend, f"backend {backend.name} (auto{why})"
+            how = _instructions(backend, plan.recipe, device)
+            return backend, f"backend {backend.name} (auto{why}): {how}"
         passed.append(f"{backend.name} ({reasons[0]})")
     raise UserError(f"precision.backend: none can run this recipe: {', '.join(passed)}")
+
+
+def _instructions(backend: Backend, recipe: Recipe, device: torch.device) -> str:
+    """What multiplies the GEMMs of a recipe: one phrase if it is the same for all three."""
+    found = {name: backend.instruction(recipe.gemm(name), device) for name in GEMMS}
+    if len(set(found.values())) == 1:
+        return found["fprop"]
+    return ", ".join(f"{name} {text}" for name, text in found.items())

@@ -15,7 +15,7 @@ import torch
 
 from fp4pretrain.numerics import emulate, rotate, tensor_amax
 from fp4pretrain.ops.backend import Cast, ReduceAmax
-from fp4pretrain.precision import OPERANDS, Gemm
+from fp4pretrain.precision import OPERANDS, Gemm, Recipe
 
 
 @dataclass
@@ -72,6 +72,10 @@ class ReferenceBackend:
         if accumulate_into is not None:
             return accumulate_into.add_(out)
         return out.to(out_dtype)
+
+    def counters(self, recipe: Recipe, device: torch.device) -> dict[str, int]:
+        """Nothing: every operand is exact."""
+        return {}
 
 
 def _emulated(x: torch.Tensor, cast: Cast, amax: torch.Tensor | None) -> EmulatedOperand:

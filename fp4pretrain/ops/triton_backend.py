@@ -8,16 +8,16 @@ What an operand becomes, by its format (FP8 tensor cores: Ada, Hopper and later)
     mxfp4             E4M3 under one power of two a row               cuBLASLt FP8, row factors
     mxfp4, no FP8     element x block scale, exact in BF16            cuBLASLt
     fp8 tensor, row   FP8 codes                                       cuBLASLt FP8, alpha or row factors
+    fp8 128-blocks    FP8 codes and the blocks' factors               cuBLASLt on Hopper, else Triton
 
 A row-wise and a column-wise copy come from one read of the tensor, and their amaxes from another. An
 operand that is kept for the backward pass is packed where that is smaller (nvfp4) and expanded when its
-GEMM comes. Nothing here waits for the GPU.
+GEMM comes. Nothing here waits for the GPU but ``counters``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
 from typing import Any
@@ -26,48 +26,30 @@ import torch
 from fp4_kernels import cublaslt
 from fp4_kernels.amax import amax as tensor_amaxes
 from fp4_kernels.amax import line_amax
-from fp4_kernels.quantize import Quantized, quantize
+from fp4_kernels.quantize import quantize
 from fp4_kernels.spec import Copy, Noise
-from fp4_kernels.unpack import unpack
 from torch import Tensor
 
+from fp4pretrain.errors import UserError
 from fp4pretrain.numerics import QuantSpec
 from fp4pretrain.ops.backend import Cast, ReduceAmax
-from fp4pretrain.precision import OPERANDS, Gemm
-
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-@dataclass
-class TritonOperand:
-    """One side of a GEMM [rows, k].
-
-    ``data``: BF16 or FP8 values, or (``scales`` given) packed codes. The product is multiplied by
-    ``alpha`` (fp32 scalar, None for 1) and its rows by ``factors`` (fp32 [rows], None for 1).
-    """
-
-    data: Tensor
-    shape: tuple[int, int]
-    alpha: Tensor | None = None
-    factors: Tensor | None = None
-    scales: Tensor | None = None
-
-    def values(self) -> Tensor:
-        """BF16 or FP8 [rows, k]."""
-        return self.data if self.scales is None else unpack(self.data, self.scales)
+from fp4pretrain.ops.selfcheck import blocks_by_cublaslt
+from fp4pretrain.ops.triton_operand import TritonOperand, multiply, operand_of
+from fp4pretrain.precision import OPERANDS, Gemm, Recipe
 
 
 class TritonBackend:
-    """Triton casts and cuBLASLt GEMMs. ``exact_mxfp4``: carry MXFP4 in BF16 also where E4M3 would do.
+    """Triton casts, cuBLASLt GEMMs.
 
-    E4M3 holds MXFP4 blocks down to 2^14 under the largest of their row exactly; ``lost`` counts the
-    elements that were rounded (row copies, column copies), as long as the process lives.
+    ``mxfp4_emulation``: what carries MXFP4 to tensor cores that have no FP4. ``fp8``: E4M3 under one
+    power of two a row, at FP8 speed; it holds blocks down to 2^14 under the largest of their row
+    exactly, and ``counters`` has the elements that were rounded. ``bf16``: exact, at BF16 speed.
     """
 
     name = "triton"
 
-    def __init__(self, *, exact_mxfp4: bool = False) -> None:
-        self._exact_mxfp4 = exact_mxfp4
+    def __init__(self, *, mxfp4_emulation: str = "fp8") -> None:
+        self._mxfp4_in_fp8 = mxfp4_emulation == "fp8"
         self._lost: dict[torch.device, Tensor] = {}
 
     def why_not(self, gemm: Gemm, device: torch.device) -> str | None:
@@ -87,20 +69,25 @@ class TritonBackend:
         """The matrix instruction that cuBLASLt has for the operands on the device."""
         major = torch.cuda.get_device_capability(device)[0]
         family = {9: "wgmma", 10: "tcgen05.mma"}.get(major, "mma.sync")
-        fp8 = all(self._in_fp8(spec, device) for spec in operand_specs(gemm))
+        specs = operand_specs(gemm)
+        if all(_in_blocks(s) for s in specs):
+            by = "cuBLASLt" if blocks_by_cublaslt(device) else "Triton"
+            return f"{family} e4m3/e5m2, scaled in blocks of 128 ({by})"
+        fp8 = all(self._in_fp8(spec, device) for spec in specs)
         return f"{family} {'e4m3/e5m2' if fp8 else 'bf16'} (cuBLASLt)"
 
     def _why_not_specs(
         self, specs: list[QuantSpec], gemm: Gemm, device: torch.device
     ) -> str | None:
-        if any(s.row.family == "fp8" and s.block in ("1d", "2d") for s in specs):
-            return "it has no GEMM for FP8 scaled in blocks of 128"
+        blocks = [_in_blocks(s) for s in specs]
+        if any(blocks) and not all(blocks):
+            return "FP8 in blocks of 128 needs both operands so"
         if gemm.rotation.active and not all(s.quantized for s in specs):
             return "it rotates only while casting below BF16"
         fp8 = [self._in_fp8(s, device) for s in specs]
         if any(fp8) and not all(fp8):
             return f"{specs[0].format} and {specs[1].format} do not meet in one tensor-core format"
-        if all(s.format == "fp8_e5m2" for s in specs):
+        if all(s.format == "fp8_e5m2" for s in specs) and not all(blocks):
             return "tensor cores multiply E5M2 with E4M3 only in cuBLASLt"
         if any(s.row.family == "fp8" for s in specs) and not _has_fp8(device):
             return "it needs FP8 tensor cores (Ada or later)"
@@ -112,39 +99,40 @@ class TritonBackend:
     def _in_fp8(self, spec: QuantSpec, device: torch.device) -> bool:
         """Whether the operand goes to FP8 tensor cores."""
         if spec.format == "mxfp4":
-            return not self._exact_mxfp4 and _has_fp8_rows(device)
+            return self._mxfp4_in_fp8 and _has_fp8_rows(device)
         return spec.row.family == "fp8"
 
     def quantize(
         self, x: Tensor, casts: Sequence[Cast], reduce_amax: ReduceAmax | None = None
     ) -> list[TritonOperand]:
         """One operand of x [rows, cols] for each cast; see ``Backend.quantize``."""
-        made: list[TritonOperand | None] = [None] * len(casts)
-        todo = []
+        if x.requires_grad:
+            x = x.detach()
+        if x.stride(0) != 1 and x.stride(1) != 1:
+            x = x.contiguous()
+        made: list[Any] = [None] * len(casts)
+        rows, cols = [], []
+        copies: dict[int, Copy] = {}
         for i, cast in enumerate(casts):
             if cast.spec.quantized:
-                todo.append(i)
+                copies[i] = self._copy(cast, x.device)
+                (cols if cast.transpose else rows).append(i)
             else:
-                v = (x if x.dtype == torch.bfloat16 else x.bfloat16()).detach()
+                v = x if x.dtype == torch.bfloat16 else x.bfloat16()
                 v = v.t() if cast.transpose else v
                 made[i] = TritonOperand(v, (v.shape[0], v.shape[1]))
-        if todo:
-            x = x.detach()
-            if x.stride(0) != 1 and x.stride(1) != 1:
-                x = x.contiguous()
-            copies = {i: self._copy(casts[i], x.device) for i in todo}
-            pairs = list(
-                zip_longest(
-                    [i for i in todo if not casts[i].transpose],
-                    [i for i in todo if casts[i].transpose],
-                )
-            )
+        pairs = list(zip_longest(rows, cols))
+        try:
             amaxes = _all_amaxes(x, copies, pairs)
             if reduce_amax is not None:
-                _reduce(amaxes, [i for i in todo if copies[i].amax == "tensor"], reduce_amax)
-            for r, c in pairs:
-                self._cast_pair(x, casts, copies, amaxes, (r, c), made)
-        return made  # type: ignore[return-value]
+                _reduce(
+                    amaxes, [i for i in sorted(copies) if copies[i].amax == "tensor"], reduce_amax
+                )
+            for pair in pairs:
+                self._cast_pair(x, casts, copies, amaxes, pair, made)
+        except (ValueError, RuntimeError) as error:  # torch's own complaints of a shape too
+            raise _explained(error, x, casts) from None
+        return made
 
     def _cast_pair(
         self,
@@ -153,20 +141,24 @@ class TritonBackend:
         copies: dict[int, Copy],
         amaxes: dict[int, Tensor],
         pair: tuple[int | None, int | None],
-        made: list[TritonOperand | None],
+        made: list[Any],
     ) -> None:
         r, c = pair
+        row, col = (None if i is None else copies[i] for i in pair)
+        e4m3 = (row is not None and row.output == "e4m3") or (
+            col is not None and col.output == "e4m3"
+        )
         found = quantize(
             x,
-            row=None if r is None else copies[r],
-            col=None if c is None else copies[c],
+            row=row,
+            col=col,
             row_amax=None if r is None else amaxes.get(r),
             col_amax=None if c is None else amaxes.get(c),
-            lost=self._lost_counts(x.device),
+            lost=self._lost_counts(x.device) if e4m3 else None,
         )
         for i, q in zip(pair, found, strict=True):
             if i is not None and q is not None:
-                made[i] = _operand(q, casts[i].spec, copies[i])
+                made[i] = operand_of(q, casts[i].spec, copies[i])
 
     def _copy(self, cast: Cast, device: torch.device) -> Copy:
         spec = cast.spec
@@ -195,13 +187,15 @@ class TritonBackend:
 
     def _lost_counts(self, device: torch.device) -> Tensor:
         if device not in self._lost:
-            self._lost[device] = torch.zeros(2, dtype=torch.int32, device=device)
+            self._lost[device] = torch.zeros(2, dtype=torch.int64, device=device)
         return self._lost[device]
 
-    def lost(self, device: torch.device) -> tuple[int, int]:
-        """MXFP4 elements that E4M3 could not hold so far: (row copies, column copies). Waits."""
-        row, col = self._lost_counts(device).tolist()
-        return row, col
+    def counters(self, recipe: Recipe, device: torch.device) -> dict[str, int]:
+        """``mxfp4_inexact``: elements that E4M3 could not hold, where MXFP4 goes to FP8. Waits."""
+        specs = [spec for _, _, spec in recipe.operands()]
+        if not any(s.format == "mxfp4" and self._in_fp8(s, device) for s in specs):
+            return {}
+        return {"mxfp4_inexact": int(self._lost_counts(device).sum())}
 
     def gemm(
         self,
@@ -212,36 +206,13 @@ class TritonBackend:
         accumulate_into: Tensor | None = None,
     ) -> Tensor:
         """a @ b.T; see ``Backend.gemm``."""
-        av, bv = a.values(), b.values()
-        alpha = _product(a.alpha, b.alpha)
-        plain = alpha is None and a.factors is None and b.factors is None
-        if plain and accumulate_into is None and av.dtype == torch.bfloat16:
-            if out_dtype == torch.float32:
-                return torch.mm(av, bv.t(), out_dtype=torch.float32)
-            return torch.mm(av, bv.t()).to(out_dtype)
-        out = accumulate_into
-        if out is None or out.dtype != torch.float32 or out.stride(1) != 1:
-            dtype = out_dtype if out_dtype == torch.bfloat16 and out is None else torch.float32
-            target = torch.empty((av.shape[0], bv.shape[0]), dtype=dtype, device=av.device)
-        else:
-            target = out
-        scales = None
-        if a.factors is not None or b.factors is not None:
-            scales = (_factors(a, alpha), _factors(b, None))
-            alpha = None
-        cublaslt.matmul(
-            av,
-            bv,
-            target,
-            alpha=alpha,
-            accumulate=target is out,
-            scales=scales,
-            # as Transformer Engine: narrow accumulation forward and for dx, full for main gradients
-            fast_accum=av.dtype in _FP8 and out is None,
+        return multiply(
+            a,
+            b,
+            out_dtype=out_dtype,
+            out=accumulate_into,
+            blocks_by_cublaslt=a.blocks is not None and blocks_by_cublaslt(a.data.device),
         )
-        if target is out:
-            return out
-        return target.to(out_dtype) if out is None else out.add_(target)
 
 
 def operand_specs(gemm: Gemm) -> list[QuantSpec]:
@@ -260,33 +231,30 @@ def _has_fp8_rows(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-@cache
-def _four_thirds(device: torch.device) -> Tensor:
-    return torch.tensor(4.0 / 3.0, dtype=torch.float32, device=device)
+def _in_blocks(spec: QuantSpec) -> bool:
+    """FP8 with a factor for each 1x128 or 128x128."""
+    return spec.row.family == "fp8" and spec.block in ("1d", "2d")
 
 
-def _operand(q: Quantized, spec: QuantSpec, copy: Copy) -> TritonOperand:
-    alpha = q.alpha
-    if spec.row.family == "mx" and spec.scale == "unbiased":
-        alpha = _four_thirds(q.out.device)
-    if copy.output == "codes" and spec.row.element.packed:
-        return TritonOperand(q.out, q.shape, alpha, scales=q.scales)
-    factors = None if q.scales is None else q.scales.reshape(-1)
-    return TritonOperand(q.out, q.shape, alpha, factors)
-
-
-def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a * b
-
-
-def _factors(operand: TritonOperand, alpha: Tensor | None) -> Tensor:
-    """fp32 [rows]; ``alpha``, what remains of both operands, goes with the first one's."""
-    factors = operand.factors
-    if factors is None:
-        factors = torch.ones(operand.shape[0], dtype=torch.float32, device=operand.data.device)
-    return factors if alpha is None else factors * alpha
+def _explained(error: Exception, x: Tensor, casts: Sequence[Cast]) -> Exception:
+    """What the kernels refused, as the reference backend says it, or in one line of our own."""
+    for cast in casts:
+        shape = (x.shape[1], x.shape[0]) if cast.transpose else (x.shape[0], x.shape[1])
+        try:
+            cast.spec.block_shape(shape)
+        except UserError as refusal:
+            return refusal
+        if cast.rotation_size and shape[1] % cast.rotation_size:
+            return UserError(
+                f"rotation.size: {cast.rotation_size} does not divide the contraction dimension "
+                f"{shape[1]}; use a smaller size or kind=none"
+            )
+        if cast.spec.quantized and shape[1] % 16:
+            return UserError(
+                f"precision.backend: Triton's kernels take contraction dimensions in multiples of "
+                f"16, not {shape[1]}; use precision.backend=reference or other sizes"
+            )
+    return error
 
 
 def _all_amaxes(
@@ -300,10 +268,11 @@ def _all_amaxes(
             if wanted == [None, None]:
                 continue
             turns = [None if i is None else (copies[i].rotation, copies[i].signs) for i in wanted]
-            measured = measure(x, row=turns[0], col=turns[1])
-            for i, side in zip(wanted, (0, 1), strict=True):
+            measured: Any = measure(x, row=turns[0], col=turns[1])
+            sides = measured if kind == "row" else measured.unbind()
+            for i, side in zip(wanted, sides, strict=True):
                 if i is not None:
-                    found[i] = _tile_rows(measured[side], copies[i])
+                    found[i] = _tile_rows(side, copies[i])
     return found
 
 

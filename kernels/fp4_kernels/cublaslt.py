@@ -194,7 +194,7 @@ def block_layout(scale: Tensor, *, tiles: bool) -> Tensor:
     return padded[:, :blocks]
 
 
-_PLANS: dict[tuple, _Plan] = {}
+_PLANS: dict[tuple, _Plan | CublasError] = {}
 
 
 def matmul(
@@ -231,7 +231,13 @@ def matmul(
     )  # fmt: skip
     plan = _PLANS.get(key)
     if plan is None:
-        plan = _PLANS[key] = _plan(a, b, out, modes, fast_accum)
+        try:
+            plan = _plan(a, b, out, modes, fast_accum)
+        except CublasError as error:
+            plan = error
+        _PLANS[key] = plan
+    if isinstance(plan, CublasError):
+        raise plan
     if scales is not None:
         _set(plan.desc, _A_SCALE, c_void_p(scales[1].data_ptr()))
         _set(plan.desc, _B_SCALE, c_void_p(scales[0].data_ptr()))

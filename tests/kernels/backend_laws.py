@@ -60,6 +60,10 @@ RECIPES = {
         dict(format="fp8_e4m3"), dgrad_dy=dict(format="fp8_e5m2"), wgrad_dy=dict(format="fp8_e5m2")
     ),
     "fp8 row": _recipe(dict(format="fp8_e4m3", block="row")),
+    # arXiv:2412.19437
+    "fp8 block": _recipe(
+        dict(format="fp8_e4m3", block="1d"), fprop_w=dict(block="2d"), dgrad_w=dict(block="2d")
+    ),
 }  # fmt: skip
 
 
@@ -91,9 +95,8 @@ def check_recipe(name: str, shape: tuple[int, int, int] = (512, 256, 384)) -> li
         ):
             made[operand] = a
             bad += _operands_differ(operand, a, b)
-    lost = mine.lost(x.device)
-    if any(lost):
-        bad.append(f"{lost} elements lost exactness")
+    if any(mine.counters(recipe, x.device).values()):
+        bad.append(f"lost exactness: {mine.counters(recipe, x.device)}")
     for gemm, (left, right) in {
         "y": ("fprop.x", "fprop.w"), "dx": ("dgrad.dy", "dgrad.w"), "dw": ("wgrad.dy", "wgrad.x"),
     }.items():  # fmt: skip
@@ -104,6 +107,9 @@ def check_recipe(name: str, shape: tuple[int, int, int] = (512, 256, 384)) -> li
 def plain_values(a: TritonOperand) -> torch.Tensor:
     """fp32 values without the tensor scale."""
     values = a.values().float()
+    if a.blocks is not None:
+        tall, long = (length // n for length, n in zip(a.shape, a.blocks.shape, strict=True))
+        return values * a.blocks.repeat_interleave(tall, 0).repeat_interleave(long, 1)
     return values if a.factors is None else values * a.factors[:, None]
 
 

@@ -23,6 +23,10 @@ from fp4_kernels.spec import Copy, Noise
 from fp4_kernels.unpack import unpack
 
 from fp4pretrain import numerics
+from fp4pretrain.ops import Cast
+from fp4pretrain.ops.reference import ReferenceBackend
+from fp4pretrain.ops.triton_backend import TritonBackend
+from fp4pretrain.ops.triton_operand import multiply
 
 TE = numerics.signs_te()
 NOISE = Noise(0x9E3779B97F4A7C15, 7, 48)
@@ -208,6 +212,30 @@ def check_block_gemm(block: str, store: str, *, device: str = "cpu") -> list[str
     return [f"{int(wrong.sum())} sums off"] if wrong.any() else []
 
 
+def check_block_linear() -> list[str]:
+    """The backend's own operands and GEMMs in blocks of 128, all three, beside the reference's."""
+    x, w, dy = (
+        sample("plain", shape, i) for i, shape in enumerate(((256, 128), (384, 128), (256, 384)))
+    )
+    vector, tile = (numerics.QuantSpec("fp8_e4m3", block) for block in ("1d", "2d"))
+    casts = {
+        "y": ((x, Cast(vector)), (w, Cast(tile))),
+        "dx": ((dy, Cast(vector)), (w, Cast(tile, transpose=True))),
+        "dw": ((dy, Cast(vector, transpose=True)), (x, Cast(vector, transpose=True))),
+    }
+    bad = []
+    for name, pair in casts.items():
+        a, b = (TritonBackend().quantize(t, [cast])[0] for t, cast in pair)
+        ra, rb = (ReferenceBackend().quantize(t, [cast])[0] for t, cast in pair)
+        main = torch.ones(a.shape[0], b.shape[0])
+        multiply(a, b, out_dtype=torch.float32, out=main, blocks_by_cublaslt=False)
+        want = ra.values.double() @ rb.values.double().t() + 1
+        limit = ra.values.abs().double() @ rb.values.abs().double().t() * a.shape[1] * 2.0**-24
+        wrong = (main - want).abs() > limit + 2.0**-22
+        bad += [f"{name}: {int(wrong.sum())} sums off"] if wrong.any() else []
+    return bad
+
+
 def cases() -> dict[str, Callable[[], list[str]]]:
     found = {f"{c} {k}": partial(check_copy, COPIES[c], k) for c in COPIES for k in ("plain",)}
     some = ("nvfp4 default", "mxfp4 rceil")
@@ -215,6 +243,7 @@ def cases() -> dict[str, Callable[[], list[str]]]:
     rare = (("nvfp4 2d", "tiny"), ("mxfp8 rceil", "nan"), ("fp8_e4m3 tensor", "inf"))
     found |= {f"{c} {k}": partial(check_copy, COPIES[c], k) for c, k in rare}
     found |= {name: partial(check_e4m3, *name.split()[1:]) for name in E4M3_CASES}
+    found["block linear"] = check_block_linear
     found |= {name: partial(check_block_gemm, *name.split()[2:]) for name in BLOCK_GEMMS}
     return found | {f"native {a}": partial(check_native, a == "add") for a in ("store", "add")}
 

@@ -32,7 +32,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         backend,
         "available",
-        lambda: {"picky": Picky(), "reference": ReferenceBackend()},
+        lambda **_: {"picky": Picky(), "reference": ReferenceBackend()},
     )
 
 
@@ -46,13 +46,15 @@ def test_the_reference_is_there_last_and_runs_everything() -> None:
 def test_a_named_backend_is_taken_and_said() -> None:
     chosen, why = choose("reference", PLAN, CPU)
     assert isinstance(chosen, ReferenceBackend)
-    assert why == "backend reference (asked for)"
+    assert why == "backend reference (asked for): torch matmul, fp32"
 
 
 def test_auto_takes_the_first_that_can_and_says_whom_it_passed_over(two: None) -> None:
     chosen, why = choose("auto", PLAN, CPU)
     assert chosen.name == "reference"
-    assert why == ("backend reference (auto; not picky (dgrad: its kernels are not written))")
+    assert why == (
+        "backend reference (auto; not picky (dgrad: its kernels are not written)): torch matmul, fp32"
+    )
 
 
 def test_a_named_backend_that_cannot_run_raises_and_says_all_reasons(two: None) -> None:
@@ -70,7 +72,7 @@ def test_an_unknown_backend_raises_and_lists_those_that_are_here(two: None) -> N
 
 
 def test_no_backend_at_all_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "available", lambda: {"picky": Picky()})
+    monkeypatch.setattr(backend, "available", lambda **_: {"picky": Picky()})
     with pytest.raises(UserError, match=r"^precision\.backend: none can run .*picky"):
         choose("auto", PLAN, CPU)
 
