@@ -67,6 +67,7 @@ or why it cannot.
 
   fp4pretrain doctor
   fp4pretrain doctor --precision mxfp4_h16
+  fp4pretrain doctor precision=mxfp4_h16 precision.mxfp4_emulation=bf16     any key of train
 """
 
 
@@ -154,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR")
 
     doctor = verb("doctor", "what this machine can run, and why not", DOCTOR_HELP, _doctor)
+    doctor.add_argument("overrides", nargs="*", metavar="key=value")
     doctor.add_argument("--precision", default="nvfp4", metavar="RECIPE")
     return parser
 
@@ -240,9 +242,15 @@ def _bench(arguments: argparse.Namespace) -> None:
 def _doctor(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from fp4pretrain.config import compose, plan_of
     from fp4pretrain.doctor import table
 
-    Console(highlight=False).print(table(arguments.precision, _recipe(arguments.precision)))
+    config = compose([f"precision={arguments.precision}", *arguments.overrides])
+    emulation = config.precision.mxfp4_emulation
+    recipe = plan_of(config).recipe
+    Console(highlight=False).print(
+        table(config.precision.name, recipe, mxfp4_emulation=emulation)
+    )
 
 
 def _recipe(name: str) -> Recipe:

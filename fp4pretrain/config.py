@@ -236,6 +236,9 @@ class PrecisionConfig:
     ``amax``: the per-tensor amax of an operand that tensor parallelism shards is all-reduced over
     the tensor-parallel group (``tensor_parallel``: the single process's numbers) or taken from the
     rank's own shard (``rank``: no collective).
+    ``mxfp4_emulation``: what carries MXFP4 to tensor cores without FP4 (Hopper): ``fp8``, an E4M3
+    under one power of two a row, at FP8's speed (metrics rows count what it could not hold exactly
+    as ``mxfp4_inexact``), or ``bf16``, exact.
     """
 
     name: str = "bf16"
@@ -246,6 +249,7 @@ class PrecisionConfig:
     tail: TailConfig = field(default_factory=TailConfig)  # type: ignore[valid-type]
     amax: str = "tensor_parallel"
     backend: str = "auto"
+    mxfp4_emulation: str = "fp8"
 
 
 @dataclass

@@ -24,7 +24,7 @@ from fp4pretrain.model import build_model, model_config
 from fp4pretrain.model.build import PlanBinding
 from fp4pretrain.model.layout import Layout
 from fp4pretrain.nn.clock import Clock
-from fp4pretrain.ops import choose
+from fp4pretrain.ops import Backend, choose
 from fp4pretrain.parallel.groups import World
 from fp4pretrain.train.optimizer import build_optimizer, build_schedule
 
@@ -52,6 +52,7 @@ class Trainer:
     schedule: Any
     train_data: Any
     valid_data: Any
+    backend: Backend
     backend_choice: str
     parameters: int
     step: int = 0
@@ -110,7 +111,8 @@ def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
     """Model, optimizer and data of a checked config on formed groups. Raises UserError for data."""
     train_data, valid_data = _datasets(config, world)
     plan = plan_of(config)
-    backend, choice = choose(config.precision.backend, plan, world.device)
+    p = config.precision
+    backend, choice = choose(p.backend, plan, world.device, mxfp4_emulation=p.mxfp4_emulation)
     clock = Clock(config.seed)
     transformer = model_config(config)
     gpts, binding = build_model(config, plan, backend=backend, clock=clock, transformer=transformer)
@@ -129,6 +131,7 @@ def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
         schedule=build_schedule(config, optimizer),
         train_data=train_data,
         valid_data=valid_data,
+        backend=backend,
         backend_choice=choice,
         parameters=parameters,
     )

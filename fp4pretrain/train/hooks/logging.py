@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from fp4pretrain.observe import Sink, Throughput, flops_per_token, memory_gib, peak_flops
 from fp4pretrain.train.loop import Hook
 from fp4pretrain.train.trainer import Trainer
@@ -39,7 +42,8 @@ class Logging(Hook):
             return
         rates = self.throughput.report(trainer.tokens - self._logged_tokens)
         self._logged_tokens = trainer.tokens
-        self.write({**row, **rates, "memory_gib": memory_gib(trainer.world.device)})
+        memory = {"memory_gib": memory_gib(trainer.world.device)}
+        self.write({**row, **rates, **memory, **_counters(trainer)})
 
     def write(self, row: dict[str, Any]) -> None:
         """Hand one row to the sinks, on the main rank."""
@@ -49,3 +53,13 @@ class Logging(Hook):
     def close(self) -> None:
         if self._sink is not None:
             self._sink.close()
+
+
+def _counters(trainer: Trainer) -> dict[str, int]:
+    """What the backend counted since the run (re)started, summed over all ranks."""
+    counted = trainer.backend.counters(trainer.binding.plan.recipe, trainer.world.device)
+    if not counted:
+        return {}
+    total = torch.tensor(list(counted.values()), device=trainer.world.device)
+    dist.all_reduce(total)
+    return dict(zip(counted, total.tolist(), strict=True))
