@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,16 +59,15 @@ class StepHealth:
     def __init__(
         self,
         loss: torch.Tensor | None,
-        parameters: Iterable[torch.nn.Parameter],
+        parameters: Iterable[Any],  # Parameters with megatron-core's attributes
         *,
         device: torch.device,
         data_size: int,
     ) -> None:
         self._data_size = data_size
-        # tensor-parallel ranks hold the same loss: the first of them speaks for all
-        counts = loss is not None and parallel_state.get_tensor_model_parallel_rank() == 0
         mine = torch.zeros(2, dtype=torch.float64, device=device)
-        if counts:
+        # tensor-parallel ranks hold the same loss: the first of them speaks for all
+        if loss is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
             mine[0] = loss
         uncounted = [p.main_grad for p in parameters if not _in_the_norm(p)]
         if uncounted:
@@ -96,7 +96,7 @@ class StepHealth:
         return self._read
 
 
-def _in_the_norm(parameter: torch.nn.Parameter) -> bool:
+def _in_the_norm(parameter: Any) -> bool:
     return bool(
         param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
     )

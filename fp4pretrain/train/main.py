@@ -20,7 +20,15 @@ from fp4pretrain.observe import (
 )
 from fp4pretrain.parallel.groups import join, leave, pick_device, world_size
 from fp4pretrain.train import checkpoint
-from fp4pretrain.train.hooks import Checkpointing, Evaluation, Logging, Profiling, Signals
+from fp4pretrain.train.hooks import (
+    Checkpointing,
+    Evaluation,
+    Guard,
+    Logging,
+    Profiling,
+    Signals,
+    Watchdog,
+)
 from fp4pretrain.train.loop import fit
 from fp4pretrain.train.run_dir import CHECKPOINTS, check_free, on_main, prepare, run_path
 from fp4pretrain.train.trainer import Trainer, build_trainer, data_spec, samples_needed
@@ -72,6 +80,8 @@ def train(config: RunConfig) -> Path:
             _log_recipe_change(trainer, start, logging)
         checkpointing = Checkpointing(path / CHECKPOINTS, logging)
         hooks = [
+            Watchdog(path / "stacks", logging, config.guard),
+            Guard(path, logging, checkpointing),
             logging,
             Profiling(path / "profile", logging),
             Evaluation(logging),
@@ -113,10 +123,13 @@ def _log_recipe_change(trainer: Trainer, start: Path, logging: Logging) -> None:
     if change is None:
         return
     key, was, now = change
-    names = {"was": found["precision"]["name"], "now": trainer.config.precision.name}
+    names = {
+        "recipe": trainer.config.precision.name,
+        "recipe_before": found["precision"]["name"],
+    }
     step = trainer.step + 1
     _warn(
-        f"from step {step} on the recipe is {names['now']}, before it was {names['was']} "
+        f"from step {step} on the recipe is {names['recipe']}, before {names['recipe_before']} "
         f"({key}: {was} -> {now})"
     )
     logging.write({"event": "recipe", "step": step, "tokens": trainer.tokens, **names})

@@ -131,9 +131,9 @@ def mean_loss(losses: list[dict[str, torch.Tensor]], trainer: Trainer) -> float:
 
     Only the last pipeline stage has losses; the others add zero.
     """
-    total = torch.zeros((), dtype=torch.float64, device=trainer.world.device)
-    if losses:
-        total += _mean(losses)
+    mine = _mean(losses)
+    zero = torch.zeros((), dtype=torch.float64, device=trainer.world.device)
+    total = zero if mine is None else mine
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     return float(total) / trainer.world.data_size

@@ -1,9 +1,19 @@
-"""Everything around the steps: logging, evaluation, checkpoints, signals, profiles. One file each."""
+"""Everything around the steps: logging, evaluation, checkpoints, guards, profiles. One file each."""
 
 from fp4pretrain.train.hooks.checkpointing import Checkpointing
 from fp4pretrain.train.hooks.evaluation import Evaluation
+from fp4pretrain.train.hooks.guards import Guard
 from fp4pretrain.train.hooks.logging import Logging
 from fp4pretrain.train.hooks.profiling import Profiling
 from fp4pretrain.train.hooks.signals import Signals
+from fp4pretrain.train.hooks.watchdog import Watchdog
 
-__all__ = ["Checkpointing", "Evaluation", "Logging", "Profiling", "Signals"]
+__all__ = [
+    "Checkpointing",
+    "Evaluation",
+    "Guard",
+    "Logging",
+    "Profiling",
+    "Signals",
+    "Watchdog",
+]

@@ -45,6 +45,12 @@ class Logging(Hook):
         memory = {"memory_gib": memory_gib(trainer.world.device)}
         self.write({**row, **rates, **memory, **_counters(trainer)})
 
+    def after_rollback(self, trainer: Trainer) -> None:
+        self._logged_tokens = trainer.tokens
+        self.throughput.report(0)  # the steps that are gone count for nothing
+        if self._sink is not None:
+            self._sink.rewind(trainer.step)
+
     def write(self, row: dict[str, Any]) -> None:
         """Hand one row to the sinks, on the main rank."""
         if self._sink is not None:

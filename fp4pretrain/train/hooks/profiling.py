@@ -38,6 +38,9 @@ class Profiling(Hook):
                 self._end(trainer)
         self._begin(trainer)
 
+    def after_rollback(self, trainer: Trainer) -> None:
+        self.close()  # the steps it was to record come again
+
     def close(self) -> None:
         if self._profile is not None:  # the run ended inside
             self._profile.stop()
