@@ -6,6 +6,7 @@ stay, and every test forms groups of its own among the first few of them.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -108,6 +109,12 @@ def train_run(overrides: list[str], out: str, *, steps: int, device: str) -> dic
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {"first_steps": first_steps, "train": train_run}
 
 
+def task_of(name: str) -> Callable[..., dict[str, Any]]:
+    """A task above, or ``module.function`` of a file beside this one."""
+    module, _, function = name.rpartition(".")
+    return getattr(importlib.import_module(module), function) if module else TASKS[name]
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     rank, size, device = job["rank"], job["size"], job["device"]
     os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank))
@@ -119,7 +126,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "nccl" if "cuda" in device else "gloo", store=store, rank=rank, world_size=size
     )
     try:
-        return TASKS[job["task"]](
+        return task_of(job["task"])(
             job["overrides"], job["out"], steps=job.get("steps", 1), device=device
         )
     except UserError as error:

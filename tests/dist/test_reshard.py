@@ -1,0 +1,135 @@
+"""A checkpoint written on one layout goes on at another: the same state, bit for bit, the same curve.
+
+Right after loading, the new layout saves what it loaded: every whole tensor (weights, FP32 masters,
+both moments) and every number must be what was saved. That alone would not notice halves that are
+swapped on the way in and out, so the run also goes on: its losses are the uninterrupted single
+process's, within the tolerances of ``agreement``, with the noise of a stochastic recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from agreement import LATER_LOSS, SMALL
+from records import weights
+
+STEPS = 2
+RECIPE = ["precision=nvfp4", "train.global_batch=4"]
+LAYOUTS = {
+    "1": (1, []),
+    "TP 2": (2, ["parallel.tensor=2"]),
+    "TP 2 + SP": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "PP 2": (2, ["parallel.pipeline=2"]),
+    "PP 2 interleaved": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "DP 2": (2, []),
+    "DP 2, plain optimizer": (2, ["parallel.distributed_optimizer=false"]),
+    "TP 2 x DP 2": (4, ["parallel.tensor=2"]),
+    "TP 2 x PP 2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+}
+PAIRS = [
+    ("1", "TP 2"),
+    ("TP 2 + SP", "1"),
+    ("PP 2", "1"),
+    ("DP 2", "TP 2 + SP"),
+    ("TP 2 x DP 2", "1"),
+    ("1", "TP 2 x DP 2"),
+    ("PP 2 interleaved", "1"),
+    ("TP 2 x PP 2", "PP 2 interleaved"),
+]
+# Masters of their own, and the two optimizers' states into one another.
+PAIRS_BF16 = [
+    ("TP 2 x DP 2", "PP 2"),
+    ("1", "DP 2, plain optimizer"),
+    ("DP 2, plain optimizer", "PP 2"),
+]
+BF16 = ["optim.params_dtype=bf16"]
+# Weights of BF16 round at 2^-9: a TP sum's last bit moves them by a step of 1/250 here and there.
+BF16_LOSS = 4e-3
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+_begun: dict[tuple, dict] = {}
+
+
+def begun(ranks, layout: str, extra: list[str]) -> dict:
+    """A run of 2 x STEPS steps with a checkpoint in the middle, trained once for all pairs."""
+    key = (id(ranks), layout, *extra)
+    if key not in _begun:
+        size, parallel = LAYOUTS[layout]
+        run = [*SMALL, *RECIPE, *extra, *parallel]
+        _begun[key] = ranks.run("checkpoint_tasks.begin", run, size=size, steps=STEPS)
+    return _begun[key]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "extra"),
+    [(*pair, []) for pair in PAIRS] + [(*pair, BF16) for pair in PAIRS_BF16],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value) or "fp32",
+)
+def test_another_layout_goes_on(ranks, source: str, target: str, extra: list[str]) -> None:
+    saved = begun(ranks, source, extra)
+    size, parallel = LAYOUTS[target]
+    run = [*SMALL, *RECIPE, *extra, *parallel, f"resume={saved['checkpoint']}"]
+    reply = ranks.run("checkpoint_tasks.go_on", run, size=size, steps=STEPS)
+
+    same_state(Path(saved["checkpoint"]), Path(reply["checkpoint"]))
+    whole = begun(ranks, "1", extra)["rows"][STEPS:]
+    gaps = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(reply["rows"], whole, strict=True)]
+    print(f"{source} -> {target}: losses differ by {max(gaps):.1e}")
+    assert max(gaps) <= (BF16_LOSS if extra else LATER_LOSS)
+    assert [row["lr"] for row in reply["rows"]] == [row["lr"] for row in whole]
+
+
+def same_state(one: Path, other: Path) -> None:
+    """Every whole tensor and every number of two checkpoints, but for what belongs to a layout."""
+    a, b = (
+        {k: t for k, t in weights(path).items() if not k.startswith("rng.")}
+        for path in (one, other)
+    )
+    assert a.keys() == b.keys()
+    assert {k.split(".")[2] for k in a if k.startswith("optimizer.")} >= {"exp_avg", "exp_avg_sq"}
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+    runs = [json.loads((path / "run.json").read_text()) for path in (one, other)]
+    for run in runs:
+        del run["parallel"]
+    assert runs[0] == runs[1]
+    assert runs[0]["memory"] == {"what": [1, "2"]}
+    assert runs[0]["optimizer_step"] == runs[0]["schedule_step"] == STEPS
+
+
+def test_another_length_and_batch_go_on(ranks) -> None:
+    """The position in the data is counted in samples, the schedule in steps: both are kept, and the
+    schedule's fractions are those of the new length."""
+    saved = begun(ranks, "1", [])
+    other = ["train.steps=40", "train.global_batch=8", f"resume={saved['checkpoint']}"]
+    reply = ranks.run("checkpoint_tasks.go_on", [*SMALL, *RECIPE, *other], size=1, steps=STEPS)
+    run = json.loads((Path(reply["checkpoint"]) / "run.json").read_text())
+    assert (run["step"], run["consumed_samples"], run["schedule_step"]) == (STEPS, STEPS * 4, STEPS)
+    fresh = ranks.run("first_steps", [*SMALL, *RECIPE, *other[:2]], size=1, steps=2 * STEPS)
+    assert [row["lr"] for row in reply["rows"]] == [row["lr"] for row in fresh["rows"]][STEPS:]
+
+
+def test_a_fault_that_one_rank_sees_is_every_ranks(ranks) -> None:
+    """Two ranks, the second finds the newest checkpoint wrong: both take the one before it."""
+    folder = ranks.run("checkpoint_tasks.two_saves", [*SMALL, *RECIPE], size=2)["folder"]
+    run = [*SMALL, *RECIPE, f"resume={folder}"]
+    first, second = ranks.run("checkpoint_tasks.fault_in_reading", run, size=2)["heard"]
+    assert first == second
+    for case in first:
+        assert case["loaded"] == "step_00000001", case
+        (line,) = case["said"]
+        assert "step_00000002 is damaged" in line
+
+
+def test_a_rank_that_cannot_write_costs_one_checkpoint(ranks) -> None:
+    reply = ranks.run(
+        "checkpoint_tasks.fault_in_writing", [*SMALL, *RECIPE, "parallel.tensor=2"], size=2
+    )
+    assert (
+        reply["told"] == ["the checkpoint of step 2 was not written: No space left on device"] * 2
+    )
+    assert reply["left"] == ["latest", "step_00000001"]
+    assert reply["latest"] == "step_00000001\n"
