@@ -72,6 +72,10 @@ class Comparison:
         unequal = sorted({one.key for one in self.differences if not one.harmless})
         if unequal:
             notes.append(f"FORCED: the runs also differ in {', '.join(unequal)}.")
+        for run in (result.run for result in self.results):
+            if run.events:
+                told = ", ".join(f"{count} x {event}" for event, count in run.events.items())
+                notes.append(f"What happened to {run.name}: {told}.")
         if self.unigram_entropy is not None:
             notes.append(f"Unigram entropy of the data: {self.unigram_entropy:.4f} nats.")
         return notes

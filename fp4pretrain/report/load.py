@@ -2,11 +2,16 @@
 
 ``runs/NAME/`` holds ``metrics.jsonl``, ``config.yaml`` and ``plan.txt``. Curves are kept over
 tokens, never over steps: two runs with other batch sizes meet on that axis alone.
+
+A step that was skipped because its loss or gradients were not finite is no point of a curve where its
+loss is no number: the weights are those of the step before. What happened to a run is counted beside it.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +21,7 @@ import numpy as np
 import yaml
 
 from fp4pretrain.errors import UserError
-from fp4pretrain.observe import read_rows
+from fp4pretrain.observe import DECIDED, HAPPENED, read_rows
 
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -34,7 +39,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Run:
-    """One run's record. A quantity that it never logged has an empty curve."""
+    """One run's record. A quantity that it never logged has an empty curve.
+
+    ``events``: how often it skipped a step, went back, hung, ...
+    """
 
     name: str
     path: Path
@@ -45,6 +53,7 @@ class Run:
     val_loss: Curve
     val_loss_bf16: Curve
     tokens_per_second: Curve
+    events: dict[str, int]
 
 
 def load_run(path: Path, *, name: str) -> Run:
@@ -60,7 +69,7 @@ def load_run(path: Path, *, name: str) -> Run:
     for file in (metrics, config):
         if not file.is_file():
             raise UserError(f"{path}: no {file.name}; give the run_dir that a run wrote")
-    rows = read_rows(metrics)
+    rows, events = _measured(read_rows(metrics))
     loss = _curve(rows, "loss")
     if not len(loss):
         raise UserError(f"{metrics}: no training loss in it yet; wait for the run's first steps")
@@ -75,7 +84,21 @@ def load_run(path: Path, *, name: str) -> Run:
         val_loss=_curve(rows, "val_loss"),
         val_loss_bf16=_curve(rows, "val_loss_bf16"),
         tokens_per_second=_curve(rows, "tokens_per_second"),
+        events=events,
     )
+
+
+def _measured(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The rows that are points of curves, and how many there are of each other kind."""
+    record = DECIDED | HAPPENED
+    skipped = {row["step"] for row in rows if row.get("event") == "skipped"}
+    points = [
+        row
+        for row in rows
+        if row.get("event") not in record
+        and (row.get("step") not in skipped or math.isfinite(row.get("loss", 0.0)))
+    ]
+    return points, Counter(row["event"] for row in rows if row.get("event") in record)
 
 
 def _unigram_entropy(path: Path) -> float | None:

@@ -120,6 +120,31 @@ def test_the_table_holds_the_judgement(make_run: Any, tmp_path: Path) -> None:
     assert "val BF16" not in shown
 
 
+def test_a_run_that_skipped_and_went_back_is_compared_by_what_it_trained(
+    make_run: Any, tmp_path: Path
+) -> None:
+    runs = [make_run("bf16"), make_run("nvfp4", gap=0.02)]
+    metrics = runs[1] / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    bad = json.loads(lines[-2])  # the last training row
+    assert bad["step"] == STEPS
+    lines[-2] = json.dumps({**bad, "loss": "NaN"})
+    spike = {"event": "spike", "step": 300, "tokens": 300 * TOKENS, "loss": 50.0}
+    for row in (
+        {"event": "skipped", "step": 150, "tokens": 150 * TOKENS},  # taken back, trained since
+        spike,
+        {"event": "rollback", "step": 300, "tokens": 300 * TOKENS, "to_step": 100},
+        {"event": "skipped", "step": STEPS, "tokens": STEPS * TOKENS},
+    ):
+        lines.insert(-2, json.dumps(row))
+    metrics.write_text("\n".join(lines) + "\n")
+    comparison = compare(runs, out=tmp_path / "out")
+    result = comparison.results[1]
+    assert result.tokens == (STEPS - 1) * TOKENS
+    assert result.loss.gap == pytest.approx(0.02)
+    assert "What happened to nvfp4: 2 x skipped, 1 x spike, 1 x rollback." in comparison.notes()
+
+
 def test_validation_in_bf16_has_its_column_where_a_run_has_it(
     make_run: Any, tmp_path: Path
 ) -> None:
