@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Tests start up to four processes each; more threads would only get in each other's way.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: train test test-gpu sanitize check bench clean
+.PHONY: train test test-gpu chaos sanitize check bench clean
 
 train: $(VENV)/.installed ## FP8 then NVFP4 on this machine, and the gap between them
 	$(BIN)/fp4pretrain train precision=nvfp4 baseline=fp8 name=$(NAME)
@@ -19,15 +19,19 @@ test: $(VENV)/.installed-dev ## the whole CPU suite
 test-gpu: $(VENV)/.installed-dev ## kernels, layers and NCCL layouts, on this machine's GPUs
 	$(BIN)/python -m pytest tests/gpu
 
+chaos: $(VENV)/.installed-dev ## 30 random kills of a run of four ranks; a lost node of two (15 minutes)
+	$(THREADS) $(BIN)/python -m pytest tests/dist -m long -rP
+
 sanitize: $(VENV)/.installed-dev ## compute-sanitizer over the kernels' GPU tests (minutes)
 	compute-sanitizer --error-exitcode 1 --target-processes all \
 		$(BIN)/python -m pytest tests/gpu/test_kernels_cuda.py
 
-check: $(VENV)/.installed-dev ## style, types, import directions
+check: $(VENV)/.installed-dev ## style, types, import directions, shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck launch/* scripts/*.sh .ci/run
 
 bench: $(VENV)/.installed ## kernels and linears beside BF16 and a device copy
 	$(BIN)/fp4pretrain bench kernels

@@ -6,17 +6,29 @@
 #   launch/torchrun.sh model=gpt_100m precision=nvfp4
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node0 launch/torchrun.sh model=gpt_6_7b   # on node0
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=node0 launch/torchrun.sh model=gpt_6_7b   # on node1
+#   MAX_RESTARTS=3 launch/torchrun.sh model=gpt_100m run_dir=runs/a resume=auto
 #
 #   --print          print the command and leave
 #   -h, --help       this text
 #
 #   NPROC_PER_NODE   processes on this node (default: its GPUs, or 1 without any)
-#   NNODES           nodes (default 1)
+#   NNODES           nodes (default 1); with MAX_RESTARTS also MIN:MAX, to go on with fewer or more
 #   NODE_RANK        this node's number (default: Slurm's, or 0)
 #   MASTER_ADDR      host of node 0; needed for more than one node
 #   MASTER_PORT      a free port there (default 29500)
+#   MAX_RESTARTS     how often the processes are started anew after one failed (default 0); they
+#                    go on from the last checkpoint, so it takes resume=auto among the arguments
 #   RDZV_ENDPOINT    host:port of a rendezvous, in place of NODE_RANK and MASTER_*
 #   RDZV_ID          the job's name there (default fp4pretrain)
+#   RDZV_CONF        its options, such as join_timeout=3600: seconds to wait for nodes (default 600)
+#   LOCAL_ADDR       this node's address for the others, where its host name does not resolve to it
+#
+# The network interface is named to the libraries, where a node has several: NCCL_SOCKET_IFNAME=eth0
+# and GLOO_SOCKET_IFNAME=eth0 (gloo writes checkpoints on GPUs too).
+#
+# With MAX_RESTARTS, a node that was lost may be replaced: start the same command on
+# another within join_timeout. The node that hosts the rendezvous (node 0, or RDZV_ENDPOINT's) is the
+# one that must live; a batch system that starts the job again covers it.
 #
 # Everything else is the run's config, which the arguments set. SIGUSR1 to this script is passed on
 # to the training processes (a batch system sends it shortly before it ends the job).
@@ -40,24 +52,45 @@ esac
 
 nnodes="${NNODES:-1}"
 node_rank="${NODE_RANK:-${SLURM_NODEID:-0}}"
+restarts="${MAX_RESTARTS:-0}"
+port="${MASTER_PORT:-29500}"
 nproc="${NPROC_PER_NODE:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 
-where=(--nnodes "$nnodes" --nproc-per-node "$nproc")
+if [[ ("$restarts" != 0 || "$nnodes" == *:*) && " $* " != *" resume=auto "* ]]; then
+  echo "MAX_RESTARTS: what is started anew goes on from its checkpoints; add resume=auto" >&2
+  exit 2
+fi
+
+where=(--nnodes "$nnodes" --nproc-per-node "$nproc" --max-restarts "$restarts")
+rendezvous=(--rdzv-backend c10d --rdzv-id "${RDZV_ID:-fp4pretrain}")
 if [[ -n "${RDZV_ENDPOINT:-}" ]]; then
-  where+=(--rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-fp4pretrain}")
+  where+=("${rendezvous[@]}" --rdzv-endpoint "$RDZV_ENDPOINT")
+  where+=(${RDZV_CONF:+--rdzv-conf "$RDZV_CONF"})
 elif [[ "$nnodes" == 1 ]]; then
   where+=(--standalone) # finds a free port, so that two runs can share a machine
-elif [[ -n "${MASTER_ADDR:-}" ]]; then
-  where+=(--node-rank "$node_rank" --master-addr "$MASTER_ADDR")
-  where+=(--master-port "${MASTER_PORT:-29500}")
-else
+elif [[ -z "${MASTER_ADDR:-}" ]]; then
   echo "MASTER_ADDR: not set for $nnodes nodes; give the host name of node 0" >&2
   exit 2
+elif [[ "$restarts" == 0 && "$nnodes" != *:* ]]; then
+  where+=(--node-rank "$node_rank" --master-addr "$MASTER_ADDR" --master-port "$port")
+else
+  # torchrun's static rendezvous above cannot take in a node that comes later. Node 0 is told that
+  # it hosts: left to itself, torchrun compares host names, which often do not match an address.
+  where+=("${rendezvous[@]}" --rdzv-endpoint "$MASTER_ADDR:$port")
+  where+=(--rdzv-conf "is_host=$((node_rank == 0))${RDZV_CONF:+,$RDZV_CONF}")
+fi
+where+=(${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"})
+if [[ "${where[*]}" != *--master-addr* ]]; then
+  # torchrun's own store outlives a restart, but the processes take it for a new one: they would look
+  # for each other where the processes before them were (torch 2.9 to 2.13). So each round makes its own.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 fi
 
 # Megatron's overlap of communication with GEMMs on GPUs before Blackwell counts on kernels starting
 # in the order of their launch, which takes a single hardware queue.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+# After SIGTERM torchrun kills what has not ended in 30 seconds, too few to write a large checkpoint.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 
 command=(torchrun "${where[@]}" -m fp4pretrain train "$@")
 if "$print_only"; then

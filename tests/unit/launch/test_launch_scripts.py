@@ -7,6 +7,7 @@ matter.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import socket
@@ -29,6 +30,22 @@ done
 for ((node = 0; node < nodes; node++)); do
   SLURM_NODEID=$node "$@"
 done
+"""
+
+FAKE_SCONTROL = """#!/bin/sh
+case "$*" in
+  "show hostnames gpu[03-04]") printf "gpu03\\ngpu04\\n" ;;
+  requeue*) echo "$*" ;;
+esac
+"""
+
+# Plays srun with tasks that save when they are warned, and fail afterwards.
+FAKE_STEP = f"""#!{sys.executable}
+import signal, sys
+signal.signal(signal.SIGUSR1, lambda *_: (print("saved", flush=True), sys.exit(7)))
+print("ready", flush=True)
+while True:
+    signal.pause()
 """
 
 # Plays torchrun with one worker that writes which signal ended its wait.
@@ -55,7 +72,10 @@ open(os.path.join(os.environ["REPORT"], os.environ["RANK"]), "w").write(line)
 
 def _environment(**settings: str) -> dict[str, str]:
     """This process's environment without any setting of a launcher, its own interpreter first."""
-    dropped = ("SLURM_", "MASTER_", "RDZV_", "NODE_RANK", "NNODES", "NPROC_PER_NODE")
+    dropped = (
+        *("SLURM_", "MASTER_", "RDZV_", "NODE_RANK", "NNODES", "NPROC_PER_NODE"),
+        *("MAX_RESTARTS", "LOCAL_ADDR"),
+    )
     kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
     return {**kept, "PATH": path, **settings}
@@ -79,28 +99,46 @@ def _printed(*arguments: str, **settings: str) -> list[str]:
     return shlex.split(result.stdout)
 
 
+C10D = "--rdzv-backend c10d --rdzv-id"
+
+
 @pytest.mark.parametrize(
     ("settings", "options"),
     [
-        ({}, "--nnodes 1 --nproc-per-node 8 --standalone"),
+        ("", "--nnodes 1 --nproc-per-node 8 --max-restarts 0 --standalone"),
+        ("MAX_RESTARTS=3", "--nnodes 1 --nproc-per-node 8 --max-restarts 3 --standalone"),
         (
-            {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "n0"},
-            "--nnodes 2 --nproc-per-node 8 --node-rank 1 --master-addr n0 --master-port 29500",
+            "NNODES=2 NODE_RANK=1 MASTER_ADDR=n0",
+            "--nnodes 2 --nproc-per-node 8 --max-restarts 0 "
+            "--node-rank 1 --master-addr n0 --master-port 29500",
         ),
         (
-            {"NNODES": "4", "SLURM_NODEID": "3", "MASTER_ADDR": "n0", "MASTER_PORT": "12345"},
-            "--nnodes 4 --nproc-per-node 8 --node-rank 3 --master-addr n0 --master-port 12345",
+            "NNODES=4 SLURM_NODEID=3 MASTER_ADDR=n0 MASTER_PORT=12345 LOCAL_ADDR=10.0.0.3",
+            "--nnodes 4 --nproc-per-node 8 --max-restarts 0 "
+            "--node-rank 3 --master-addr n0 --master-port 12345 --local-addr 10.0.0.3",
+        ),
+        # a rendezvous that takes in a node's replacement; node 0 hosts it
+        (
+            "NNODES=2 NODE_RANK=0 MASTER_ADDR=n0 MAX_RESTARTS=3",
+            f"--nnodes 2 --nproc-per-node 8 --max-restarts 3 {C10D} fp4pretrain "
+            "--rdzv-endpoint n0:29500 --rdzv-conf is_host=1",
         ),
         (
-            {"NNODES": "2", "RDZV_ENDPOINT": "n0:4000", "RDZV_ID": "job7"},
-            "--nnodes 2 --nproc-per-node 8 "
-            "--rdzv-backend c10d --rdzv-endpoint n0:4000 --rdzv-id job7",
+            "NNODES=1:2 SLURM_NODEID=1 MASTER_ADDR=n0 RDZV_CONF=join_timeout=60",
+            f"--nnodes 1:2 --nproc-per-node 8 --max-restarts 0 {C10D} fp4pretrain "
+            "--rdzv-endpoint n0:29500 --rdzv-conf is_host=0,join_timeout=60",
+        ),
+        (
+            "NNODES=2 RDZV_ENDPOINT=n0:4000 RDZV_ID=job7 RDZV_CONF=is_host=1",
+            f"--nnodes 2 --nproc-per-node 8 --max-restarts 0 {C10D} job7 "
+            "--rdzv-endpoint n0:4000 --rdzv-conf is_host=1",
         ),
     ],
 )
-def test_torchrun_is_told_where_it_is(settings: dict[str, str], options: str) -> None:
-    printed = _printed("model=tiny", "train.steps=3", **settings)
-    assert printed == ["torchrun", *options.split(), *TAIL]
+def test_torchrun_is_told_where_it_is(settings: str, options: str) -> None:
+    named = dict(setting.split("=", 1) for setting in settings.split())
+    printed = _printed("model=tiny", "resume=auto", **named)
+    assert printed == ["torchrun", *options.split(), *TAIL[:-1], "resume=auto"]
 
 
 def test_arguments_arrive_as_they_were_given() -> None:
@@ -108,16 +146,25 @@ def test_arguments_arrive_as_they_were_given() -> None:
     assert _printed(*awkward)[-3:] == awkward
 
 
-def test_several_nodes_need_the_head_node() -> None:
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ("NNODES=2", "MASTER_ADDR: not set for 2 nodes; give"),
+        ("MAX_RESTARTS=1", "MAX_RESTARTS: .*add resume=auto"),
+        ("NNODES=1:2 MASTER_ADDR=n0", "MAX_RESTARTS: .*add resume=auto"),
+    ],
+)
+def test_what_cannot_work_is_one_line(settings: str, line: str) -> None:
+    named = dict(setting.split("=", 1) for setting in settings.split())
     result = subprocess.run(
-        [LAUNCH / "torchrun.sh", "--print"],
-        env=_environment(NNODES="2", NPROC_PER_NODE="8"),
+        [LAUNCH / "torchrun.sh", "--print", "model=tiny"],
+        env=_environment(NPROC_PER_NODE="8", **named),
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 2
-    assert result.stderr.startswith("MASTER_ADDR: not set for 2 nodes")
+    assert re.fullmatch(line + ".*\n", result.stderr)
 
 
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch"])
@@ -129,34 +176,74 @@ def test_help_is_the_head_of_the_script(script: str, option: str) -> None:
     assert "set -euo" not in text
 
 
-def test_slurm_starts_one_torchrun_on_each_of_two_nodes(tmp_path: Path) -> None:
-    settings = {
-        "SLURM_SUBMIT_DIR": str(LAUNCH.parent),
-        "SLURM_JOB_NODELIST": "gpu[03-04]",
-        "SLURM_JOB_ID": "1234567",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_GPUS_ON_NODE": "4",
-        "SLURM_CPUS_ON_NODE": "96",
-    }
-    scontrol = '#!/bin/sh\n[ "$*" = "show hostnames gpu[03-04]" ] && printf "gpu03\\ngpu04\\n"\n'
-    copy = tmp_path / "slurm_script"  # Slurm runs a copy, elsewhere
-    copy.write_text((LAUNCH / "slurm.sbatch").read_text())
-    result = subprocess.run(
-        ["bash", copy, "--print", "model=tiny", "train.steps=3"],
-        env=_with_commands(tmp_path, _environment(**settings), srun=FAKE_SRUN, scontrol=scontrol),
+SLURM = {
+    "SLURM_SUBMIT_DIR": str(LAUNCH.parent),
+    "SLURM_JOB_NODELIST": "gpu[03-04]",
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_GPUS_ON_NODE": "4",
+    "SLURM_CPUS_ON_NODE": "96",
+}
+
+
+def _job(tmp_path: Path, *arguments: str, srun: str) -> subprocess.Popen:
+    """slurm.sbatch as Slurm runs it: a copy, elsewhere, with stand-ins for Slurm's commands."""
+    (tmp_path / "slurm_script").write_text((LAUNCH / "slurm.sbatch").read_text())
+    commands = _with_commands(tmp_path, _environment(**SLURM), srun=srun, scontrol=FAKE_SCONTROL)
+    return subprocess.Popen(
+        ["bash", tmp_path / "slurm_script", *arguments],
+        env=commands,
         cwd=tmp_path,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=True,
     )
-    assert "--nodes 2 --ntasks-per-node 1 --cpus-per-task 96" in result.stderr
+
+
+def test_slurm_starts_one_torchrun_on_each_of_two_nodes(tmp_path: Path) -> None:
+    job = _job(tmp_path, "--print", "model=tiny", "train.steps=3", srun=FAKE_SRUN)
+    printed, said = job.communicate(timeout=60)
+    assert job.returncode == 0
+    assert "--nodes 2 --ntasks-per-node 1 --cpus-per-task 96" in said
     expected = [
-        f"torchrun --nnodes 2 --nproc-per-node 4 --node-rank {node} "
+        f"torchrun --nnodes 2 --nproc-per-node 4 --max-restarts 0 --node-rank {node} "
         "--master-addr gpu03 --master-port 24567".split()
         + TAIL
         for node in range(2)
     ]
-    assert [shlex.split(line) for line in result.stdout.splitlines()] == expected
+    assert [shlex.split(line) for line in printed.splitlines()] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "requeued"),
+    [
+        (["model=tiny", "resume=auto"], "requeue 1234567\n"),
+        (["model=tiny"], ""),
+        (["name=no-resume=auto-here"], ""),
+    ],
+)
+def test_slurm_queues_a_warned_run_again_that_can_go_on(
+    tmp_path: Path, arguments: list[str], requeued: str
+) -> None:
+    """The warning reaches the tasks; they save and leave before the job goes back to the queue."""
+    job = _job(tmp_path, *arguments, srun=FAKE_STEP)
+    assert job.stdout is not None
+    assert job.stdout.readline() == "ready\n"
+    job.send_signal(signal.SIGUSR1)
+    printed, _ = job.communicate(timeout=60)
+    assert printed == "saved\n" + requeued
+    assert job.returncode == 7
+
+
+def test_slurm_ends_a_finished_job(tmp_path: Path) -> None:
+    job = _job(tmp_path, "resume=auto", srun="#!/bin/sh\nexit 3\n")
+    assert job.communicate(timeout=60) == ("", "")
+    assert job.returncode == 3
+
+
+def test_slurm_warns_the_script_and_may_queue_it_again() -> None:
+    options = re.findall(r"^#SBATCH (\S+)$", (LAUNCH / "slurm.sbatch").read_text(), re.MULTILINE)
+    assert {"--signal=B:USR1@300", "--requeue", "--open-mode=append"} <= set(options)
 
 
 def test_two_nodes_make_one_world(tmp_path: Path) -> None:
