@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,8 +154,11 @@ def write_manifest(folder: Path, parts: list[dict[str, Any]]) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises Damaged where it is missing, altered or impossible, or a file's size is another."""
+    path = folder / MANIFEST
     try:
-        found = json.loads((folder / MANIFEST).read_bytes())
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would never end
+            raise ValueError("no regular file")
+        found = json.loads(path.read_bytes())
         body = found["body"]
         if found["sha256"] != _digest(body):
             raise ValueError("its checksum differs")
@@ -187,11 +191,11 @@ def _tensor(dtype: str, shape: Any, boxes: Any, *, files: dict[str, tuple[int, s
 
 def _check_size(path: Path, size: int) -> None:
     try:
-        found = path.stat().st_size
+        status = path.stat()
     except OSError as error:
         raise Damaged(f"{path.name}: {error.strerror}") from None
-    if found != size:
-        raise Damaged(f"{path.name}: {found} bytes in place of {size}")
+    if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+        raise Damaged(f"{path.name}: {status.st_size} bytes in place of {size}")
 
 
 def check_file(folder: Path, name: str, manifest: Manifest) -> None:

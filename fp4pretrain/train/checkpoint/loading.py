@@ -72,8 +72,9 @@ def _newest_first(folder: Path) -> list[Path]:
 
 def _latest(folder: Path) -> int | None:
     """The step that ``latest`` names; None where it is missing or names nothing."""
+    path = folder / LATEST
     try:
-        return step_of(folder / (folder / LATEST).read_text()[:100].strip())
+        return step_of(folder / path.read_text()[:100].strip()) if path.is_file() else None
     except (OSError, ValueError):
         return None
 
