@@ -64,7 +64,7 @@ class Guard(Hook):
             self._log(trainer, "skipped", count=self._memory.skipped_steps, reason=reason)
         found = trouble(self._memory, settings)
         if found == "skipped":
-            self._go_back(trainer, found)
+            self._go_back(trainer, row, found)
         elif found == "spike":
             spikes = self._memory.spikes + 1
             self._log(
@@ -78,17 +78,18 @@ class Guard(Hook):
             )
             self._remember(trainer, replace(self._memory, spikes=spikes))
             if settings.spike.action == "rollback":
-                self._go_back(trainer, found)
+                self._go_back(trainer, row, found)
             else:
                 self._learn_anew(trainer)
 
-    def _go_back(self, trainer: Trainer, reason: str) -> None:
+    def _go_back(self, trainer: Trainer, row: dict[str, Any], reason: str) -> None:
         """To the newest checkpoint that is good, onto data after what was read and skip_batches."""
         memory, reached, tokens = self._memory, trainer.step, trainer.tokens
         self._checkpointing.wait(trainer)
         if memory.rollbacks >= trainer.config.guard.max_rollbacks:
             self._stop(
                 trainer,
+                row,
                 f"guard.max_rollbacks: {_what(memory, reason)} up to step {reached}, after "
                 f"{memory.rollbacks} rollbacks; lower optim.lr or look at the data, then continue "
                 "with resume=auto and a larger guard.max_rollbacks",
@@ -102,7 +103,7 @@ class Guard(Hook):
             say=partial(_warn, is_main=trainer.world.is_main),
         )
         if loaded is None:
-            self._nowhere_to_go(trainer, reason)
+            self._nowhere_to_go(trainer, row, reason)
             return
         passed = position - trainer.consumed_samples
         entry = Entry(
@@ -134,7 +135,7 @@ class Guard(Hook):
             guard_rollback.record(self._run, entry)
         self._go_on_from(trainer, entry)
 
-    def _nowhere_to_go(self, trainer: Trainer, reason: str) -> None:
+    def _nowhere_to_go(self, trainer: Trainer, row: dict[str, Any], reason: str) -> None:
         """A spike is borne. Weights that meet one NaN after another are saved, and the run stops."""
         if reason == "spike":
             self._learn_anew(trainer)
@@ -149,6 +150,7 @@ class Guard(Hook):
             saved = "the state before them could not be saved"
         self._stop(
             trainer,
+            row,
             f"guard.max_skipped: {what} up to step {trainer.step}, and there is no checkpoint to go "
             f"back to; {saved}: lower optim.lr or look at the data, set checkpoint.interval, and "
             "continue with resume=auto",
@@ -172,7 +174,8 @@ class Guard(Hook):
             {"event": event, "step": trainer.step, "tokens": trainer.tokens, **values}
         )
 
-    def _stop(self, trainer: Trainer, line: str) -> NoReturn:
+    def _stop(self, trainer: Trainer, row: dict[str, Any], line: str) -> NoReturn:
+        self._logging.write(row)  # no other hook will see this step
         self._log(trainer, "stopped", reason=line)
         raise UserError(line)
 
