@@ -9,8 +9,14 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from fp4_kernels import cublaslt
+from fp4_kernels import cublaslt, scaled_mm
+from fp4_kernels.native import native_matmul
 from torch import Tensor
+
+from fp4pretrain.numerics import QuantizedTensor, QuantSpec, quantize
+
+# The block-scaled GEMMs of the native backend, by preference.
+NATIVE_PATHS = ("scaled_mm", "dot_scaled")
 
 
 @cache
@@ -54,3 +60,71 @@ def blocks_by_cublaslt(device: torch.device) -> bool:
 def _scaled(x: Tensor, factors: Tensor, tall: int) -> Tensor:
     """float64 x [rows, k] times the factors of its blocks."""
     return (x * factors.repeat_interleave(tall, 0).repeat_interleave(128, 1)).double()
+
+
+@cache
+def native_path(format_: str, device: torch.device) -> tuple[str | None, str]:
+    """(the first of NATIVE_PATHS that multiplies a format right on the device, why others do not).
+
+    torch's ``scaled_mm`` comes first, because cuBLASLt's kernels are tuned for each GPU. It is taken
+    only where it gives the reference's numbers here: it was written for GPUs this project could not
+    be tried on, and a wrong layout of scales would train silently worse.
+    """
+    said: list[str] = []
+    for path in NATIVE_PATHS:
+        reason = scaled_mm.why_missing(format_) if path == "scaled_mm" else None
+        reason = reason or _native_disagrees(path, format_, device)
+        if reason is None:
+            return path, "; ".join(said)
+        said.append(f"{path}: {reason}")
+    return None, "; ".join(said)
+
+
+def _native_disagrees(path: str, format_: str, device: torch.device) -> str | None:
+    """None if a small product of ``format_`` operands is the reference's, otherwise what is wrong."""
+    g = torch.Generator().manual_seed(1)
+    # block scales that differ between rows and along k, so that none can stand in for another
+    along = torch.exp2(torch.arange(256) / 32)
+    a, b = (
+        quantize(
+            torch.randn(n, 256, generator=g) * along * torch.exp2(torch.arange(n) % 7)[:, None],
+            QuantSpec(format_),
+        )
+        for n in (160, 192)
+    )
+    av, bv = a.dequantize().double(), b.dequantize().double()
+    want, magnitude = av @ bv.t(), av.abs() @ bv.abs().t()
+    for dtype in (torch.float32, torch.bfloat16):
+        try:
+            got = _native_product(path, a, b, dtype, device).cpu().double()
+        except Exception as error:  # whatever torch, Triton or the driver raise is a refusal here
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        # at worst 14-bit sums of 256 products; a bfloat16 rounds to 2^-9
+        if not ((got - want).abs() <= magnitude * 2.0**-9 + want.abs() * 2.0**-8).all():
+            return f"its {dtype} product of a self-check is not the reference's"
+    return None
+
+
+def _native_product(
+    path: str, a: QuantizedTensor, b: QuantizedTensor, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """a @ b.T of two quantized matrices by one path, on the device."""
+    codes, scales = ([t.to(device) for t in pair] for pair in ((a.codes, b.codes), _scales(a, b)))
+    alphas = [q.alpha().to(device) for q in (a, b)] if a.amax is not None else None
+    if path == "scaled_mm":
+        swizzled = [scaled_mm.swizzle(s) for s in scales]
+        return scaled_mm.scaled_matmul(
+            (codes[0], swizzled[0]),
+            (codes[1], swizzled[1]),
+            out_dtype=dtype,
+            alphas=None if alphas is None else (alphas[0], alphas[1]),
+        )
+    out = torch.empty((a.shape[0], b.shape[0]), dtype=dtype, device=device)
+    alpha = None if alphas is None else alphas[0] * alphas[1]
+    return native_matmul((codes[0], scales[0]), (codes[1], scales[1]), out, alpha=alpha)
+
+
+def _scales(a: QuantizedTensor, b: QuantizedTensor) -> tuple[Tensor, Tensor]:
+    assert a.scales is not None
+    assert b.scales is not None
+    return a.scales, b.scales

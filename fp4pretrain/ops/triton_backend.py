@@ -111,7 +111,8 @@ class TritonBackend:
         if x.stride(0) != 1 and x.stride(1) != 1:
             x = x.contiguous()
         made: list[Any] = [None] * len(casts)
-        rows, cols = [], []
+        rows: list[int] = []
+        cols: list[int] = []
         copies: dict[int, Copy] = {}
         for i, cast in enumerate(casts):
             if cast.spec.quantized:

@@ -34,6 +34,7 @@ class TritonOperand:
     factors: Tensor | None = None
     scales: Tensor | None = None
     blocks: Tensor | None = None
+    swizzled: Tensor | None = None  # ``scales`` as the native backend's scaled_mm reads them
 
     def values(self) -> Tensor:
         """BF16 or FP8 [rows, k]."""
@@ -62,7 +63,9 @@ def product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a * b
 
 
-def target_of(a: TritonOperand, b: TritonOperand, out_dtype: torch.dtype, out: Tensor | None):
+def target_of(
+    a: TritonOperand, b: TritonOperand, out_dtype: torch.dtype, out: Tensor | None
+) -> Tensor:
     """Where a GEMM of a and b writes: ``out`` itself where its epilogue can add there, or a matrix."""
     if out is not None and out.dtype == torch.float32 and out.stride(1) == 1:
         return out

@@ -1,4 +1,4 @@
-"""A GEMM on packed FP4 codes and their block scales, for tensor cores that multiply FP4 themselves.
+"""A GEMM on packed FP4 or FP8 codes and their block scales, for tensor cores that scale blocks themselves.
 
 One source, whose product ``tl.dot_scaled`` becomes, by the GPU it is compiled for:
 
@@ -6,6 +6,7 @@ One source, whose product ``tl.dot_scaled`` becomes, by the GPU it is compiled f
     B200, E8M0 scales of 32             tcgen05.mma kind::mxf4
     RTX 50, RTX PRO 6000 (sm_120)       mma.sync kind::mxf4nvf4 or kind::mxf4
     MI355X (gfx950), E8M0               v_mfma_scale_f32_*_f8f6f4
+    MXFP8 on the same GPUs              kind::mxf8f6f4; v_mfma_scale_f32_*_f8f6f4
 """
 
 from __future__ import annotations
@@ -15,34 +16,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows of a, rows of b and contraction of a program's tile, its warps and stages.
+# Rows of a, rows of b and contraction (FP4; half of it in FP8) of a program's tile, its warps and stages.
 TILE = (128, 128, 256, 8, 2)
+_TYPES = {torch.uint8: "e2m1", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
 @triton.jit
 def native_gemm_kernel(
     a_ptr, a_scales_ptr, b_ptr, b_scales_ptr, alpha_ptr, out_ptr, M, N, K,
+    A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, PACK: tl.constexpr,
     E4M3: tl.constexpr, BLOCK: tl.constexpr, A_TALL: tl.constexpr, B_TALL: tl.constexpr,
     ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [M, N] = alpha * a @ b.T (+ out) of codes [M, K / 2], [N, K / 2]; alpha_ptr may be None.
+    """out [M, N] = alpha * a @ b.T (+ out) of codes [M, K / PACK], [N, K / PACK]; alpha_ptr may be None.
 
     Scales uint8 [rows / TALL, K / BLOCK]: E4M3 or E8M0 bytes.
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    half = tl.arange(0, BK // 2)
+    code = tl.arange(0, BK // PACK)
     block = tl.arange(0, BK // BLOCK)
-    a_row = a_ptr + m.to(tl.int64)[:, None] * (K // 2)
-    b_row = b_ptr + n.to(tl.int64)[None, :] * (K // 2)
+    a_row = a_ptr + m.to(tl.int64)[:, None] * (K // PACK)
+    b_row = b_ptr + n.to(tl.int64)[None, :] * (K // PACK)
     a_scale_row = a_scales_ptr + (m // A_TALL).to(tl.int64)[:, None] * (K // BLOCK)
     b_scale_row = b_scales_ptr + (n // B_TALL).to(tl.int64)[:, None] * (K // BLOCK)
     acc = tl.zeros([BM, BN], tl.float32)
     for k in range(0, K, BK):
-        h = k // 2 + half
+        h = k // PACK + code
         s = k // BLOCK + block
-        a = tl.load(a_row + h[None, :], mask=(m[:, None] < M) & (h[None, :] < K // 2), other=0)
-        b = tl.load(b_row + h[:, None], mask=(n[None, :] < N) & (h[:, None] < K // 2), other=0)
+        inside = h < K // PACK
+        a = tl.load(a_row + h[None, :], mask=(m[:, None] < M) & inside[None, :], other=0)
+        b = tl.load(b_row + h[:, None], mask=(n[None, :] < N) & inside[:, None], other=0)
         a_mask = (m[:, None] < M) & (s[None, :] < K // BLOCK)
         b_mask = (n[:, None] < N) & (s[None, :] < K // BLOCK)
         a_scales = tl.load(a_scale_row + s[None, :], mask=a_mask, other=0)
@@ -50,7 +54,7 @@ def native_gemm_kernel(
         if E4M3:
             a_scales = a_scales.to(tl.float8e4nv, bitcast=True)
             b_scales = b_scales.to(tl.float8e4nv, bitcast=True)
-        acc = tl.dot_scaled(a, a_scales, "e2m1", b, b_scales, "e2m1", acc)
+        acc = tl.dot_scaled(a, a_scales, A_TYPE, b, b_scales, B_TYPE, acc)
     if alpha_ptr is not None:
         acc = acc * tl.load(alpha_ptr)
     out = out_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
@@ -72,17 +76,20 @@ def native_matmul(
     """``out = alpha * a @ b.T (+ out)``.
 
     Args:
-        a: codes uint8 [m, k / 2] and scales float8_e4m3fn [m or m / 16, k / 16] or float8_e8m0fnu
-            [m or m / 32, k / 32], contiguous; b: the same of [n, k].
+        a: E2M1 codes uint8 [m, k / 2] or FP8 [m, k], and scales float8_e4m3fn [m or m / 16, k / 16] or
+            float8_e8m0fnu [m or m / 32, k / 32], contiguous; b: the same of [n, k].
         out: [m, n] float32 or bfloat16, contiguous.
         alpha: fp32 scalar on the device; None for 1.
     """
     (codes_a, scales_a), (codes_b, scales_b) = a, b
-    rows, cols, k = codes_a.shape[0], codes_b.shape[0], codes_a.shape[1] * 2
+    pack = 2 if codes_a.dtype == torch.uint8 else 1
+    rows, cols, k = codes_a.shape[0], codes_b.shape[0], codes_a.shape[1] * pack
     bm, bn, bk, warps, stages = tile
+    bk = bk * pack // 2  # the same bytes
     native_gemm_kernel[(triton.cdiv(rows, bm), triton.cdiv(cols, bn))](
-        codes_a, scales_a.view(torch.uint8), codes_b, scales_b.view(torch.uint8), alpha, out,
-        rows, cols, k,
+        codes_a.view(torch.uint8), scales_a.view(torch.uint8),
+        codes_b.view(torch.uint8), scales_b.view(torch.uint8), alpha, out, rows, cols, k,
+        A_TYPE=_TYPES[codes_a.dtype], B_TYPE=_TYPES[codes_b.dtype], PACK=pack,
         E4M3=scales_a.dtype == torch.float8_e4m3fn, BLOCK=k // scales_a.shape[1],
         A_TALL=rows // scales_a.shape[0], B_TALL=cols // scales_b.shape[0], ACCUMULATE=accumulate,
         BM=bm, BN=bn, BK=bk, num_warps=warps, num_stages=stages,
@@ -91,12 +98,12 @@ def native_matmul(
 
 
 def instruction(device: torch.device, format_: str) -> str | None:
-    """The FP4 matrix instruction of a device for nvfp4 or mxfp4; None where it has none."""
+    """The block-scaled matrix instruction of a device for nvfp4, mxfp4 or mxfp8; None where it has none."""
     if device.type != "cuda":
         return None
     if torch.version.hip is not None:
         arch = torch.cuda.get_device_properties(device).gcnArchName
-        return "v_mfma_scale_f32" if arch.startswith("gfx950") and format_ == "mxfp4" else None
-    kind = {"nvfp4": "mxf4nvf4", "mxfp4": "mxf4"}[format_]
+        return "v_mfma_scale_f32" if arch.startswith("gfx950") and format_ != "nvfp4" else None
+    kind = {"nvfp4": "mxf4nvf4", "mxfp4": "mxf4", "mxfp8": "mxf8f6f4"}[format_]
     major = torch.cuda.get_device_capability(device)[0]
     return {10: f"tcgen05.mma kind::{kind}", 12: f"mma.sync kind::{kind}"}.get(major)

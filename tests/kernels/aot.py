@@ -86,7 +86,7 @@ def kernels(target: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any],
     for name, tall in (("block gemm", 128), ("block gemm, wgrad", 1)):
         found[name] = _block_gemm(tall)
     if target != "sm_90":
-        formats = ("mxfp4",) if target == "gfx950" else ("nvfp4", "mxfp4")
+        formats = ("mxfp4", "mxfp8") if target == "gfx950" else ("nvfp4", "mxfp4", "mxfp8")
         found |= {f"native {f}": _native(f) for f in formats}
     return found
 
@@ -135,11 +135,14 @@ def _block_gemm(tall: int) -> tuple:
 
 
 def _native(format_: str) -> tuple:
-    block = {"nvfp4": 16, "mxfp4": 32}[format_]
+    type_, pack, block = {
+        "nvfp4": ("e2m1", 2, 16), "mxfp4": ("e2m1", 2, 32), "mxfp8": ("e4m3", 1, 32)
+    }[format_]  # fmt: skip
     types = dict.fromkeys(("a_ptr", "a_scales_ptr", "b_ptr", "b_scales_ptr"), "*u8")
     types |= {"alpha_ptr": "*fp32", "out_ptr": "*fp32", "M": "i32", "N": "i32", "K": "i32"}
     bm, bn, bk, warps, stages = native.TILE
-    constants = dict(E4M3=format_ == "nvfp4", BLOCK=block, A_TALL=1, B_TALL=1, ACCUMULATE=True)
-    constants |= dict(BM=bm, BN=bn, BK=bk)
+    constants: dict[str, Any] = dict(A_TYPE=type_, B_TYPE=type_, PACK=pack, ACCUMULATE=True)
+    constants |= dict(E4M3=format_ == "nvfp4", BLOCK=block, A_TALL=1, B_TALL=1)
+    constants |= dict(BM=bm, BN=bn, BK=bk * pack // 2)
     options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=False)
     return native.native_gemm_kernel, types, constants, options

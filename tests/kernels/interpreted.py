@@ -174,9 +174,9 @@ def check_e4m3(spread: str, block: str = "1d", *, device: str = "cpu") -> list[s
     return bad
 
 
-def check_native(accumulate: bool) -> list[str]:
-    """The packed GEMM, mxfp4 (the interpreter reads E4M3 scales as E8M0), odd edges."""
-    spec = numerics.QuantSpec("mxfp4")
+def check_native(accumulate: bool, format_: str = "mxfp4") -> list[str]:
+    """The block-scaled GEMM, mxfp4, mxfp8 (the interpreter reads E4M3 scales as E8M0), odd edges."""
+    spec = numerics.QuantSpec(format_)
     a = numerics.quantize(sample("plain", (40, 96), 1), spec)
     b = numerics.quantize(sample("plain", (24, 96), 2), spec)
     start = torch.ones(40, 24)
@@ -245,6 +245,7 @@ def cases() -> dict[str, Callable[[], list[str]]]:
     found |= {name: partial(check_e4m3, *name.split()[1:]) for name in E4M3_CASES}
     found["block linear"] = check_block_linear
     found |= {name: partial(check_block_gemm, *name.split()[2:]) for name in BLOCK_GEMMS}
+    found["native mxfp8"] = partial(check_native, False, "mxfp8")
     return found | {f"native {a}": partial(check_native, a == "add") for a in ("store", "add")}
 
 

@@ -14,6 +14,9 @@ FP4 = {
     ("native nvfp4", "sm_120"): r"mma\.sync\S*kind::mxf4nvf4",
     ("native mxfp4", "sm_120"): r"mma\.sync\S*kind::mxf4",
     ("native mxfp4", "gfx950"): r"v_mfma_scale_f32\w*f8f6f4",
+    ("native mxfp8", "sm_100"): r"tcgen05\.mma\S*kind::mxf8f6f4",
+    ("native mxfp8", "sm_120"): r"mma\.sync\S*kind::mxf8f6f4",
+    ("native mxfp8", "gfx950"): r"v_mfma_scale_f32\w*f8f6f4",
 }
 FP8 = {
     "sm_90": r"wgmma\S*f32\.e4m3\.e4m3",
