@@ -26,7 +26,9 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class JsonlSink:
-    """Append rows to a JSONL file, each flushed as it is written.
+    """Append rows to a JSONL file, each as it is written.
+
+    A full disk ends no run: rows wait in memory until there is room again, and one line says so.
 
     ``resume_step`` is the step of the checkpoint a run goes on from: rows of later steps are cut
     off. ``None`` begins a new record, and one already there is kept beside it as
@@ -41,22 +43,42 @@ class JsonlSink:
                 _set_aside(self.path)
             else:
                 _truncate_after(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
+        self._waiting = b""
 
     def write(self, row: Row) -> None:
-        """Append one line and flush it, so that a crash loses no finished row."""
-        self._file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one line at once, so that a crash loses no finished row."""
+        line = json.dumps(_plain(row), allow_nan=False) + "\n"
+        self._append(self._waiting + line.encode())
 
     def rewind(self, step: int) -> None:
         """Cut off the rows of later steps, but for those that say why the run went back."""
+        self._append(self._waiting)
         self._file.close()
         _truncate_after(self.path, step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
         """Close the file."""
+        self._append(self._waiting)
+        if self._waiting:
+            rows = self._waiting.count(b"\n")
+            print(f"warning: the last {rows} rows of {self.path} could not be written", flush=True)
         self._file.close()
+
+    def _append(self, lines: bytes) -> None:
+        waited = bool(self._waiting)
+        try:
+            while lines:
+                lines = lines[self._file.write(lines) :]  # an unfinished line is finished later
+        except OSError as error:
+            if not waited:
+                print(
+                    f"warning: {self.path} cannot be written ({error.strerror}); rows wait in "
+                    "memory until it can",
+                    flush=True,
+                )
+        self._waiting = lines
 
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:

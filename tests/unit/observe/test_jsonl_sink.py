@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -169,3 +170,24 @@ def test_a_broken_line_names_itself(tmp_path: Path, line: str) -> None:
     path.write_text('{"step": 1}\n' + line + "\n")
     with pytest.raises(UserError, match="line 2"):
         read_rows(path)
+
+
+def test_a_full_disk_delays_rows_and_loses_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The limit on a file's size stands for the disk: the kernel refuses the write half-way."""
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.write({"step": 1, "loss": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+    try:
+        sink.write({"step": 2, "loss": 2.0})
+        sink.write({"step": 3, "loss": 3.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().out.count("rows wait in memory") == 1
+    assert [row["step"] for row in read_rows(path)] == [1]
+    sink.write({"step": 4, "loss": 4.0})
+    sink.close()
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]
