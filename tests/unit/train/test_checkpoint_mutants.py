@@ -13,44 +13,26 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fp4pretrain.config import compose
 from fp4pretrain.errors import UserError
-from fp4pretrain.model.layout import check_layout
-from fp4pretrain.parallel.groups import join, leave, pick_device
 from fp4pretrain.train import checkpoint
 from fp4pretrain.train.checkpoint import files, state
 from fp4pretrain.train.step import train_step
-from fp4pretrain.train.trainer import Trainer, build_trainer
+from fp4pretrain.train.trainer import Trainer
 
-# The plain optimizer: the distributed one collects garbage, a quarter of a second, at every load.
-SMALL = (
-    "model.num_layers=1 model.hidden_size=32 model.num_attention_heads=2 model.num_query_groups=2 "
-    "model.ffn_hidden_size=64 model.seq_length=32 train.micro_batch=1 train.global_batch=1 "
-    "train.steps=6 data.mock=true precision=bf16 parallel.distributed_optimizer=false "
-    "parallel.device=cpu"
-).split()
 OLD, NEW = "step_00000002", "step_00000004"
 FILES = ("manifest.json", "run.json", "rank_00000.safetensors")
 
 
 @pytest.fixture(scope="module")
-def trainer() -> Iterator[Trainer]:
-    config = compose(SMALL)
-    world = join(device=pick_device("cpu"), seed=config.seed)
-    yield build_trainer(config, world, check_layout(config, 1))
-    leave()
-
-
-@pytest.fixture(scope="module")
 def saved(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two checkpoints of a run, and one of another run (``other``)."""
+    """Two checkpoints of a run."""
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     iterators = trainer.batches(trainer.train_data, 0)
     for _ in range(4):
