@@ -1,0 +1,98 @@
+"""Two machines, one run: the launch script's ranks meet over a network and train as one process
+would; a machine that dies is replaced, and the run ends with the bits of one that never failed."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from agreement import LATER_LOSS, SAME_LOSS
+from nodes import Node, two_nodes
+from records import curve, weights
+
+STEPS = 10
+RUN = (
+    "model.num_layers=2 model.hidden_size=64 model.num_attention_heads=2 model.num_query_groups=2 "
+    "model.ffn_hidden_size=128 model.seq_length=64 train.micro_batch=2 train.global_batch=8 "
+    f"train.steps={STEPS} train.eval_interval=4 train.eval_batches=1 checkpoint.interval=3 "
+    "optim.params_dtype=fp32 precision=nvfp4 logging.wandb.mode=disabled logging.console=quiet "
+    "data.mock=true"
+).split()
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [
+        (1, []),
+        pytest.param(2, ["parallel.tensor=2"], marks=pytest.mark.long),
+    ],
+    ids=["DP between nodes", "DP between nodes, TP 2 inside"],
+)
+def test_a_lost_node_is_replaced_and_the_run_ends_as_if_nothing_had_been(
+    ranks, tmp_path: Path, processes: int, layout: list[str]
+) -> None:
+    """Bit for bit the run on one machine, and one process's curve. From the first start on with
+    resume=auto, which begins where there is nothing to go on from."""
+    run, whole, single = tmp_path / "run", tmp_path / "whole", tmp_path / "single"
+    lose_a_node([*RUN, *layout, f"run_dir={run}"], run=run, processes=processes)
+    ranks.run("train", [*RUN, *layout, f"run_dir={whole}"], size=2 * processes)
+    ranks.run("train", [*RUN, f"run_dir={single}"], size=1)
+
+    assert curve(run) == curve(whole)
+    last = f"checkpoints/step_{STEPS:08d}"
+    one, other = weights(whole / last), weights(run / last)
+    assert one.keys() == other.keys()
+    assert not [key for key in one if not torch.equal(one[key], other[key])]
+    gaps = [
+        abs(a["loss"] / b["loss"] - 1)
+        for a, b in zip(curve(run), curve(single), strict=True)
+        if a["event"] == "train"
+    ]
+    assert gaps[0] <= SAME_LOSS, gaps
+    assert max(gaps) <= LATER_LOSS, gaps
+
+
+def lose_a_node(overrides: list[str], *, run: Path, processes: int) -> None:
+    """Train on two nodes; one dies after step 5 and comes back.
+
+    The lost node holds rank 0 (torchrun orders nodes by address), the other hosts the rendezvous.
+    """
+    log = run.with_suffix(".log")
+    with two_nodes() as (first, host):
+        if not first.isolated:
+            warnings.warn("no network namespaces here: two loopback addresses", stacklevel=2)
+
+        def start(node: Node) -> subprocess.Popen:
+            return node.torchrun(
+                [*overrides, "resume=auto"],
+                log,
+                NNODES="2",
+                NPROC_PER_NODE=str(processes),
+                NODE_RANK=str(int(node is not host)),
+                MASTER_ADDR=host.address,
+                MAX_RESTARTS="1",
+                RDZV_CONF="keep_alive_interval=1,keep_alive_max_attempt=2",
+            )
+
+        agents = [start(host), start(first)]
+        _wait_for_step(run, 5, agents, log)
+        assert first.lose() >= 2 + processes  # the script, its torchrun, the ranks
+        agents[1].wait()
+        agents[1] = start(first)
+        statuses = [agent.wait(timeout=240) for agent in agents]
+        assert statuses == [0, 0], log.read_text()[-4000:]
+
+
+def _wait_for_step(run: Path, step: int, agents: list[subprocess.Popen], log: Path) -> None:
+    """Until the run logged ``step``. Fails with the nodes' output if it ends or hangs before."""
+    deadline = time.monotonic() + 240
+    while not (run / "metrics.jsonl").exists() or len(curve(run)) < step:
+        assert all(agent.poll() is None for agent in agents), log.read_text()[-4000:]
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.05)
