@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -94,3 +95,48 @@ def test_old_checkpoints_go(ranks, tmp_path: Path) -> None:
         "step_00000004",
         "step_00000006",
     ]
+
+
+def test_another_recipe_is_taken_up_when_asked_for(ranks, tmp_path: Path) -> None:
+    """``resume=auto`` in another recipe is refused in one line; with the key it is said on the
+    console, in the metrics and in wandb, once, also where the run is resumed again."""
+    run = tmp_path / "run"
+    common = [*SMALL, "logging.wandb.mode=offline", f"run_dir={run}"]
+    ranks.run("train", [*common, "precision=nvfp4", "train.steps=4"], size=1)
+    fp8 = [*common, "precision=fp8", "resume=auto"]
+    refused = ranks.run("train", fp8, size=1)["user_error"]
+    assert refused.startswith("checkpoint.allow_recipe_change: ")
+    assert "precision=nvfp4" in refused
+
+    allowed = [*fp8, "checkpoint.allow_recipe_change=true"]
+    ranks.run("train", allowed, size=1)
+    first = curve(run)
+    (run / "checkpoints" / "latest").write_text("step_00000004\n")  # once more from there
+    ranks.run("train", allowed, size=1)
+    assert curve(run) == first
+    assert [row for row in first if row["event"] == "recipe"] == [
+        {
+            "event": "recipe",
+            "step": 5,
+            "tokens": 4 * 8 * 64,
+            "recipe": "fp8",
+            "recipe_before": "nvfp4",
+        }
+    ]
+    recorded = b"".join(path.read_bytes() for path in run.glob("wandb/*/*.wandb"))
+    assert b"recipe_before" in recorded
+    stored = json.loads((run / "checkpoints" / "step_00000006" / "run.json").read_text())
+    assert stored["precision"]["fprop"]["x"]["format"] == "fp8_e4m3"
+    # from there on fp8 is the run's recipe
+    ranks.run("train", [*fp8, "train.steps=7"], size=1)
+
+
+def test_dropout_resumes_too(ranks, tmp_path: Path) -> None:
+    """Dropout's generators are state: without them the resumed steps would draw other masks."""
+    run = [*SMALL, "precision=bf16", "model.attention_dropout=0.2", "model.hidden_dropout=0.2"]
+    run = [*run, "parallel.tensor=2", "train.steps=4"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    ranks.run("train", [*run, f"run_dir={whole}"], size=2)
+    from_there = f"resume={whole}/checkpoints/step_00000002"
+    ranks.run("train", [*run, f"run_dir={stopped}", from_there], size=2)
+    assert curve(stopped) == curve(whole)[-len(curve(stopped)) :]
