@@ -121,6 +121,11 @@ def check(config: RunConfig) -> None:
     _check_model(config.model)
     _check_schedule(config.optim, config.train.steps)
     _check_data_path(config.data.path)
+    if 0 < config.guard.hang_timeout < 1:
+        raise UserError(
+            f"guard.hang_timeout: {config.guard.hang_timeout} is shorter than steps are; give "
+            "seconds from 1 on, or 0 to turn the watchdog off"
+        )
     if config.guard.spike.action == "rollback" and config.checkpoint.interval == 0:
         raise UserError(
             "guard.spike.action: rollback has no checkpoint to go back to; set checkpoint.interval, "

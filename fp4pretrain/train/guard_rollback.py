@@ -46,9 +46,15 @@ class Entry:
 
 
 def entries(run: Path) -> list[Entry]:
-    """All entries of a run's folder, oldest first."""
+    """All entries of a run's folder, oldest first. Raises UserError where they cannot be read."""
     path = run / _RECORD
-    return [Entry(**one) for one in json.loads(path.read_text())] if path.is_file() else []
+    try:
+        return [Entry(**one) for one in json.loads(path.read_text())] if path.is_file() else []
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"resume: {path} is damaged ({type(error).__name__}); remove it to forget which data the "
+            "run has passed over, or choose another run_dir"
+        ) from None
 
 
 def entry_for(run: Path, *, step: int, rollbacks: int) -> Entry | None:

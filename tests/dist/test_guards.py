@@ -180,6 +180,7 @@ def test_a_run_that_goes_back_too_often_stops_in_a_line_with_its_checkpoints(
         "guard_tasks.poisoned_run", [*bad, "resume=auto", "poison=loss:1:24-"], size=2
     )
     assert again["user_error"] == line
+    assert [name for name, _ in _events(run)].count("rollback") == 1
     # and where the trouble is gone the run goes on
     assert "user_error" not in ranks.run("train", [*bad, "resume=auto"], size=2)
     assert (run / "checkpoints" / "latest").read_text() == "step_00000008\n"

@@ -23,7 +23,7 @@ from fp4pretrain.train.guard_rollback import Entry
 from fp4pretrain.train.hooks.checkpointing import Checkpointing
 from fp4pretrain.train.hooks.logging import Logging
 from fp4pretrain.train.loop import Hook
-from fp4pretrain.train.run_dir import CHECKPOINTS
+from fp4pretrain.train.run_dir import CHECKPOINTS, on_main
 from fp4pretrain.train.trainer import Trainer
 
 _KEY = "guard"
@@ -46,10 +46,13 @@ class Guard(Hook):
         if trainer.step == 0:
             return
         found: list[Entry | None] = [None]
-        if trainer.world.is_main:
+
+        def read() -> None:
             found[0] = guard_rollback.entry_for(
                 self._run, step=trainer.step, rollbacks=self._memory.rollbacks
             )
+
+        on_main(read, is_main=trainer.world.is_main)
         dist.broadcast_object_list(found, src=0)
         if found[0] is not None:
             self._go_on_from(trainer, found[0])

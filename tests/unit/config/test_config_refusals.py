@@ -121,6 +121,7 @@ REFUSED = [
     ("guard.max_skipped=-1", "guard.max_skipped", r"out of range; give 0 or"),
     ("guard.spike.threshold=0", "guard.spike.threshold", r"out of range; give a number above 0"),
     ("guard.hang_timeout=-1", "guard.hang_timeout", r"out of range; give 0 or"),
+    ("guard.hang_timeout=0.5", "guard.hang_timeout", r"shorter than steps are; give seconds"),
     ("guard.hang_action=stop", "guard.hang_action", r"'stop' is unknown; choose restart, report"),
     ("guard.spike.action=rollback", "guard.spike.action", r"set checkpoint\.interval"),
     ("model.num_query_groups=0", "model.num_query_groups", r"out of range"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fp4pretrain.config import GuardConfig, SpikeConfig
+from fp4pretrain.errors import UserError
 from fp4pretrain.train.guard import (
     GuardMemory,
     LossTrack,
@@ -165,3 +166,10 @@ def test_an_entry_is_for_the_checkpoint_it_went_back_to_and_for_whoever_missed_i
     record(tmp_path, _entry(2, 6))
     assert entries(tmp_path) == [_entry(1, 4), _entry(2, 6)]
     assert [p.name for p in tmp_path.iterdir()] == ["rollbacks.json"]
+
+
+@pytest.mark.parametrize("text", ["", "[", "[3]", '[{"rollbacks": 1}]', "3"])
+def test_a_damaged_record_of_rollbacks_is_a_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rollbacks.json").write_text(text)
+    with pytest.raises(UserError, match=r"^resume: .*rollbacks\.json is damaged .*remove it"):
+        entry_for(tmp_path, step=1, rollbacks=0)
