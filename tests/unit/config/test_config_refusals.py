@@ -267,12 +267,13 @@ VALUES = [
 PREFIXES = [*[""] * 16, "+", "++", "~", " "]
 
 
-def _mutants(count: int) -> list[list[str]]:
-    """Random overrides: keys of the schema, groups and wrecks of both, with odd values."""
+def _mutants(lines: int) -> list[list[str]]:
+    """Command lines of random overrides: keys of the schema, groups and wrecks of both, with odd
+    values."""
     rng = random.Random(20251)
     keys = sorted(schema_keys()) + sorted(presets.groups())
-    mutants = []
-    for _ in range(count):
+
+    def mutant() -> str:
         key = rng.choice(keys)
         if rng.random() < 0.2:
             place = rng.randrange(len(key) + 1)
@@ -281,14 +282,17 @@ def _mutants(count: int) -> list[list[str]]:
                 + rng.choice([".", "x", "", "=", "/", "@", " ", "[0]"])
                 + key[place + 1 :]
             )
-        mutants.append([f"{rng.choice(PREFIXES)}{key}={rng.choice(VALUES)}"])
-    return mutants
+        return f"{rng.choice(PREFIXES)}{key}={rng.choice(VALUES)}"
+
+    return [[mutant() for _ in range(rng.choice((1, 1, 3, 5)))] for _ in range(lines)]
 
 
 @pytest.mark.parametrize("part", range(6))
 def test_odd_overrides_compose_or_are_refused_in_one_line(part: int) -> None:
-    """150 seeded mutants: a RunConfig or a UserError of one line that names a key."""
-    for overrides in _mutants(150)[part::6]:
+    """150 seeded lines of some 360 mutants: a RunConfig or a UserError of one line that names a key."""
+    lines = _mutants(150)
+    assert sum(map(len, lines)) > 300
+    for overrides in lines[part::6]:
         try:
             assert isinstance(compose(overrides), RunConfig)
         except UserError as error:
