@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+_PATIENCE = 600.0  # seconds: for any job, on a machine that is busy with other things
 
 
 class Ranks:
@@ -70,6 +73,10 @@ class Ranks:
     def _reply(self, rank: int) -> dict[str, Any]:
         stdout = self._processes[rank].stdout
         assert stdout is not None
+        ready, _, _ = select.select(
+            [stdout], [], [], _PATIENCE
+        )  # one line a reply: none is buffered
+        assert ready, f"rank {rank} hangs"
         line = stdout.readline()
         assert line, f"rank {rank} died"
         return json.loads(line)
