@@ -79,7 +79,8 @@ def load_good(
 ) -> Path | None:
     """Load the newest checkpoint up to ``good_step`` that is whole, and make it the latest.
 
-    None, with nothing changed, where there is none. Collective; rank 0 says which there are.
+    None, with nothing changed, where there is none. Collective; rank 0 says which there are. Raises
+    UserError where there are some and none can be loaded.
     """
     said: list[list[Path]] = [[]]
     if trainer.world.is_main:
@@ -89,7 +90,9 @@ def load_good(
         try:
             checkpoint.load(trainer, path)
         except UserError as error:
-            say(str(error))
+            if path == said[0][-1]:
+                raise
+            say(f"{error}; trying the one before it")
             continue
         if trainer.world.is_main:
             temporary = folder / f".{checkpoint.LATEST}"

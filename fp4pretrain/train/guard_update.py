@@ -71,8 +71,7 @@ class StepHealth:
             mine[0] = loss
         uncounted = [p.main_grad for p in parameters if not _in_the_norm(p)]
         if uncounted:
-            finite = torch.stack([torch.isfinite(gradient).all() for gradient in uncounted]).all()
-            mine[1] = 1 - finite.double()
+            mine[1] = ~torch.isfinite(torch.nn.utils.get_total_norm(uncounted))
         dist.all_reduce(mine)
         self._reduced = mine
         self._read: list[float] | None = None
