@@ -22,6 +22,7 @@ _H16 = replace(_NV, rotation=16, signs=signs_te())
 _H16_SR = replace(_SR, rotation=16, signs=signs_te())
 _MX = Copy("mxfp4", scale="even", output="e4m3")
 _FP8 = Copy("fp8_e4m3", "tensor")
+_FP8_1D = Copy("fp8_e4m3", "1d")
 
 # name: (row copy, column copy, bytes written an element, share of copy speed aimed at)
 CASTS: dict[str, tuple[Copy | None, Copy | None, float, float | None]] = {
@@ -34,6 +35,7 @@ CASTS: dict[str, tuple[Copy | None, Copy | None, float, float | None]] = {
     "nvfp4 2d": (replace(_NV, block="2d"), None, 2.0, None),
     "mxfp4 as e4m3, row + column H16": (_MX, replace(_MX, rotation=16), 2.0, None),
     "fp8 row + column": (_FP8, _FP8, 2.0, None),
+    "fp8 in 128-blocks, row + column": (_FP8_1D, _FP8_1D, 2.0625, None),
 }
 
 
@@ -78,7 +80,7 @@ def _jobs(x: torch.Tensor) -> dict[str, Job]:
     """name: (work, bytes an element, target)."""
     turn = (16, signs_te())
     scalars, lines = amax(x, col=turn), line_amax(x, col=turn)
-    lost = torch.zeros(2, dtype=torch.int32, device=x.device)
+    lost = torch.zeros(2, dtype=torch.int64, device=x.device)
 
     def cast(row: Copy | None, col: Copy | None) -> Callable[[], object]:
         def amax_of(copy: Copy | None, side: int) -> torch.Tensor | None:

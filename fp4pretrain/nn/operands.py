@@ -46,11 +46,58 @@ class LinearCasts:
     global_amax: bool
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """The casts of one linear as first made, and those that every moment draws anew."""
+
+    recipe: Recipe  # kept alive, since it was found by its identity
+    casts: LinearCasts
+    drawn: tuple[tuple[str, str, bool, bool], ...]  # GEMM, operand; has it noise, new signs
+
+
+_PREPARED: dict[tuple, _Prepared] = {}
+_MOST_PREPARED = 1 << 14
+
+
 def linear_casts(
     recipe: Recipe, keys: NoiseKeys, shard: Shard, *, global_amax: bool
 ) -> LinearCasts:
-    """The casts of ``recipe`` for the shard, with the noise and signs that ``keys`` give."""
+    """The casts of ``recipe`` for the shard, with the noise and signs that ``keys`` give.
 
+    Called before every forward of every linear, and most of it is the same each time: only noise,
+    and signs that are redrawn, are made anew.
+    """
+    key = id(recipe), keys.seed, keys.layer, keys.linear, shard, global_amax
+    prepared = _PREPARED.get(key)
+    if prepared is None:
+        casts = _linear_casts(recipe, keys, shard, global_amax=global_amax)
+        if len(_PREPARED) >= _MOST_PREPARED:
+            _PREPARED.clear()
+        draws = [
+            (g, o, spec.stochastic, recipe.gemm(g).rotation.resample in ("step", "gemm"))
+            for g, o, spec in recipe.operands()
+        ]
+        _PREPARED[key] = _Prepared(recipe, casts, tuple(d for d in draws if d[2] or d[3]))
+        return casts
+    if not prepared.drawn:
+        return prepared.casts
+    casts = object.__new__(LinearCasts)
+    casts.__dict__.update(prepared.casts.__dict__)
+    for gemm, operand, stochastic, resampled in prepared.drawn:
+        cast: Cast = casts.__dict__[f"{gemm}_{operand}"]
+        noise, signs = None, cast.signs
+        if stochastic:
+            row, col = _place(gemm, operand, shard)
+            noise = keys.noise(gemm, operand, row=row, col=col)
+        if resampled:
+            signs = keys.signs(gemm, recipe.gemm(gemm).rotation)
+        casts.__dict__[f"{gemm}_{operand}"] = cast.drawn(noise, signs)
+    return casts
+
+
+def _linear_casts(
+    recipe: Recipe, keys: NoiseKeys, shard: Shard, *, global_amax: bool
+) -> LinearCasts:
     def cast(gemm: str, operand: str, *, transpose: bool) -> Cast:
         spec = recipe.operand(gemm, operand)
         rotation = recipe.gemm(gemm).rotation
@@ -82,15 +129,20 @@ def linear_casts(
 
 def _place(gemm: str, operand: str, shard: Shard) -> tuple[Placement, Placement]:
     """(row, column) placement of an operand's shard, in the operand's own orientation."""
-    t = (0, 0, 0)
-    return {
-        ("fprop", "x"): (t, shard.k),
-        ("fprop", "w"): (shard.n, shard.k),
-        ("dgrad", "dy"): (t, shard.n),
-        ("dgrad", "w"): (shard.k, shard.n),
-        ("wgrad", "dy"): (shard.n, t),
-        ("wgrad", "x"): (shard.k, t),
-    }[gemm, operand]
+    placed = {"t": (0, 0, 0), "n": shard.n, "k": shard.k}
+    axes = _AXES[gemm, operand]
+    return placed[axes[0]], placed[axes[1]]
+
+
+# Rows and columns of the six operands: tokens, output features, input features.
+_AXES = {
+    ("fprop", "x"): "tk",
+    ("fprop", "w"): "nk",
+    ("dgrad", "dy"): "tn",
+    ("dgrad", "w"): "kn",
+    ("wgrad", "dy"): "nt",
+    ("wgrad", "x"): "kt",
+}
 
 
 class WeightCache:

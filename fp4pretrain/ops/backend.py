@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,23 @@ class Cast:
     signs: tuple[int, ...] | None = None
     noise: Noise | None = None
     kept: bool = False
+
+    @cached_property
+    def kind(self) -> int:
+        """A number for all but the draw (noise, signs): casts of one kind are launched alike."""
+        parts = self.noise is not None and bool(self.noise.row_part or self.noise.col_part)
+        signs = self.signs is not None
+        how = self.spec, self.transpose, self.rotation_size, signs, parts, self.kept
+        return _KINDS.setdefault(how, len(_KINDS))
+
+    def drawn(self, noise: Noise | None, signs: tuple[int, ...] | None) -> Cast:
+        """This cast with another draw of the same kind, faster than ``replace``."""
+        cast = object.__new__(Cast)
+        cast.__dict__.update(self.__dict__, noise=noise, signs=signs)
+        return cast
+
+
+_KINDS: dict[tuple, int] = {}
 
 
 ReduceAmax = Callable[[torch.Tensor], torch.Tensor]

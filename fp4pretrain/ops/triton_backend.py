@@ -30,6 +30,7 @@ from fp4_kernels.quantize import quantize
 from fp4_kernels.spec import Copy, Noise
 from torch import Tensor
 
+from fp4pretrain import numerics
 from fp4pretrain.errors import UserError
 from fp4pretrain.numerics import QuantSpec
 from fp4pretrain.ops.backend import Cast, ReduceAmax
@@ -51,6 +52,7 @@ class TritonBackend:
     def __init__(self, *, mxfp4_emulation: str = "fp8") -> None:
         self._mxfp4_in_fp8 = mxfp4_emulation == "fp8"
         self._lost: dict[torch.device, Tensor] = {}
+        self._copies: dict[tuple[int, torch.device], Copy] = {}
 
     def why_not(self, gemm: Gemm, device: torch.device) -> str | None:
         """None if this backend can run the GEMM on the device, otherwise the reason in one clause."""
@@ -116,7 +118,7 @@ class TritonBackend:
         copies: dict[int, Copy] = {}
         for i, cast in enumerate(casts):
             if cast.spec.quantized:
-                copies[i] = self._copy(cast, x.device)
+                copies[i] = self._copy_of(cast, x.device)
                 (cols if cast.transpose else rows).append(i)
             else:
                 v = x if x.dtype == torch.bfloat16 else x.bfloat16()
@@ -161,6 +163,15 @@ class TritonBackend:
             if i is not None and q is not None:
                 made[i] = operand_of(q, casts[i].spec, copies[i])
 
+    def _copy_of(self, cast: Cast, device: torch.device) -> Copy:
+        """The kernels' words for a cast; those of a kind differ in their draw."""
+        copy = self._copies.get((cast.kind, device))
+        if copy is None:
+            copy = self._copies[cast.kind, device] = self._copy(cast, device)
+        if cast.noise is None and cast.signs is copy.signs:
+            return copy
+        return copy.drawn(_noise(cast.noise), cast.signs)
+
     def _copy(self, cast: Cast, device: torch.device) -> Copy:
         spec = cast.spec
         output = "exact"
@@ -168,12 +179,6 @@ class TritonBackend:
             output = "codes"
         elif spec.format == "mxfp4" and self._in_fp8(spec, device):
             output = "e4m3"
-        n = cast.noise
-        noise = None
-        if n is not None:
-            noise = Noise(
-                n.key, n.row_offset, n.col_offset, n.row_part, n.row_gap, n.col_part, n.col_gap
-            )
         return Copy(
             spec.format,
             spec.block,
@@ -183,7 +188,7 @@ class TritonBackend:
             output,
             cast.rotation_size,
             cast.signs,
-            noise,
+            _noise(cast.noise),
         )
 
     def _lost_counts(self, device: torch.device) -> Tensor:
@@ -232,6 +237,12 @@ def _has_fp8_rows(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
+def _noise(n: numerics.Noise | None) -> Noise | None:
+    if n is None:
+        return None
+    return Noise(n.key, n.row_offset, n.col_offset, n.row_part, n.row_gap, n.col_part, n.col_gap)
+
+
 def _in_blocks(spec: QuantSpec) -> bool:
     """FP8 with a factor for each 1x128 or 128x128."""
     return spec.row.family == "fp8" and spec.block in ("1d", "2d")
@@ -264,13 +275,17 @@ def _all_amaxes(
     """Amaxes by cast: one launch for each pair and kind."""
     found: dict[int, Tensor] = {}
     for pair in pairs:
-        for kind, measure in (("tensor", tensor_amaxes), ("row", line_amax)):
-            wanted = [i if i is not None and copies[i].amax == kind else None for i in pair]
-            if wanted == [None, None]:
+        kinds = ["none" if i is None else copies[i].amax for i in pair]
+        for kind in dict.fromkeys(kinds):
+            if kind == "none":
                 continue
+            wanted = [i if k == kind else None for i, k in zip(pair, kinds, strict=True)]
             turns = [None if i is None else (copies[i].rotation, copies[i].signs) for i in wanted]
-            measured: Any = measure(x, row=turns[0], col=turns[1])
-            sides = measured if kind == "row" else measured.unbind()
+            sides: Any
+            if kind == "tensor":
+                sides = tensor_amaxes(x, row=turns[0], col=turns[1]).unbind()
+            else:
+                sides = line_amax(x, row=turns[0], col=turns[1])
             for i, side in zip(wanted, sides, strict=True):
                 if i is not None:
                     found[i] = _tile_rows(side, copies[i])

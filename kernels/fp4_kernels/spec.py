@@ -8,7 +8,7 @@ are arguments of a launch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -106,7 +106,7 @@ class Copy:
         """Elements of a block along the contraction axis; 0 for a whole tensor or row."""
         return FORMATS[self.format][2][self.block]
 
-    @property
+    @cached_property
     def amax(self) -> str:
         """What amax a launch needs: none, tensor (a scalar) or row (one a row of the copy)."""
         kind = FORMATS[self.format][0]
@@ -114,12 +114,22 @@ class Copy:
             return "tensor"
         return "row" if self.output == "e4m3" or self.block == "row" else "none"
 
+    def drawn(self, noise: Noise | None, signs: tuple[int, ...] | None) -> Copy:
+        """This copy with another draw (as many parts, signs or none as before), faster than ``replace``."""
+        copy = object.__new__(Copy)
+        copy.__dict__.update(self.__dict__, noise=noise, signs=signs)
+        return copy
+
     def config(self) -> tuple:
         """The compile-time tuple of the kernels.
 
         Raises:
             ValueError: for a word that is not offered.
         """
+        return self._config
+
+    @cached_property
+    def _config(self) -> tuple:
         parts = self.noise is not None and bool(self.noise.row_part or self.noise.col_part)
         return _config(
             (self.format, self.block, self.scale, self.rounding, self.ties, self.output),

@@ -1,0 +1,139 @@
+"""What ``bench`` counts and prints, with a clock of its own: no GPU needed."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+import torch
+from fp4_kernels.quantize import _allocate
+from rich.console import Console
+
+from fp4pretrain.bench import kernels, linear, timing
+from fp4pretrain.cli import main
+from fp4pretrain.ops.reference import ReferenceBackend
+from fp4pretrain.precision import Recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", kernels.CASTS)
+def test_the_bytes_counted_are_those_a_cast_writes(name: str) -> None:
+    row, col, written, _ = kernels.CASTS[name]
+    x = torch.zeros(1024, 2048, dtype=torch.bfloat16)
+    amax = torch.zeros(())
+    made = [_allocate(x, row, (1024, 2048), amax), _allocate(x, col, (2048, 1024), amax)]
+    total = sum(
+        t.numel() * t.element_size() for q in made if q for t in (q.out, q.scales) if t is not None
+    )
+    # a factor a row is left out of the count: 4 bytes in 1024
+    assert total / x.numel() == pytest.approx(written, abs=0.01)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """A GPU on which everything takes ``us`` microseconds and the host ``host``."""
+    times = {"us": 8.0, "host": 3.0, "calls": 0}
+
+    def gpu_microseconds(work: Any) -> float:
+        work()
+        times["calls"] += 1
+        return times["us"]
+
+    def host_microseconds(work: Any) -> float:
+        work()
+        return times["host"]
+
+    for module in (kernels, linear):
+        monkeypatch.setattr(module, "require_gpu", lambda: CPU)
+        monkeypatch.setattr(module, "gpu_microseconds", gpu_microseconds)
+    monkeypatch.setattr(timing, "gpu_microseconds", gpu_microseconds)
+    monkeypatch.setattr(linear, "host_microseconds", host_microseconds)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "an abacus")
+    return times
+
+
+def printed(table: Any) -> str:
+    out = io.StringIO()
+    Console(file=out, width=140).print(table)
+    return out.getvalue()
+
+
+def test_kernels_are_held_to_the_bytes_a_copy_moves(
+    clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def quantize(x: torch.Tensor, *, row: Any, col: Any = None, **others: Any) -> tuple:
+        asked.append((row, col, others["row_amax"], others.get("col_amax")))
+        return _allocate(x, row, (x.shape[0], x.shape[1]), torch.zeros(())), None
+
+    monkeypatch.setattr(kernels, "quantize", quantize)
+    monkeypatch.setattr(kernels, "amax", lambda *_, **__: torch.zeros(2))
+    monkeypatch.setattr(
+        kernels, "line_amax", lambda x, **_: (torch.zeros(x.shape[0]), torch.zeros(x.shape[1]))
+    )
+    monkeypatch.setattr(kernels, "unpack", lambda *_: None)
+    found = kernels.bench_kernels(((256, 128),))
+    # everything takes as long as the copy, which moves 4 bytes an element
+    shares = {t["kernel"]: t["of_copy"] for t in found["timings"]}
+    for name, (_, _, written, _) in kernels.CASTS.items():
+        assert shares[name] == pytest.approx((2 + written) / 4)
+    assert shares["amax"] == pytest.approx(2 / 4)
+    assert found["copy_tb_per_s"] == {"256x128": round(4 * 256 * 128 / 8 / 1e6, 3)}
+    for row, col, row_amax, col_amax in asked:
+        for copy, amax, length in ((row, row_amax, 256), (col, col_amax, 128)):
+            wanted = "none" if copy is None else copy.amax
+            assert {"none": None, "tensor": (), "row": (length,)}[wanted] == (
+                None if amax is None else tuple(amax.shape)
+            )
+    assert json.loads(json.dumps(found))["device"] == "an abacus"
+    text = printed(kernels.table(found))
+    assert all(name in text for name in shares)
+    assert "256x128" in text
+    assert "88%" in text
+
+
+def test_linears_are_held_to_bf16_of_the_same_run(
+    clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "available", lambda: {"reference": ReferenceBackend()})
+    found = linear.bench_linear({"bf16": Recipe()}, ((64, 32, 48),))
+    plain, recipe = found["timings"]
+    assert (plain["recipe"], plain["backend"], plain["of_bf16"]) == ("bf16", "torch", 1.0)
+    assert recipe["backend"] == "reference"
+    assert recipe["of_bf16"] == 1.0
+    assert recipe["host_microseconds"] == 3.0
+    assert recipe["kept"] == 1.0  # x in BF16, as BF16 keeps it
+    assert clock["calls"] == 2
+    text = printed(linear.table(json.loads(json.dumps(found))))
+    assert "64x32x48" in text
+
+
+def test_a_timed_step_is_a_linear_s_forward_and_backward() -> None:
+    g = torch.Generator().manual_seed(1)
+    x, w, dy = (torch.randn(s, generator=g).bfloat16() for s in ((64, 32), (48, 32), (64, 48)))
+    main_grad = torch.ones(48, 32)
+    step, kept = linear.linear_step(ReferenceBackend(), Recipe(), (x, w, dy, main_grad))
+    y, dx = step()
+    torch.testing.assert_close(y.double(), x.double() @ w.double().t(), rtol=2**-7, atol=1e-2)
+    torch.testing.assert_close(dx.double(), dy.double() @ w.double(), rtol=2**-7, atol=1e-2)
+    dw = dy.double().t() @ x.double()
+    torch.testing.assert_close(main_grad.double(), dw + 1, rtol=1e-4, atol=1e-4)
+    assert kept.shape == (32, 64)
+
+
+@pytest.mark.parametrize("what", ["kernels", "linear"])
+def test_without_a_gpu_it_says_so_in_one_line(
+    what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as leaving:
+        main(["bench", what])
+    assert leaving.value.code == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "fp4pretrain: bench: there is no CUDA device here; run it on a machine with a GPU\n"
+    )
