@@ -13,7 +13,6 @@ from rich.console import Console
 from fp4pretrain.config import RunConfig, compose
 from fp4pretrain.errors import UserError
 from fp4pretrain.report import compare
-from fp4pretrain.train.checkpoint import check_model
 from fp4pretrain.train.main import check_run, train
 from fp4pretrain.train.run_dir import check_free, find_checkpoint, run_path
 
@@ -38,9 +37,7 @@ def train_all(sweep: list[list[str]]) -> list[Path]:
     for path, config in runs.items():
         check_run(config)
         check_free(path, config.resume)
-        start = find_checkpoint(path, config.resume)
-        if start is not None:
-            check_model(start, config)
+        find_checkpoint(path, config)
     trained: set[Path] = set()
     for pair in pairs:
         paths = [run_path(config) for config in pair]

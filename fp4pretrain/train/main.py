@@ -125,7 +125,7 @@ def _log_recipe_change(trainer: Trainer, start: Path, logging: Logging) -> None:
     key, was, now = change
     names = {
         "recipe": trainer.config.precision.name,
-        "recipe_before": found["precision"]["name"],
+        "recipe_before": found["precision"].get("name"),
     }
     step = trainer.step + 1
     _warn(

@@ -78,9 +78,10 @@ def prepare(path: Path, config: RunConfig, *, plan_text: str, unigram_entropy: f
         raise _unwritable(path, error) from None
 
 
-def find_checkpoint(path: Path, resume: str | None) -> Path | None:
-    """The checkpoint to start from, None for a fresh start."""
-    return checkpoint.find(path / CHECKPOINTS, resume)
+def find_checkpoint(path: Path, config: RunConfig) -> Path | None:
+    """The checkpoint to start from, None for a fresh start. Raises UserError where there is none
+    that the run can go on from."""
+    return checkpoint.find(path / CHECKPOINTS, config.resume, config=config)
 
 
 def _within(path: Path, folder: Path) -> bool:

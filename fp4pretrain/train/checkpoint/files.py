@@ -181,8 +181,11 @@ def read_manifest(folder: Path) -> Manifest:
 def _tensor(dtype: str, shape: Any, boxes: Any, *, files: dict[str, tuple[int, str]]) -> Tensor:
     stored = []
     for file, begin, offset, extent in boxes:
-        if Path(file).name != file or begin < 0 or min((*offset, *extent), default=0) < 0:
+        numbers = (begin, *shape, *offset, *extent)
+        if not all(isinstance(n, int) and n >= 0 for n in numbers) or Path(file).name != file:
             raise ValueError("a place that cannot be")
+        if not len(shape) == len(offset) == len(extent):
+            raise ValueError("a box of other dimensions than its tensor's")
         if begin + math.prod(extent) * DTYPES[dtype].itemsize > files[file][0]:
             raise ValueError("a place outside its file")
         stored.append(Stored(file, begin, tuple(offset), tuple(extent)))

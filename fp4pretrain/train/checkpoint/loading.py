@@ -79,12 +79,17 @@ def _latest(folder: Path) -> int | None:
         return None
 
 
-def find(folder: Path, resume: str | None) -> Path | None:
-    """The newest checkpoint ``resume`` may mean whose files are all there, by name and size.
+def find(folder: Path, resume: str | None, *, config: RunConfig | None = None) -> Path | None:
+    """The newest checkpoint ``resume`` may mean whose files are all there, by name and size, and that
+    ``config`` can go on from. For one rank: nothing is communicated.
 
-    Raises UserError for a path that is no checkpoint, and where none is whole.
+    Raises UserError for a path that is no checkpoint, where none is whole, and as ``check_model``.
     """
-    return _first_good(candidates(folder, resume), described)
+
+    def attempt(path: Path) -> None:
+        described(path) if config is None else check_model(path, config)
+
+    return _first_good(candidates(folder, resume), attempt)
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -103,6 +108,8 @@ def _described(path: Path) -> tuple[dict[str, Any], Manifest]:
         for key, kind in _DESCRIBED.items():
             if not isinstance(found[key], kind):
                 raise Damaged(f"{RUN}: {key} is no {kind.__name__}")
+            if kind in (int, float) and not 0 <= found[key] < 2**53:
+                raise Damaged(f"{RUN}: {key} is {found[key]}")
         if step_of(path) not in (None, found["step"]):
             raise Damaged(f"{RUN}: it is of step {found['step']}")
     except Damaged as damage:

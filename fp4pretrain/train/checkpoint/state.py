@@ -52,13 +52,13 @@ def collect(trainer: Trainer) -> tuple[list[Box], dict[str, Any]]:
     state = _sharded(trainer, loading=False)
     apply_factories(state)
     boxes = [
-        Box(_key(leaf), leaf.global_shape, leaf.global_offset, _copy(_boxed(leaf, leaf.data)))
+        _box(leaf, trainer.world.device)
         for leaf in nested_values(state)
         if isinstance(leaf, ShardedTensor) and is_main_replica(leaf.replica_id)
     ]
     if trainer.world.data_rank == 0:
         boxes += [
-            Box(key, tuple(generator.shape), (0,), _copy(generator))
+            Box(key, tuple(generator.shape), (0,), generator.clone())
             for key, generator in _generators().items()
         ]
     numbers = {"optimizer_step": _adam_step(state), "schedule_step": trainer.schedule.num_steps}
@@ -123,13 +123,13 @@ def _key(leaf: ShardedTensor) -> str:
     return leaf.key.replace("optimizer.state.fp32_param.", "optimizer.state.param.")
 
 
-def _boxed(leaf: ShardedTensor, data: torch.Tensor) -> torch.Tensor:
-    """With the axes (the layer's number) that a rank's own tensor does not have."""
-    return data.detach().reshape((1,) * leaf.prepend_axis_num + tuple(leaf.local_shape))
-
-
-def _copy(data: torch.Tensor) -> torch.Tensor:
-    return data.to("cpu", copy=True)
+def _box(leaf: ShardedTensor, device: torch.device) -> Box:
+    """A copy, with the axes (the layer's number) that a rank's own tensor does not have. What is in
+    host memory while the run is on a GPU was gathered for this save and is nobody else's."""
+    live = leaf.data.device.type == device.type
+    data = leaf.data.detach().to("cpu", copy=live)
+    data = data.reshape((1,) * leaf.prepend_axis_num + tuple(leaf.local_shape))
+    return Box(_key(leaf), tuple(leaf.global_shape), tuple(leaf.global_offset), data)
 
 
 def _filled(node: Any, folder: Path, manifest: Manifest) -> Any:
