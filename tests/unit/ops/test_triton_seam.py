@@ -1,0 +1,111 @@
+"""The Triton backend's edges, which need no GPU: refused shapes, what it counts, who multiplies blocks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fp4_kernels import cublaslt
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.numerics import QuantSpec
+from fp4pretrain.ops import Cast, triton_backend, triton_operand
+from fp4pretrain.ops.reference import ReferenceBackend
+from fp4pretrain.ops.triton_backend import TritonBackend
+from fp4pretrain.ops.triton_operand import TritonOperand
+from fp4pretrain.precision import Dgrad, Fprop, Recipe, Wgrad
+from fp4pretrain.train.hooks import logging as logging_hook
+
+CPU = torch.device("cpu")
+REFUSED = {
+    "blocks of k": ((32, 40), Cast(QuantSpec("nvfp4"))),
+    "blocks of tokens": ((40, 32), Cast(QuantSpec("mxfp8"), transpose=True)),
+    "tiles": ((24, 32), Cast(QuantSpec("nvfp4", "2d"))),
+    "128-blocks": ((128, 192), Cast(QuantSpec("fp8_e4m3", "1d"))),
+    "a rotation": ((32, 48), Cast(QuantSpec("nvfp4"), rotation_size=32)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_shapes_that_do_not_divide_are_refused_in_the_reference_s_words(name: str) -> None:
+    shape, cast = REFUSED[name]
+    x = torch.randn(shape).bfloat16()
+    said = []
+    for backend in (ReferenceBackend(), TritonBackend()):
+        with pytest.raises(UserError) as refusal:
+            backend.quantize(x, [cast])
+        said.append(str(refusal.value))
+    assert said[0] == said[1]
+
+
+def test_sizes_that_only_the_kernels_refuse_name_the_cure() -> None:
+    x = torch.randn(32, 40).bfloat16()
+    with pytest.raises(UserError, match=r"precision\.backend: .* not 40; use .*=reference"):
+        TritonBackend().quantize(x, [Cast(QuantSpec("fp8_e4m3", "row"))])
+
+
+def recipe_in(format_: str) -> Recipe:
+    s = QuantSpec(format_)
+    return Recipe(Fprop(s, s), Dgrad(s, s), Wgrad(s, s))
+
+
+def test_inexact_mxfp4_is_counted_where_fp8_carries_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "_has_fp8_rows", lambda _: True)
+    backend = TritonBackend()
+    backend._lost_counts(CPU).copy_(torch.tensor([2**33, 5]))  # beyond 32 bits
+    assert backend.counters(recipe_in("mxfp4"), CPU) == {"mxfp4_inexact": 2**33 + 5}
+    assert backend.counters(recipe_in("nvfp4"), CPU) == {}
+    assert TritonBackend(mxfp4_emulation="bf16").counters(recipe_in("mxfp4"), CPU) == {}
+    assert ReferenceBackend().counters(recipe_in("mxfp4"), CPU) == {}
+
+
+def test_counts_of_a_row_are_summed_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def three_ranks(total: torch.Tensor) -> None:
+        total *= 3
+
+    monkeypatch.setattr(logging_hook.dist, "all_reduce", three_ranks)
+    trainer: Any = SimpleNamespace(
+        backend=SimpleNamespace(counters=lambda recipe, device: {"mxfp4_inexact": 7}),
+        binding=SimpleNamespace(plan=SimpleNamespace(recipe=None)),
+        world=SimpleNamespace(device=CPU),
+    )
+    assert logging_hook._counters(trainer) == {"mxfp4_inexact": 21}
+
+
+@pytest.mark.parametrize("refusing", [False, True])
+def test_blocks_that_cublaslt_refuses_go_to_the_triton_kernel(
+    refusing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    def by_cublaslt(*_: Any, accumulate: bool, scales: Any) -> None:
+        if refusing:
+            raise cublaslt.CublasError("no algorithm")
+        taken.append("cublaslt")
+
+    monkeypatch.setattr(triton_operand.cublaslt, "matmul", by_cublaslt)
+    monkeypatch.setattr(triton_operand, "block_matmul", lambda *_, **__: taken.append("triton"))
+    a = TritonOperand(torch.zeros(128, 128), (128, 128), blocks=torch.ones(128, 1))
+    out = torch.zeros(128, 128)
+    for allowed in (True, False):
+        triton_operand.multiply(a, a, out_dtype=out.dtype, out=out, blocks_by_cublaslt=allowed)
+    assert taken == ["triton" if refusing else "cublaslt", "triton"]
+
+
+def test_factors_of_blocks_lie_as_cublaslt_reads_them() -> None:
+    """Vectors: rows adjacent. Tiles: blocks adjacent, rows padded to four."""
+    vectors, tiles = torch.randn(256, 3), torch.randn(2, 3)
+    x = torch.empty(256, 384)
+    for factors, is_tiles, strides, mode in (
+        (vectors, False, (1, 256), cublaslt._VECTOR_128),
+        (tiles, True, (4, 1), cublaslt._BLOCK_128),
+    ):
+        laid = cublaslt.block_layout(factors, tiles=is_tiles)
+        assert torch.equal(laid, factors)
+        assert laid.stride() == strides
+        assert cublaslt._scale_mode(x, laid) == mode
+    assert cublaslt._scale_mode(x, torch.ones(256)) == cublaslt._OUTER_VECTOR
+    with pytest.raises(ValueError, match="factors"):
+        cublaslt._scale_mode(x, vectors)
