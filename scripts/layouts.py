@@ -1,6 +1,8 @@
 """Two GPUs beside one at gpt_1_3b: tokens a second and hidden communication of DP 2, TP 2 and PP 2.
 
-usage: python scripts/layouts.py [--out FOLDER] [--recipes bf16,nvfp4] [key=value ...]
+usage: python scripts/layouts.py [--out FOLDER] [--recipes bf16,nvfp4] [--layouts NAME,...] [key=value ...]
+
+A layout whose run is in the folder is not trained again.
 
 Each layout trains a few steps through the front door and profiles one of them. Work a GPU is fixed for
 DP 2 (twice the batch), total work for the others, so an ideal speed-up is 2 for all. docs/gpu.md's table.
@@ -26,7 +28,7 @@ RUN = (
 LAYOUTS: dict[str, tuple[int, int, list[str]]] = {  # ranks, batches of BATCH, overrides
     "one GPU": (1, 1, []),
     "DP 2": (2, 2, []),
-    "DP 2, no overlap": (2, 2, ["parallel.overlap=false"]),
+    "DP 2 no overlap": (2, 2, ["parallel.overlap=false"]),
     "TP 2": (2, 1, ["parallel.tensor=2"]),
     "TP 2 + SP": (2, 1, ["parallel.tensor=2", "parallel.sequence=true"]),
     "PP 2": (2, 1, ["parallel.pipeline=2"]),
@@ -40,10 +42,12 @@ def train(folder: Path, layout: str, overrides: list[str]) -> list[dict[str, Any
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *(launch if ranks > 1 else [])]
     run = [*RUN, f"train.global_batch={BATCH * batches}", f"run_dir={folder}", *parallel]
+    metrics = folder / "metrics.jsonl"
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ}  # as launch/torchrun.sh does
     training = [*command, "-m", "fp4pretrain", "train", *run, *overrides]
-    subprocess.run(training, check=True, env=environment)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if not metrics.exists():
+        subprocess.run(training, check=True, env=environment)
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -64,11 +68,11 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def table(found: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Markdown: one row a recipe and layout."""
     lines = [
-        "| recipe | layout | tokens/s | of one GPU | first loss | communication | hidden |",
+        "| recipe | layout | tokens/s | of the first | first loss | communication | hidden |",
         "|---|---|---|---|---|---|---|",
     ]
     for recipe, layouts in found.items():
-        alone = layouts["one GPU"]["tokens_per_second"]
+        alone = next(iter(layouts.values()))["tokens_per_second"]
         for name, row in layouts.items():
             told = row.get("communication_ms", 0.0)
             hidden = f"{row['hidden_ms'] / told:.0%}" if told else ""
@@ -84,11 +88,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/layouts"))
     parser.add_argument("--recipes", default="bf16,nvfp4")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS))
     arguments, overrides = parser.parse_known_args()
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for recipe in arguments.recipes.split(","):
-        for layout in LAYOUTS:
-            folder = arguments.out / f"{recipe}-{layout}".replace(" ", "_").replace(",", "")
+        for layout in arguments.layouts.split(","):
+            folder = arguments.out / f"{recipe}-{layout}".replace(" ", "_")
             rows = train(folder, layout, [f"precision={recipe}", *overrides])
             found.setdefault(recipe, {})[layout] = summary(rows)
             (arguments.out / "layouts.json").write_text(json.dumps(found, indent=1))
