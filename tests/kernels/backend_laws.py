@@ -67,8 +67,16 @@ RECIPES = {
 }  # fmt: skip
 
 
-def check_recipe(name: str, shape: tuple[int, int, int] = (512, 256, 384)) -> list[str]:
-    """What differs between the backends on x [t, k], w [n, k], dy [t, n]; nothing if all is well."""
+def check_recipe(
+    name: str,
+    shape: tuple[int, int, int] = (512, 256, 384),
+    *,
+    backend: TritonBackend | None = None,
+) -> list[str]:
+    """What differs between the backends on x [t, k], w [n, k], dy [t, n]; nothing if all is well.
+
+    ``backend``: the one held to the reference; default the Triton backend as ``auto`` makes it.
+    """
     t, k, n = shape
     g = torch.Generator("cuda").manual_seed(3)
 
@@ -79,7 +87,7 @@ def check_recipe(name: str, shape: tuple[int, int, int] = (512, 256, 384)) -> li
 
     x, w, dy = draw(t, k), draw(n, k), draw(t, n)
     recipe = RECIPES[name]
-    mine, reference = TritonBackend(), ReferenceBackend()
+    mine, reference = backend or TritonBackend(), ReferenceBackend()
     casts = casts_of(recipe)
     made: dict[str, TritonOperand] = {}
     bad: list[str] = []
