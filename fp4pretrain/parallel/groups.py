@@ -6,7 +6,10 @@ started by plain ``python`` is a world of one.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from fp4pretrain.errors import UserError
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ def join(
     under NCCL, only by this.
     The layout must fit ``world_size()``: that is checked while composing.
     """
+    _die_with_launcher()
     if device.type == "cpu":
         from fp4pretrain.parallel.bridge import run_on_cpu
 
@@ -103,6 +109,13 @@ def join(
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def _die_with_launcher() -> None:
+    """Let the kernel kill this process with its torchrun (Linux). torchrun ends its processes itself,
+    unless it is killed: they would train on, into the folder that a new start goes on in."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def leave(*, destroy: bool = False) -> None:

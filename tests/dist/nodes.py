@@ -55,22 +55,27 @@ class Node:
                 stderr=subprocess.STDOUT,
             )
 
-    def lose(self) -> int:
-        """SIGKILL to every process of the node at once; how many there were."""
-        lost = self.processes()
+    def lose(self, command: bytes = b"") -> int:
+        """SIGKILL to the node's processes whose command line holds ``command``; waits until no
+        process of the node is left. How many were killed."""
+        lost = self.processes(command)
         for process in lost:
             os.kill(process, signal.SIGKILL)
+        deadline = time.monotonic() + 30
         while self.processes():
+            assert time.monotonic() < deadline, f"{self.processes()} outlive {command!r}"
             time.sleep(0.02)
         return len(lost)
 
-    def processes(self) -> list[int]:
+    def processes(self, command: bytes = b"") -> list[int]:
         """The node's living processes (a killed one that nobody waited for yet has no environment)."""
         mark = f"{_MARK}={self.name}".encode()
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                if not entry.name.isdigit() or command not in (entry / "cmdline").read_bytes():
+                    continue
+                if mark in (entry / "environ").read_bytes().split(b"\0"):
                     found.append(int(entry.name))
             except OSError:  # it ended meanwhile, or is another user's
                 continue
