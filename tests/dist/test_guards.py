@@ -84,15 +84,13 @@ BAD = "poison=loss:0:24,32,40"  # steps 4, 5 and 6 of the first time
 ROLLING = [*SMALL, "train.steps=8", "guard.max_skipped=3", "guard.skip_batches=2"]
 
 
-def _cut(run: Path, copy: Path, *, step: int, rows: int, entries: bool) -> Path:
-    """What a run that was killed after ``rows`` rows left: a checkpoint of ``step`` is the latest."""
+def _killed(run: Path, copy: Path, *, step: int, rows: int) -> Path:
+    """What a run leaves that dies after ``rows`` rows, with the checkpoint of ``step`` its latest."""
     shutil.copytree(run, copy)
     for path in (copy / "checkpoints").glob("step_*"):
         if int(path.name[-8:]) > step:
             shutil.rmtree(path)
     (copy / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
-    if not entries:
-        (copy / "rollbacks.json").unlink()
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text("".join(lines[:rows]))
     return copy
@@ -126,42 +124,37 @@ def test_after_too_many_bad_steps_the_run_goes_back_and_around_the_data(rolled_b
     assert all(isinstance(row["loss"], float) for row in rows if row["event"] == "train")
 
 
-@pytest.mark.parametrize(
-    ("step", "rows", "entries"),
-    [(4, 7, False), (2, 10, True), (2, 11, True)],
-    ids=["after a skip", "after the rollback", "after the rollback and a step"],
-)
-def test_a_run_killed_in_trouble_resumes_to_the_same_end(
-    ranks, tmp_path: Path, rolled_back: Path, step: int, rows: int, entries: bool
-) -> None:
-    copy = tmp_path / "killed"
-    if step == 4:  # its checkpoint of step 4 is from the first time: take it from a shorter run
-        first = tmp_path / "first"
-        ranks.run(
-            "guard_tasks.poisoned_run",
-            [*ROLLING, f"run_dir={first}", "guard.max_skipped=0", BAD],
-            size=1,
-        )
-        lines = (first / "metrics.jsonl").read_text().splitlines()
-        rows = next(i for i, line in enumerate(lines) if '"step": 6' in line)
-        shutil.copytree(first, copy)
-        for late in ("step_00000006", "step_00000008"):
-            shutil.rmtree(copy / "checkpoints" / late)
-        (copy / "checkpoints" / "latest").write_text("step_00000004\n")
-        (copy / "metrics.jsonl").write_text("\n".join(lines[:rows]) + "\n")
-    else:
-        _cut(rolled_back, copy, step=step, rows=rows, entries=entries)
-    resumed = [*ROLLING, f"run_dir={copy}", "resume=auto", BAD]
+def _ends_alike(ranks, killed: Path, whole: Path) -> None:
+    """Resumed, with the poison where it was: the same rows, record and last checkpoint, bit for bit."""
+    resumed = [*ROLLING, f"run_dir={killed}", "resume=auto", BAD]
     reply = ranks.run("guard_tasks.poisoned_run", resumed, size=1)
     assert "user_error" not in reply, reply
-    assert curve(copy) == curve(rolled_back)
-    assert (copy / "rollbacks.json").read_text() == (rolled_back / "rollbacks.json").read_text()
+    assert curve(killed) == curve(whole)
+    assert (killed / "rollbacks.json").read_text() == (whole / "rollbacks.json").read_text()
     last = "checkpoints/step_00000008"
-    assert not _different(rolled_back / last, copy / last)
-    ours, theirs = _described(copy / last), _described(rolled_back / last)
-    assert {k: v for k, v in ours.items() if k != "train"} == {
-        k: v for k, v in theirs.items() if k != "train"
-    }
+    assert not _different(whole / last, killed / last)
+    assert _described(killed / last) == _described(whole / last)
+
+
+@pytest.mark.parametrize("rows", [6, 7], ids=["rollback", "first step after it"])
+def test_a_run_killed_after_its_rollback_resumes_to_the_same_end(
+    ranks, tmp_path: Path, rolled_back: Path, rows: int
+) -> None:
+    """Its checkpoint is older than the trouble and knows nothing of it."""
+    killed = _killed(rolled_back, tmp_path / "killed", step=2, rows=rows)
+    _ends_alike(ranks, killed, rolled_back)
+
+
+def test_a_run_killed_after_a_skip_resumes_to_the_same_end(
+    ranks, tmp_path: Path, rolled_back: Path
+) -> None:
+    """Step 4 is the first bad one; its checkpoint holds one skipped step of the three in a row."""
+    patient = tmp_path / "patient"  # never goes back, so it still has that checkpoint
+    never = [*ROLLING, f"run_dir={patient}", "guard.max_skipped=0", BAD]
+    ranks.run("guard_tasks.poisoned_run", never, size=1)
+    killed = _killed(patient, tmp_path / "killed", step=4, rows=7)
+    assert _events(killed) == [("skipped", 4), ("skipped", 5)]
+    _ends_alike(ranks, killed, rolled_back)
 
 
 def test_a_run_that_goes_back_too_often_stops_in_a_line_with_its_checkpoints(

@@ -96,10 +96,10 @@ def test_a_hang_is_told_once_with_the_stack_of_every_thread(
 
 
 def test_steps_keep_it_quiet(watch: Any) -> None:
-    running = watch(timeout=1.0, action="report")
-    for _ in range(10):
+    running = watch(timeout=2.0, action="report")
+    for _ in range(8):
         _step(running)
-        time.sleep(0.2)
+        time.sleep(0.3)
     assert not running.rows
 
 
