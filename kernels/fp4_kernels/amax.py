@@ -15,25 +15,86 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp4_kernels.arith import bits_of, float_of
+from fp4_kernels.arith import bits_of, float_of, max_nan, widen
+from fp4_kernels.device import has_fast_casts
 from fp4_kernels.launch import launch
 from fp4_kernels.quantize_kernel import load_tile
 from fp4_kernels.rotation import finish, hadamard_columns, hadamard_tokens
 from fp4_kernels.spec import sign_words
 
-# Tokens / 16 and columns of a program's tile, and its warps.
-TILE = (8, 128, 4)
-_MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+# Tokens / 16 and columns of a tile, warps of a program, and its tiles: for one amax, for two, for those of
+# all rows and columns. The best of four to six measured on an H100.
+TILE = (16, 128, 8, 1)
+PAIR_TILE = (8, 128, 4, 1)
+LINE_TILE = (4, 128, 4, 2)
 _SIGNS = ("row_lo", "row_hi", "col_lo", "col_hi")
 
 
 @triton.jit
-def _row_bits(x, lo, hi, ROTATION: tl.constexpr, SIGNS: tl.constexpr):
-    """Magnitude bits [TB, BN] of one token's tile, rotated along the columns, before scaling."""
-    v = x.to(tl.float32)
-    if ROTATION > 0:
-        v = hadamard_columns(v, lo, hi, ROTATION, SIGNS)
-    return bits_of(v) & _MAGNITUDE
+def _row_peaks(peaks, xs, lo, hi, ROTATION: tl.constexpr, SIGNS: tl.constexpr, FAST: tl.constexpr):
+    """Sixteen tensors of magnitudes so far, and those of the tile's tokens rotated along the columns.
+
+    FAST and no rotation: pairs of bfloat16, whose signs are left over.
+    """
+    new = ()
+    for i in tl.static_range(len(peaks)):
+        if ROTATION > 0:
+            v = tl.abs(hadamard_columns(xs[i].to(tl.float32), lo, hi, ROTATION, SIGNS))
+            new = new + (max_nan(peaks[i], v),)
+        else:
+            new = new + (_larger(peaks[i], xs[i], FAST),)
+    return new
+
+
+@triton.jit
+def _larger(a, b, FAST: tl.constexpr):
+    """A tensor of the larger magnitude, NaN where either is."""
+    if FAST and b.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "max.NaN.xorsign.abs.bf16x2 $0, $1, $2;",
+            "=r,r,r",
+            [a, b],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return max_nan(tl.abs(a), tl.abs(b))
+
+
+@triton.jit
+def _first(xs, ROTATION: tl.constexpr, FAST: tl.constexpr):
+    """Zeros in the shape and type of ``_row_peaks``."""
+    if FAST and ROTATION == 0:
+        return tl.zeros_like(xs[0])
+    else:
+        return tl.zeros(xs[0].shape, tl.float32)
+
+
+@triton.jit
+def _column_peak(xs, lo, hi, ROTATION: tl.constexpr, SIGNS: tl.constexpr, FAST: tl.constexpr):
+    """Magnitudes fp32 [TB, BN]: the maximum over the sixteen tensors rotated along the tokens."""
+    vs = ()
+    for i in tl.static_range(16):
+        vs = vs + (widen(xs[i], FAST),)
+    if ROTATION == 16:
+        # of the last stage's a + b and a - b the larger magnitude is |a| + |b|, whatever is rounded
+        hs = hadamard_tokens(vs, lo, hi, ROTATION, SIGNS, False, 3)
+        vs = ()
+        for i in tl.static_range(8):
+            vs = vs + (tl.abs(hs[i]) + tl.abs(hs[i + 8]),)
+    elif ROTATION > 0:
+        vs = hadamard_tokens(vs, lo, hi, ROTATION, SIGNS, False)
+    peak = tl.abs(vs[0])
+    for i in tl.static_range(1, len(vs)):
+        peak = max_nan(peak, tl.abs(vs[i]))
+    return peak
+
+
+@triton.jit
+def _magnitude(v):
+    """Bits of |v| as fp32: as integers NaN is over Inf is over every number."""
+    return bits_of(v.to(tl.float32)) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -45,45 +106,31 @@ def _finish_bits(bits, ROTATION: tl.constexpr):
     return a
 
 
-@triton.jit
-def _tile_bits(
-    xs, row_lo, row_hi, col_lo, col_hi,
-    ROW: tl.constexpr, ROW_ROTATION: tl.constexpr, ROW_SIGNS: tl.constexpr,
-    COL: tl.constexpr, COL_ROTATION: tl.constexpr, COL_SIGNS: tl.constexpr,
-):  # fmt: skip
-    """Magnitude bits [TB, BN], the maxima over the sixteen tensors of the rows and of the columns."""
-    row = tl.zeros(xs[0].shape, tl.int32)
-    col = row
-    if ROW:
-        for i in tl.static_range(16):
-            row = tl.maximum(row, _row_bits(xs[i], row_lo, row_hi, ROW_ROTATION, ROW_SIGNS))
-    if COL:
-        vs = ()
-        for i in tl.static_range(16):
-            vs = vs + (xs[i].to(tl.float32),)
-        if COL_ROTATION > 0:
-            vs = hadamard_tokens(vs, col_lo, col_hi, COL_ROTATION, COL_SIGNS)
-        for i in tl.static_range(16):
-            col = tl.maximum(col, bits_of(vs[i]) & _MAGNITUDE)
-    return row, col
-
-
 @triton.jit(do_not_specialize=_SIGNS, do_not_specialize_on_alignment=_SIGNS)
 def amax_kernel(
     x_ptr, stride, R, C, work_ptr, out_ptr, programs,
     row_lo: tl.int64, row_hi: tl.int64, col_lo: tl.int64, col_hi: tl.int64,
     ROW: tl.constexpr, ROW_ROTATION: tl.constexpr, ROW_SIGNS: tl.constexpr,
     COL: tl.constexpr, COL_ROTATION: tl.constexpr, COL_SIGNS: tl.constexpr,
-    TB: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+    TB: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
+    EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """out[0] = amax of the row copy, out[1] = amax of the column copy. work: int32 [3], zeros."""
-    n0 = tl.program_id(0) * BN
     m0 = tl.program_id(1) * (TB * 16)
-    xs = load_tile(x_ptr, stride, m0, n0, R, C, TB, BN, EVEN)
-    row, col = _tile_bits(
-        xs, row_lo, row_hi, col_lo, col_hi,
-        ROW, ROW_ROTATION, ROW_SIGNS, COL, COL_ROTATION, COL_SIGNS,
-    )  # fmt: skip
+    row = tl.zeros([TB, BN], tl.int32)
+    col = row
+    for step in range(STEPS):
+        n0 = (tl.program_id(0) * STEPS + step) * BN
+        xs = load_tile(x_ptr, stride, m0, n0, R, C, TB, BN, EVEN)
+        if ROW:
+            peak = _first(xs, ROW_ROTATION, FAST)
+            for i in tl.static_range(16):
+                one = _row_peaks((peak,), (xs[i],), row_lo, row_hi, ROW_ROTATION, ROW_SIGNS, FAST)
+                peak = one[0]
+            row = tl.maximum(row, _magnitude(peak))
+        if COL:
+            peak_c = _column_peak(xs, col_lo, col_hi, COL_ROTATION, COL_SIGNS, FAST)
+            col = tl.maximum(col, _magnitude(peak_c))
     if ROW:
         tl.atomic_max(work_ptr + 1, tl.max(tl.max(row, axis=1), axis=0), sem="relaxed")
     if COL:
@@ -104,26 +151,34 @@ def line_amax_kernel(
     row_lo: tl.int64, row_hi: tl.int64, col_lo: tl.int64, col_hi: tl.int64,
     ROW: tl.constexpr, ROW_ROTATION: tl.constexpr, ROW_SIGNS: tl.constexpr,
     COL: tl.constexpr, COL_ROTATION: tl.constexpr, COL_SIGNS: tl.constexpr,
-    TB: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr,
+    TB: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
+    EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Amax of every row of both copies, as fp32 bits in int32 buffers that start as zeros."""
-    n0 = tl.program_id(0) * BN
+    """Amax of every row of both copies, as fp32 bits in int32 buffers that start as zeros.
+
+    A program takes STEPS tiles beside each other, so that threads meet once for all of their rows.
+    """
     m0 = tl.program_id(1) * (TB * 16)
-    xs = load_tile(x_ptr, stride, m0, n0, R, C, TB, BN, EVEN)
+    for step in tl.static_range(STEPS):
+        n0 = (tl.program_id(0) * STEPS + step) * BN
+        xs = load_tile(x_ptr, stride, m0, n0, R, C, TB, BN, EVEN)
+        if ROW:
+            if step == 0:
+                zero = _first(xs, ROW_ROTATION, FAST)
+                peaks = (zero, zero, zero, zero, zero, zero, zero, zero)
+                peaks = peaks + peaks
+            peaks = _row_peaks(peaks, xs, row_lo, row_hi, ROW_ROTATION, ROW_SIGNS, FAST)
+        if COL:
+            col = _column_peak(xs, col_lo, col_hi, COL_ROTATION, COL_SIGNS, FAST)
+            col = _finish_bits(tl.max(_magnitude(col), axis=0), COL_ROTATION)
+            n = n0 + tl.arange(0, BN)
+            tl.atomic_max(col_ptr + n, bits_of(col), mask=n < C, sem="relaxed")
     if ROW:
         for i in tl.static_range(16):
-            m = m0 + tl.arange(0, TB) * 16 + i
-            row = tl.max(_row_bits(xs[i], row_lo, row_hi, ROW_ROTATION, ROW_SIGNS), axis=1)
-            tl.atomic_max(
-                row_ptr + m, bits_of(_finish_bits(row, ROW_ROTATION)), mask=m < R, sem="relaxed"
-            )
-    if COL:
-        _, col = _tile_bits(
-            xs, row_lo, row_hi, col_lo, col_hi, False, 0, False, True, COL_ROTATION, COL_SIGNS
-        )
-        n = n0 + tl.arange(0, BN)
-        col = bits_of(_finish_bits(tl.max(col, axis=0), COL_ROTATION))
-        tl.atomic_max(col_ptr + n, col, mask=n < C, sem="relaxed")
+            m = m0 + tl.arange(0, TB)[:, None] * 16 + i
+            row = tl.max(_magnitude(peaks[i]), axis=1, keep_dims=True)
+            row = _finish_bits(row, ROW_ROTATION)
+            tl.atomic_max(row_ptr + m, bits_of(row), mask=m < R, sem="relaxed")
 
 
 _WORKSPACES: dict[tuple[torch.device, int], Tensor] = {}
@@ -141,9 +196,11 @@ def _workspace(device: torch.device) -> Tensor:
 Rotation = tuple[int, tuple[int, ...] | None]  # size (0: none) and signs
 
 
-def _arguments(x: Tensor, row: Rotation | None, col: Rotation | None, tile: tuple[int, int, int]):
+def _arguments(
+    x: Tensor, row: Rotation | None, col: Rotation | None, tile: tuple[int, int, int, int]
+) -> tuple[tuple[int, int], tuple[int, ...], tuple]:
     """(grid, scalars, compile-time constants) of a launch on x [R, C] whose columns are adjacent."""
-    tb, bn, _ = tile
+    tb, bn, _, steps = tile
     rows, cols = x.shape
     row_size, row_signs = row or (0, None)
     col_size, col_signs = col or (0, None)
@@ -152,9 +209,10 @@ def _arguments(x: Tensor, row: Rotation | None, col: Rotation | None, tile: tupl
     constants = (
         row is not None, row_size, row_signs is not None,
         col is not None, col_size, col_signs is not None,
-        tb, bn, rows % (tb * 16) == 0 and cols % bn == 0,
+        tb, bn, steps,
+        rows % (tb * 16) == 0 and cols % (bn * steps) == 0, has_fast_casts(x.device),
     )  # fmt: skip
-    grid = (-(-cols // bn), -(-rows // (tb * 16)))
+    grid = (-(-cols // (bn * steps)), -(-rows // (tb * 16)))
     return grid, (*sign_words(row_signs), *sign_words(col_signs)), constants
 
 
@@ -163,7 +221,7 @@ def amax(
     *,
     row: Rotation | None = (0, None),
     col: Rotation | None = None,
-    tile: tuple[int, int, int] = TILE,
+    tile: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
     """fp32 [2]: max |x| rotated along its columns, and max |x.T| rotated along x's rows.
 
@@ -178,6 +236,8 @@ def amax(
         col = None  # the same number: computed once
         out = amax(x, row=row, tile=tile)
         return out[:1].expand(2)
+    if tile is None:
+        tile = TILE if col is None else PAIR_TILE
     grid, signs, constants = _arguments(x, row, col, tile)
     arguments = x, x.stride(0), *x.shape, _workspace(x.device), out, grid[0] * grid[1]
     launch(amax_kernel, grid, arguments, signs, constants, warps=tile[2])
@@ -189,12 +249,14 @@ def line_amax(
     *,
     row: Rotation | None = (0, None),
     col: Rotation | None = None,
-    tile: tuple[int, int, int] = TILE,
+    tile: tuple[int, int, int, int] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(fp32 [R], fp32 [C]): max |.| of every row of x and of x.T, after their rotations."""
     if x.stride(1) != 1 and x.shape[1] > 1:
         c, r = line_amax(x.t(), row=col, col=row, tile=tile)
         return r, c
+    if tile is None:
+        tile = LINE_TILE if col is None or col[0] <= 64 else PAIR_TILE
     rows, cols = x.shape
     buffer = torch.zeros(rows + cols, dtype=torch.int32, device=x.device)
     grid, signs, constants = _arguments(x, row, col, tile)

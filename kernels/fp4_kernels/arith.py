@@ -6,11 +6,6 @@ codes and scales agree bit for bit. Two rules keep it so:
 - kernels are compiled with ``enable_fp_fusion=False``: a product is rounded before it is added to
   something, unless ``tl.fma`` says otherwise (it does so only where the product is exact);
 - divisions are IEEE (``tl.div_rn``); Triton's ``/`` on fp32 is an approximation.
-
-The E2M1 grid is reached without branches or tables. Scaled by 2^-126, its subnormal step lands on fp32's
-own subnormals, so the fp32 bit pattern is then sign, exponent and ONE mantissa bit followed by 22 bits of
-remainder: bits 22 to 24 are the code's magnitude, and adding 22 random bits before they are cut off is
-stochastic rounding (``round_e2m1``).
 """
 
 import triton
@@ -18,12 +13,6 @@ import triton.language as tl
 
 FLT_MAX = tl.constexpr(3.4028234663852886e38)
 EXPONENT_FIELD = tl.constexpr(0x7F800000)
-# 1.5 * 2^22: added to p <= |y| < 2p it leaves one mantissa bit, rounded to nearest even.
-MAGIC = tl.constexpr(6291456.0)
-TO_SUBNORMAL = tl.constexpr(2.0**-126)
-FROM_SUBNORMAL = tl.constexpr(2.0**126)
-# The largest float below a half: with it every tie is carried up, and nothing below a tie is.
-ALMOST_HALF = tl.constexpr(0.49999997)
 
 
 @triton.jit
@@ -57,14 +46,19 @@ def max_axis(a, AXIS: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def reciprocal(x, FAST: tl.constexpr):
-    """1 / x, correctly rounded. FAST: PTX's reciprocal, a third of the instructions of a division."""
-    if FAST:
+def widen(x, FAST: tl.constexpr):
+    """16-bit floats (or fp32) as fp32. FAST: bfloat16 pairs by one operation an element."""
+    if FAST and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            "rcp.rn.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
         )
     else:
-        return tl.div_rn(tl.zeros_like(x) + 1.0, x)
+        return x.to(tl.float32)
 
 
 @triton.jit
@@ -113,74 +107,6 @@ def philox7(c0, c1, STREAM: tl.constexpr, key):
 
 
 @triton.jit
-def byte_to_remainder(word, shift):
-    """The byte of ``word`` at bit ``shift`` as (byte + 1/2) / 256 of a 22-bit remainder, int32."""
-    return ((((word >> shift) & 0xFF) << 14) | 0x2000).to(tl.int32)
-
-
-@triton.jit
-def _nearest_even(y):
-    """``y`` on the E2M1 grid, ties to the even code, saturating at 6. A zero has no sign."""
-    y = tl.clamp(y, -6.0, 6.0)
-    p = tl.maximum(float_of(bits_of(y) & EXPONENT_FIELD), 1.0)
-    return tl.fma(p, -MAGIC, tl.fma(p, MAGIC, y))
-
-
-@triton.jit
-def _floor_plus(y, u):
-    """Magnitudes floor(|y| / step + u) * step on the E2M1 grid, in fp32."""
-    a = tl.minimum(tl.abs(y), 6.0)
-    p = tl.maximum(float_of(bits_of(a) & EXPONENT_FIELD), 1.0)
-    scaled = a * float_of(0x7F800000 - bits_of(p))  # times 2 / p, which is 1 / step
-    return tl.floor(scaled + u) * (p * 0.5)
-
-
-@triton.jit
-def _floor_full(y, noise):
-    """Magnitudes floor(|y| / step + noise * 2^-24) * step, exactly: 26-bit integers."""
-    a = tl.minimum(tl.abs(y), 6.0)
-    p = tl.maximum(float_of(bits_of(a) & EXPONENT_FIELD), 1.0)
-    scaled = a * float_of(0x7F800000 - bits_of(p)) * 16777216.0
-    n = (scaled.to(tl.int32) + noise) >> 24
-    return n.to(tl.float32) * (p * 0.5)
-
-
-@triton.jit
-def with_sign(magnitude, y):
-    """``magnitude`` with the sign bit of ``y``."""
-    return float_of(bits_of(magnitude) | (bits_of(y) & -0x80000000))
-
-
-@triton.jit
-def round_e2m1(y, noise, ROUNDING: tl.constexpr, TIES: tl.constexpr, FAST: tl.constexpr):
-    """fp32 ``y`` on the E2M1 grid: (bits of the value times 2^-126 as int32, the fp32 value).
-
-    The bits keep the sign of ``y`` also for a zero; the value's zero may have any sign.
-
-    ``noise``: int32, remainders (``byte_to_remainder``) for "stochastic", 24-bit integers for
-    "stochastic_full", ignored by "nearest".
-    """
-    if ROUNDING == "stochastic":
-        z = (to_subnormal(tl.clamp(y, -6.0, 6.0), FAST) + noise) & -0x400000
-        return z, float_of(z) * FROM_SUBNORMAL
-    else:
-        if ROUNDING == "stochastic_full":
-            q = with_sign(_floor_full(y, noise), y)
-        elif TIES == "away":
-            q = with_sign(_floor_plus(y, ALMOST_HALF), y)
-        else:
-            q = _nearest_even(y)
-        return bits_of(with_sign(q * TO_SUBNORMAL, y)), q
-
-
-@triton.jit
-def e2m1_code(z):
-    """The 4-bit code, sign << 3 | index, of ``round_e2m1``'s bits (int32)."""
-    u = z.to(tl.uint32, bitcast=True)
-    return (((u >> 22) & 7) | (u >> 28)).to(tl.int32)
-
-
-@triton.jit
 def nvfp4_tensor_scales(amax, TENSOR_MAX: tl.constexpr):
     """(S_enc, S_dec) of a tensor's amax: TENSOR_MAX / amax, and its reciprocal; NaN where not finite."""
     enc = tl.minimum(tl.div_rn(tl.zeros_like(amax) + TENSOR_MAX, amax), FLT_MAX)
@@ -191,8 +117,23 @@ def nvfp4_tensor_scales(amax, TENSOR_MAX: tl.constexpr):
 
 @triton.jit
 def nvfp4_encode(scale, s_dec, FAST: tl.constexpr):
-    """What an element is multiplied with under the decoded block scale: min(1 / (s_b * S_dec), FLT_MAX)."""
-    return tl.minimum(reciprocal(scale * s_dec, FAST), FLT_MAX)
+    """What an element is multiplied with under the decoded block scale: min(1 / (s_b * S_dec), FLT_MAX).
+
+    FAST: the division's own fast path (approximation and one Newton step, correctly rounded) without its
+    branch for numbers near the ends of the range: a power of two for the whole tensor moves them away.
+    """
+    t = scale * s_dec
+    if FAST:
+        far = tl.where(s_dec < 2.0**-60, 2.0**64, tl.where(s_dec > 2.0**60, 2.0**-32, 1.0))
+        t = t * far
+        r = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [t], dtype=tl.float32, is_pure=True, pack=1
+        )
+        r = tl.minimum(r, FLT_MAX)  # a zero block: the step below then gives infinity, not NaN
+        r = tl.fma(r, tl.fma(-t, r, 1.0), r)
+        return tl.minimum(r * far, FLT_MAX)
+    else:
+        return tl.minimum(tl.div_rn(tl.zeros_like(t) + 1.0, t), FLT_MAX)
 
 
 @triton.jit
@@ -246,22 +187,10 @@ def fp8_word(a, b, c, d, E5M2: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def to_subnormal(y, FAST: tl.constexpr):
-    """int32 bits of ``y`` * 2^-126 cut toward zero: remainders below 2^-23 never round a digit up."""
-    if FAST:
-        return tl.inline_asm_elementwise(
-            "mul.rz.f32 $0, $1, 0f00800000;", "=r,r", [y], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        small = (tl.abs(y) * 8388608.0).to(tl.int32) | (bits_of(y) & -0x80000000)
-        return tl.where(tl.abs(y) < 1.0, small, bits_of(y * TO_SUBNORMAL))
-
-
-@triton.jit
 def poison(stored, scale, amax_b, s_enc, NAN_BYTE: tl.constexpr):
     """(byte, decoded scale) of blocks, NaN where the block's or the tensor's amax is not finite."""
-    good = amax_b + (s_enc - s_enc) < float("inf")  # s_enc - s_enc is 0, or NaN
-    return tl.where(good, stored, NAN_BYTE).to(tl.uint8), tl.where(good, scale, float("nan"))
+    decode = tl.fma(amax_b, s_enc - s_enc, scale)  # s_enc - s_enc is 0, or NaN
+    return tl.where(decode == decode, stored, NAN_BYTE).to(tl.uint8), decode
 
 
 @triton.jit

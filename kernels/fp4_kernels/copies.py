@@ -1,4 +1,9 @@
-"""Scales and elements of one quantized copy, whatever its format: the part rows and columns share.
+"""Scales and elements of one quantized copy, whatever its format and direction.
+
+Both copies are made from the same shape: sixteen tensors [A, B], one for each place in a block of sixteen
+elements, so that a block lies in one thread: its amax, its rounding and its packing move nothing between
+threads. What continues a block beyond sixteen elements is AXIS: 0 for a column copy (its tensors are
+[tokens / 16, columns]), 1 for a row copy ([tokens, columns / 16]); tiles of 2d blocks take the other axis.
 
 A copy is described to the compiler by ``CFG``, a tuple with the fields named below (made by
 ``spec.Copy.config``): every switch is resolved while compiling, so one family of kernels serves all
@@ -8,7 +13,7 @@ formats and none pays for another's.
 import triton
 import triton.language as tl
 
-from fp4_kernels import arith
+from fp4_kernels import arith, e2m1
 
 # Fields of CFG
 KIND = tl.constexpr(0)  # nvfp4 | mx | fp8
@@ -22,14 +27,10 @@ OUT = tl.constexpr(7)  # codes | exact | e4m3
 ROTATION = tl.constexpr(8)  # Hadamard size, 0 for none
 SIGNS = tl.constexpr(9)  # whether the rotation has signs
 PARTS = tl.constexpr(10)  # whether the noise's coordinates have gaps
-TENSOR_MAX = tl.constexpr(
-    11
-)  # what the tensor's amax is scaled to (nvfp4), the element's maximum (fp8)
+TENSOR_MAX = tl.constexpr(11)  # what amax is scaled to: nvfp4's product of maxima, fp8's maximum
 INVERSE_MAX = tl.constexpr(12)  # 1 / the element's maximum
 EMAX = tl.constexpr(13)  # exponent of the element's maximum
-HALF_ULP = tl.constexpr(
-    14
-)  # fp32 bits of half its last mantissa bit: added before the exponent is cut
+HALF_ULP = tl.constexpr(14)  # fp32 bits of half its last mantissa bit
 AMAX = tl.constexpr(15)  # none | tensor | row: what the amax pointer holds
 
 
@@ -70,7 +71,7 @@ def store(ptr, value, mask, EVEN: tl.constexpr):
 
 @triton.jit
 def tree(es):
-    """The sum of sixteen tensors, neighbours first."""
+    """The sum of a tuple of tensors (a power of two of them), neighbours first."""
     for step in tl.static_range(4):
         sums = ()
         for i in tl.static_range(8 >> step):
@@ -80,59 +81,71 @@ def tree(es):
 
 
 @triton.jit
-def tree_columns(e):
-    """Sums of groups of sixteen columns, neighbours first: [A, B] to [A, B / 16]."""
-    A: tl.constexpr = e.shape[0]
-    B: tl.constexpr = e.shape[1]
-    for step in tl.static_range(4):
-        e = tl.sum(tl.reshape(e, [A, B >> (step + 1), 2]), axis=2)
+def tree_axis(e, AXIS: tl.constexpr, G: tl.constexpr):
+    """Sums of groups of G (1 or 16) along an axis, neighbours first."""
+    if G == 16:
+        for _step in tl.static_range(4):
+            if AXIS == 0:
+                e = tl.reshape(e, [e.shape[0] // 2, 2, e.shape[1]])
+                e = tl.sum(e, axis=1)
+            else:
+                e = tl.reshape(e, [e.shape[0], e.shape[1] // 2, 2])
+                e = tl.sum(e, axis=2)
     return e
 
 
 @triton.jit
-def max_columns(a, L: tl.constexpr, FAST: tl.constexpr):
-    """Maxima of groups of L columns, NaN where one is in it: [A, B] to [A, B / L]."""
+def group_max(a, AXIS: tl.constexpr, G: tl.constexpr, FAST: tl.constexpr):
+    """Maxima of groups of G along an axis of [A, B], NaN where one is in it."""
     A: tl.constexpr = a.shape[0]
     B: tl.constexpr = a.shape[1]
-    return arith.max_axis(tl.reshape(a, [A, B // L, L]), 2, FAST)
-
-
-@triton.jit
-def max_rows(a, P: tl.constexpr, FAST: tl.constexpr):
-    """Maxima of groups of P rows, NaN where one is in it: [A, B] to [A / P, B]."""
-    if P == 1:
+    if G == 1:
         return a
+    elif AXIS == 0:
+        return arith.max_axis(tl.reshape(a, [A // G, G, B]), 1, FAST)
     else:
-        A: tl.constexpr = a.shape[0]
-        B: tl.constexpr = a.shape[1]
-        return arith.max_axis(tl.reshape(a, [A // P, P, B]), 1, FAST)
+        return arith.max_axis(tl.reshape(a, [A, B // G, G]), 2, FAST)
 
 
 @triton.jit
-def spread_columns(s, L: tl.constexpr):
-    """[A, B] to [A, B * L], each column repeated (L = 0: s itself)."""
-    if L < 2:
+def spread(s, AXIS: tl.constexpr, G: tl.constexpr):
+    """Each entry of [A, B] repeated G times along an axis."""
+    A: tl.constexpr = s.shape[0]
+    B: tl.constexpr = s.shape[1]
+    if G == 1:
+        return s
+    elif AXIS == 0:
+        return tl.reshape(tl.broadcast_to(s[:, None, :], [A, G, B]), [A * G, B])
+    else:
+        return tl.reshape(tl.broadcast_to(s[:, :, None], [A, B, G]), [A, B * G])
+
+
+@triton.jit
+def to_tile(s, AXIS: tl.constexpr, CFG: tl.constexpr):
+    """Block values to the sixteen tensors' shape (BLOCK 0: what broadcasts stays as it is)."""
+    if CFG[BLOCK] == 0:
         return s
     else:
-        A: tl.constexpr = s.shape[0]
-        B: tl.constexpr = s.shape[1]
-        return tl.reshape(tl.broadcast_to(s[:, :, None], [A, B, L]), [A, B * L])
+        if CFG[TWO_D]:
+            s = spread(s, 1 - AXIS, tl.constexpr(CFG[BLOCK]))
+        return spread(s, AXIS, tl.constexpr(CFG[BLOCK] // 16))
 
 
 @triton.jit
-def spread_rows(s, P: tl.constexpr):
-    """[A, B] to [A * P, B], each row repeated."""
-    if P == 1:
-        return s
-    else:
-        A: tl.constexpr = s.shape[0]
-        B: tl.constexpr = s.shape[1]
-        return tl.reshape(tl.broadcast_to(s[:, None, :], [A, P, B]), [A * P, B])
+def block_amax(vs, AXIS: tl.constexpr, CFG: tl.constexpr, FAST: tl.constexpr):
+    """Magnitudes of blocks: NaN where one is in it."""
+    a = tl.abs(vs[0])
+    for i in tl.static_range(1, 16):
+        a = arith.max_nan(a, tl.abs(vs[i]))
+    a = group_max(a, AXIS, tl.constexpr(CFG[BLOCK] // 16), FAST)
+    if CFG[TWO_D]:
+        a = group_max(a, 1 - AXIS, tl.constexpr(CFG[BLOCK]), FAST)
+    return a
 
 
 @triton.jit
-def block_scales(amax_b, s_enc, s_dec, CFG: tl.constexpr, FAST: tl.constexpr):
-    """(stored, decode, encode) of blocks from their amaxes; for four_over_six the scale to 6."""
+def scales_of(amax_b, s_enc, s_dec, CFG: tl.constexpr, FAST: tl.constexpr):
+    """(stored, decode, encode) of blocks from their amaxes."""
     if CFG[KIND] == "nvfp4":
         return arith.nvfp4_scales(amax_b, s_enc, s_dec, tl.constexpr(CFG[INVERSE_MAX]), FAST)
     elif CFG[KIND] == "mx":
@@ -151,91 +164,232 @@ def block_scales(amax_b, s_enc, s_dec, CFG: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def four_over_six_candidates(amax_b, s_enc, s_dec, FAST: tl.constexpr):
-    """(scale, encode) of a block scaled to 6 and (scale, encode) of it scaled to 4."""
+def _error(vs, scale, s_enc, s_dec, AXIS: tl.constexpr, CFG: tl.constexpr, FAST: tl.constexpr):
+    """Sums of (q * s_b - x * S_enc)^2 over blocks rounded to nearest under one candidate scale."""
+    G: tl.constexpr = 16 if CFG[TWO_D] else 1
+    encode = spread(arith.nvfp4_encode(scale, s_dec, FAST), 1 - AXIS, G)
+    s = spread(scale, 1 - AXIS, G)
+    six = tl.zeros_like(encode) + 6.0
+    es = ()
+    for i in tl.static_range(16):
+        q = e2m1.nearest_e2m1(vs[i] * encode, six, 1.0, tl.constexpr(CFG[TIES]), False, FAST)
+        error = q * s - vs[i] * s_enc
+        es = es + (error * error,)
+    return tree_axis(tree(es), 1 - AXIS, G)
+
+
+@triton.jit
+def _four_over_six(
+    vs, amax_b, s_enc, s_dec, AXIS: tl.constexpr, CFG: tl.constexpr, FAST: tl.constexpr
+):
+    """(stored, decode, encode): a block is scaled to 4 where that errs less than 6; a tie goes to 6."""
     scale = tl.div_rn(amax_b, tl.zeros_like(amax_b) + 6.0) * s_enc
     _, six = arith.round_fp8(tl.minimum(scale, 448.0), False, FAST)
     _, four = arith.round_fp8(tl.minimum(scale * 1.5, 448.0), False, FAST)
-    return six, arith.nvfp4_encode(six, s_dec, FAST), four, arith.nvfp4_encode(four, s_dec, FAST)
-
-
-@triton.jit
-def squared_error(x, scale, encode, s_enc, TIES: tl.constexpr):
-    """(q * s_b - x * S_enc)^2 of elements rounded to nearest under one candidate scale."""
-    _, q = arith.round_e2m1(x * encode, 0, "nearest", TIES, False)
-    error = q * scale - x * s_enc
-    return error * error
-
-
-@triton.jit
-def choose_scale(amax_b, six, four, error_6, error_4, s_enc, s_dec, FAST: tl.constexpr):
-    """(stored, decode, encode): 4 where its error is smaller, a tie goes to 6."""
-    chosen = tl.where(error_4 < error_6, four, six)
-    encode = arith.nvfp4_encode(chosen, s_dec, FAST)
-    stored, scale = arith.round_fp8(chosen, False, FAST)
+    error_6 = _error(vs, six, s_enc, s_dec, AXIS, CFG, FAST)
+    error_4 = _error(vs, four, s_enc, s_dec, AXIS, CFG, FAST)
+    stored, scale = arith.round_fp8(tl.where(error_4 < error_6, four, six), False, FAST)
     byte, decode = arith.poison(stored, scale, amax_b, s_enc, 0x7F)
-    return byte, decode, encode
+    return byte, decode, arith.nvfp4_encode(scale, s_dec, FAST)
 
 
 @triton.jit
-def elements(v, encode, noise, CFG: tl.constexpr, FAST: tl.constexpr):
-    """(q, value) of rounded elements: q the bits of ``round_e2m1`` or an FP8 code, both int32."""
-    y = v * encode
-    if CFG[ELEMENT] == "e2m1":
-        if CFG[OUT] == "codes":
-            y = y + 0.0  # an exact -0.0 has code 0, a negative that rounds to zero code 8
-        return arith.round_e2m1(
-            y, noise, tl.constexpr(CFG[ROUNDING]), tl.constexpr(CFG[TIES]), FAST
-        )
+def block_scales(vs, amax_row, scales_t, AXIS: tl.constexpr, CFG: tl.constexpr, FAST: tl.constexpr):
+    """(amax, stored, decode, encode) of the blocks; where BLOCK is 0 those of the given ``amax_row``."""
+    a = amax_row if CFG[BLOCK] == 0 else block_amax(vs, AXIS, CFG, FAST)
+    if CFG[RULE] == "four_over_six":
+        stored, decode, encode = _four_over_six(vs, a, scales_t[0], scales_t[1], AXIS, CFG, FAST)
     else:
-        return arith.round_fp8(y, tl.constexpr(CFG[ELEMENT] == "e5m2"), FAST)
+        stored, decode, encode = scales_of(a, scales_t[0], scales_t[1], CFG, FAST)
+    return a, stored, decode, encode
 
 
 @triton.jit
-def exact_values(value, decode, CFG: tl.constexpr):
-    """Element times block scale in fp32 (BLOCK 0: the element itself, its scale is left to alpha)."""
-    if CFG[BLOCK] > 0:
-        return value * decode
+def noise_words(row, call, noise, tie, CFG: tl.constexpr):
+    """Philox words of blocks of sixteen elements: four, or sixteen for stochastic_full.
+
+    ``row`` and ``call``: the blocks' local row and number of sixteen in it, which broadcast to ``tie``,
+    scale bytes. Their upper bits, zeros, are added to a counter: that costs nothing and makes the
+    compiler draw the words in the threads that need them.
+    """
+    if CFG[ROUNDING] == "nearest":
+        return (0, 0, 0, 0)
     else:
-        return value
+        key, row_offset, row_part, row_gap, call_offset, call_part, call_gap = noise
+        row = row_offset + apart(row, row_part, row_gap, tl.constexpr(CFG[PARTS]))
+        call = call_offset + apart(call, call_part, call_gap, tl.constexpr(CFG[PARTS]))
+        row = row + (tie.to(tl.int32) >> 8)
+        if CFG[ROUNDING] == "stochastic":
+            return arith.philox7(call, row, 0, key)
+        else:
+            words = ()
+            for quarter in tl.static_range(4):
+                words = words + arith.philox7(call * 4 + quarter, row, 1, key)
+            return words
 
 
 @triton.jit
-def e4m3_power(byte, amax_row, CFG: tl.constexpr):
-    """What MXFP4 elements of a block with this scale byte are in E4M3 under the power of two of their row.
+def e4m3_frame(byte, amax_row, CFG: tl.constexpr):
+    """(encode, unit, gap) of MXFP4 blocks written as E4M3 under the power of two of their row.
 
     The row's largest block scale 2^e becomes 2^6: 6 * 2^6 = 384 is below 448, and 0.5 * 2^(6 - 14) is
-    E4M3's smallest step, so blocks down to 2^14 under the largest are exact.
+    E4M3's smallest step, so blocks down to 2^14 under the largest are exact. ``encode`` takes an element
+    there (one number a row), ``unit`` is what a block's 1.0 becomes, ``gap`` how far it is below 2^6.
     """
-    row_byte = arith.mx_byte(
+    top = row_byte(amax_row, CFG)
+    encode = arith.float_of((260 - top) << 23)
+    if CFG[RULE] == "unbiased":
+        encode = encode * 0.75
+    gap = top - byte.to(tl.int32)
+    return encode, arith.float_of(tl.maximum(133 - gap, 1) << 23), gap
+
+
+@triton.jit
+def row_byte(amax_row, CFG: tl.constexpr):
+    """The E8M0 byte of a row's largest block scale, at least 6 so that 2^133 / 2^byte is finite."""
+    byte = arith.mx_byte(
         amax_row,
         tl.constexpr(CFG[RULE]),
         tl.constexpr(CFG[EMAX]),
         tl.constexpr(CFG[HALF_ULP]),
         tl.constexpr(CFG[INVERSE_MAX]),
     )
-    shift = tl.maximum(byte.to(tl.int32) - row_byte + 133, 1)
-    return tl.where(byte == 255, float("nan"), arith.float_of(shift << 23))
-
-
-@triton.jit
-def e4m3_inexact(value):
-    """int32 1 where E4M3 cannot hold an E2M1 element times a power of two: off the grid of 2^-9."""
-    # adding and taking away 1.5 * 2^14 rounds to multiples of 2^-9; what is that large is exact
-    return (tl.abs(value - ((value + 24576.0) - 24576.0)) > 0.0).to(tl.int32)
+    return tl.maximum(byte, 6)
 
 
 @triton.jit
 def row_factor(amax_row, CFG: tl.constexpr):
-    """fp32 factor of a row of ``e4m3_elements``."""
-    row_byte = arith.mx_byte(
-        amax_row,
-        tl.constexpr(CFG[RULE]),
-        tl.constexpr(CFG[EMAX]),
-        tl.constexpr(CFG[HALF_ULP]),
-        tl.constexpr(CFG[INVERSE_MAX]),
-    )
-    return arith.power_of_byte(row_byte) * 0.015625
+    """fp32 factor of a row of E4M3 elements."""
+    return arith.power_of_byte(row_byte(amax_row, CFG)) * 0.015625
+
+
+@triton.jit
+def far_blocks(amax_b, stored, amax_row, CFG: tl.constexpr):
+    """int32: how many powers of two blocks are below what their row's E4M3 holds exactly (<= 0: none)."""
+    _, _, gap = e4m3_frame(stored, amax_row, CFG)
+    return tl.where(amax_b == 0.0, 0, gap - 14)  # a block of zeros loses nothing
+
+
+@triton.jit
+def inexact(vs, words, encode, byte, amax_row, CFG: tl.constexpr, FAST: tl.constexpr):
+    """int32 counts of elements that E4M3 cannot hold: off the grid of 2^-9 in their row's frame."""
+    _, unit, _ = e4m3_frame(byte, amax_row, CFG)
+    lost = tl.zeros(vs[0].shape, tl.int32)
+    six = tl.zeros_like(vs[0]) + 6.0
+    for i in tl.static_range(16):
+        value = value_of(vs[i] * encode, words, i, six, 1.0, CFG, FAST) * unit
+        # adding and taking away 1.5 * 2^14 rounds to multiples of 2^-9; what is that large is exact
+        lost += (tl.abs(value - ((value + 24576.0) - 24576.0)) > 0.0).to(tl.int32)
+    return lost
+
+
+@triton.jit
+def value_of(y, words, J: tl.constexpr, limit, unit, CFG: tl.constexpr, FAST: tl.constexpr):
+    """Element J of a block on the E2M1 grid, fp32; ``limit`` and ``unit`` are for nearest rounding."""
+    if CFG[ROUNDING] == "stochastic":
+        z = e2m1.stochastic_bits(y, words[J // 4], J % 4, FAST)
+        return e2m1.stochastic_value(z, FAST)
+    elif CFG[ROUNDING] == "stochastic_full":
+        return e2m1.stochastic_full_e2m1(y, (words[J] >> 8).to(tl.int32), FAST)
+    else:
+        return e2m1.nearest_e2m1(
+            y, limit, unit, tl.constexpr(CFG[TIES]), tl.constexpr(CFG[OUT] == "codes"), FAST
+        )
+
+
+@triton.jit
+def output_words(vs, words, scales, amax_row, CFG: tl.constexpr, FAST: tl.constexpr):
+    """Blocks as they are stored, in int32 words: two of codes, four of FP8, eight of bfloat16.
+
+    ``scales``: (stored, decode, encode), which broadcast to the sixteen tensors.
+    """
+    byte, decode, encode = scales
+    if CFG[OUT] == "exact":
+        return _exact_words(vs, words, decode, encode, CFG, FAST)
+    elif CFG[OUT] == "e4m3":
+        return _e4m3_words(vs, words, encode, byte, amax_row, CFG, FAST)
+    else:
+        ws = ()
+        six = tl.zeros_like(vs[0]) + 6.0
+        ys = ()
+        for i in tl.static_range(16):
+            y = vs[i] * encode
+            if CFG[ELEMENT] == "e2m1":
+                # an exact -0.0 has code 0, a negative that rounds to zero code 8
+                y = value_of(y + 0.0, words, i, six, 1.0, CFG, FAST)
+            ys = ys + (y,)
+        if CFG[ELEMENT] == "e2m1":
+            for k in tl.static_range(2):
+                word = e2m1.e2m1_word(ys[8 * k : 8 * k + 8], FAST)
+                ws = ws + (tl.where(decode == decode, word, 0),)
+        else:
+            for k in tl.static_range(4):
+                word = arith.fp8_word(
+                    ys[4 * k], ys[4 * k + 1], ys[4 * k + 2], ys[4 * k + 3],
+                    tl.constexpr(CFG[ELEMENT] == "e5m2"), FAST,
+                )  # fmt: skip
+                if CFG[KIND] == "mx":
+                    word = tl.where(decode == decode, word, 0)
+                ws = ws + (word,)
+        return ws
+
+
+@triton.jit
+def _exact_words(vs, words, decode, encode, CFG: tl.constexpr, FAST: tl.constexpr):
+    ws = ()
+    E2M1: tl.constexpr = CFG[ELEMENT] == "e2m1"
+    BITS: tl.constexpr = CFG[ROUNDING] == "stochastic"
+    six = tl.zeros_like(vs[0]) + 6.0
+    for k in tl.static_range(8):
+        pair = ()
+        for i in tl.static_range(2 * k, 2 * k + 2):
+            y = vs[i] * encode
+            if not E2M1:
+                _, q = arith.round_fp8(y, tl.constexpr(CFG[ELEMENT] == "e5m2"), FAST)
+            elif BITS:
+                q = e2m1.stochastic_bits(y, words[i // 4], i % 4, FAST)
+            else:
+                q = value_of(y, words, i, six, 1.0, CFG, FAST)
+            pair = pair + (q,)
+        if E2M1:
+            ws = ws + (e2m1.exact_word(pair[0], pair[1], decode, BITS, FAST),)
+        elif CFG[BLOCK] == 0:  # the element itself: its scale is left to alpha
+            ws = ws + (e2m1.bf16_word(pair[0], pair[1]),)
+        else:
+            ws = ws + (e2m1.bf16_word(pair[0] * decode, pair[1] * decode),)
+    return ws
+
+
+@triton.jit
+def _e4m3_words(vs, words, encode, byte, amax_row, CFG: tl.constexpr, FAST: tl.constexpr):
+    row_encode, unit, _ = e4m3_frame(byte, amax_row, CFG)
+    limit = unit * 6.0
+    least = tl.maximum(unit, 2.0**-8)  # below it E4M3's own steps are coarser than the block's
+    ws = ()
+    for k in tl.static_range(4):
+        qs = ()
+        for i in tl.static_range(4 * k, 4 * k + 4):
+            if CFG[ROUNDING] == "nearest":
+                # rounded where E4M3 will hold it: powers of two change nothing else
+                q = value_of(vs[i] * row_encode, words, i, limit, least, CFG, FAST)
+            else:
+                q = value_of(vs[i] * encode, words, i, limit, least, CFG, FAST) * unit
+            qs = qs + (q,)
+        ws = ws + (arith.fp8_word(qs[0], qs[1], qs[2], qs[3], False, FAST),)
+    return ws
+
+
+@triton.jit
+def join_words(ws):
+    """Two, four or eight [A, B] as [A, B, ...] whose last axes together are the tuple's index."""
+    if len(ws) == 2:
+        return tl.join(ws[0], ws[1])
+    elif len(ws) == 4:
+        return tl.join(tl.join(ws[0], ws[2]), tl.join(ws[1], ws[3]))
+    else:
+        even = tl.join(tl.join(ws[0], ws[4]), tl.join(ws[2], ws[6]))
+        odd = tl.join(tl.join(ws[1], ws[5]), tl.join(ws[3], ws[7]))
+        return tl.join(even, odd)
 
 
 @triton.jit

@@ -16,8 +16,12 @@ from fp4_kernels.launch import Argument, launch
 from fp4_kernels.quantize_kernel import quantize_kernel
 from fp4_kernels.spec import FORMATS, Copy
 
-# Tokens / 16 and columns of a program's tile, and its warps.
-TILE = (8, 128, 4)
+# Tokens / 16 and columns of a program's tile, and its warps: for a row copy alone, for two copies, and for
+# what reaches over 64 or 128 columns or tokens. The best of five to seven measured on an H100.
+ROW_TILE = (2, 128, 4)
+TILE = (2, 64, 1)
+TALL_TILE = (4, 64, 2)
+LARGE_TILE = (8, 128, 4)
 
 _SCALE_DTYPE = {"nvfp4": torch.float8_e4m3fn, "mx": torch.float8_e8m0fnu, "fp8": torch.float32}
 
@@ -49,7 +53,7 @@ def quantize(
     row_amax: Tensor | None = None,
     col_amax: Tensor | None = None,
     lost: Tensor | None = None,
-    tile: tuple[int, int, int] = TILE,
+    tile: tuple[int, int, int] | None = None,
 ) -> tuple[Quantized | None, Quantized | None]:
     """A copy of ``x`` [R, C] with blocks along its columns, one of ``x.T``, or both from one read.
 
@@ -59,7 +63,7 @@ def quantize(
         row_amax, col_amax: fp32, after the copy's rotation: a scalar where ``Copy.amax`` is "tensor",
             one a row of the copy where it is "row".
         lost: int64 [2], to which the counts of elements that an e4m3 copy could not hold are added.
-        tile: tokens / 16, columns, warps of a program.
+        tile: tokens / 16, columns, warps of a program; None for the one that was measured best.
 
     Returns:
         (row copy, column copy), None where not asked for.
@@ -77,7 +81,7 @@ def quantize(
     rows, cols = x.shape
     made_row = _allocate(x, row, (rows, cols), row_amax)
     made_col = _allocate(x, col, (cols, rows), col_amax)
-    tb, bn, warps = tile
+    tb, bn, warps = tile or _tile(row, col)
     even = rows % (tb * 16) == 0 and cols % bn == 0
     fast = has_fast_casts(x.device)
     grid = (-(-cols // bn), -(-rows // (tb * 16)))
@@ -99,25 +103,32 @@ def quantize(
     return made_row, made_col
 
 
+def _tile(row: Copy | None, col: Copy | None) -> tuple[int, int, int]:
+    copies = [copy for copy in (row, col) if copy is not None]
+    reach = max(max(copy.rotation, copy.block_length) for copy in copies)
+    if reach > 64:
+        return LARGE_TILE
+    if col is None:
+        return ROW_TILE
+    return TALL_TILE if reach > 32 else TILE
+
+
 _NO_SCALARS = (0, 0, 0, 0, 1, 0, 0, 1, 0)
 
 
 def _pointers(
     copy: Copy | None, made: Quantized | None, amax: Tensor | None, lost: Tensor | None, side: int
 ) -> tuple:
-    """(output, scales, amax, alpha, lost): finished words are stored as int32, other codes as bytes."""
+    """(output, scales, amax, alpha, lost): outputs are stored as words, scales as bytes."""
     if copy is None or made is None:
         return None, None, None, None, None
-    out: Argument = made.out
     scales: Argument = made.scales
-    if side == 1 or (copy.output == "codes" and copy.element.dtype == torch.uint8):
-        out = made.out, torch.int32
-    elif copy.output != "exact":
-        out = made.out, torch.uint8
     if made.scales is not None and made.scales.dtype != torch.float32:
         scales = made.scales, torch.uint8
     counted = copy.output == "e4m3" and lost is not None
-    return out, scales, amax, made.alpha, lost[side:] if counted else None
+    return (
+        (made.out, torch.int32), scales, amax, made.alpha, lost[side:] if counted else None,
+    )  # fmt: skip
 
 
 def _allocate(

@@ -1,14 +1,15 @@
 """The quantization kernel: up to one row copy and one column copy of a matrix, from one read of it.
 
-A program owns TB * 16 tokens by BN columns, loaded as sixteen tensors [TB, BN] (``rotation.py`` says why),
-and makes whichever copies are asked for.
+A program owns TB * 16 tokens by BN columns and makes whichever copies are asked for. The column copy
+loads the tile as sixteen tensors [TB, BN] (``rotation.py`` says why); the row copy then finds it in the
+cache.
 """
 
 import triton
 import triton.language as tl
 
 from fp4_kernels.column_copy import column_copy
-from fp4_kernels.copies import OUT, store_alpha
+from fp4_kernels.copies import store_alpha
 from fp4_kernels.row_copy import row_copy
 
 _SCALARS = tuple(
@@ -36,13 +37,6 @@ def load_tile(x_ptr, stride, m0, n0, R, C, TB: tl.constexpr, BN: tl.constexpr, E
     return xs
 
 
-@triton.jit
-def _count(lost, lost_ptr):
-    total = tl.sum(tl.sum(lost, axis=1), axis=0)
-    if total > 0:
-        tl.atomic_add(lost_ptr, total)
-
-
 @triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_SCALARS)
 def quantize_kernel(
     x_ptr, stride, R, C,
@@ -61,27 +55,26 @@ def quantize_kernel(
     n0 = tl.program_id(0) * BN
     m0 = tl.program_id(1) * (TB * 16)
     geo = (m0, n0, R, C)
-    xs = load_tile(x_ptr, stride, m0, n0, R, C, TB, BN, EVEN)
     first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
-    if ROW is not None:
-        noise = (
-            row_key, row_row_offset, row_row_part, row_row_gap,
-            row_call_offset, row_call_part, row_call_gap,
-        )  # fmt: skip
-        ptr = (row_out, row_scales, row_amax)
-        lost = row_copy(xs, geo, ptr, noise, (row_signs_lo, row_signs_hi), ROW, EVEN, FAST)
-        if ROW[OUT] == "e4m3":
-            _count(lost, row_lost)
-        if first:
-            store_alpha(row_alpha, row_amax, ROW)
     if COL is not None:
         noise = (
             col_key, col_row_offset, col_row_part, col_row_gap,
             col_call_offset, col_call_part, col_call_gap,
         )  # fmt: skip
-        ptr = (col_out, col_scales, col_amax)
-        lost = column_copy(xs, geo, ptr, noise, (col_signs_lo, col_signs_hi), COL, EVEN, FAST)
-        if COL[OUT] == "e4m3":
-            _count(lost, col_lost)
+        ptr = (col_out, col_scales, col_amax, col_lost)
+        xs = load_tile(x_ptr, stride, m0, n0, R, C, TB, BN, EVEN)
+        column_copy(xs, geo, ptr, noise, (col_signs_lo, col_signs_hi), COL, EVEN, FAST)
         if first:
             store_alpha(col_alpha, col_amax, COL)
+    if ROW is not None:
+        noise = (
+            row_key, row_row_offset, row_row_part, row_row_gap,
+            row_call_offset, row_call_part, row_call_gap,
+        )  # fmt: skip
+        ptr = (row_out, row_scales, row_amax, row_lost)
+        row_copy(
+            x_ptr, stride, geo, ptr, noise, (row_signs_lo, row_signs_hi),
+            TB * 16, BN, COL is not None, ROW, EVEN, FAST,
+        )  # fmt: skip
+        if first:
+            store_alpha(row_alpha, row_amax, ROW)

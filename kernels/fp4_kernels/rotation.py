@@ -59,29 +59,39 @@ def _stage_across(h, Q: tl.constexpr):
 
 
 @triton.jit
-def hadamard_tokens(xs, signs_lo, signs_hi, SIZE: tl.constexpr, SIGNS: tl.constexpr):
+def hadamard_tokens(
+    xs, signs_lo, signs_hi,
+    SIZE: tl.constexpr, SIGNS: tl.constexpr, FOLD: tl.constexpr, STAGES: tl.constexpr = 4,
+):  # fmt: skip
     """Butterfly along the tokens of sixteen fp32 tensors [TB, BN]; not yet rounded to bf16.
 
-    Token tb * 16 + i has sign (tb * 16 + i) % SIZE.
+    Token tb * 16 + i has sign (tb * 16 + i) % SIZE. FOLD: the first stage scales by 1 / sqrt(SIZE), a
+    power of two. That changes no bit where the inputs are 16-bit floats, whose quarters are exact in
+    fp32, except that sums beyond fp32's range before they are scaled stay finite.
+    STAGES: how many of the first four are done (fewer only for SIZE 16).
     """
+    UNIT: tl.constexpr = (0.25 if SIZE == 16 else 0.125) if FOLD else 1.0
     TB: tl.constexpr = xs[0].shape[0]
     tb = tl.arange(0, TB)[:, None]
     hs = ()
     for k in tl.static_range(8):
         a, b = xs[2 * k], xs[2 * k + 1]
         if SIGNS:
-            # products with +-1 are exact, so sign and first stage are one fused operation
+            # these products are exact, so sign, scale and first stage are one fused operation
             if SIZE == 16:
-                s_a = signed(1.0, sign_bit(signs_lo, signs_hi, 2 * k))
-                s_b = signed(1.0, sign_bit(signs_lo, signs_hi, 2 * k + 1))
+                s_a = signed(UNIT, sign_bit(signs_lo, signs_hi, 2 * k))
+                s_b = signed(UNIT, sign_bit(signs_lo, signs_hi, 2 * k + 1))
             else:
-                s_a = signed(1.0, sign_bit(signs_lo, signs_hi, (tb * 16 + 2 * k) % SIZE))
-                s_b = signed(1.0, sign_bit(signs_lo, signs_hi, (tb * 16 + 2 * k + 1) % SIZE))
+                s_a = signed(UNIT, sign_bit(signs_lo, signs_hi, (tb * 16 + 2 * k) % SIZE))
+                s_b = signed(UNIT, sign_bit(signs_lo, signs_hi, (tb * 16 + 2 * k + 1) % SIZE))
             b = b * s_b
             hs = hs + (tl.fma(a, s_a, b), tl.fma(a, s_a, -b))
+        elif FOLD:
+            b = b * UNIT
+            hs = hs + (tl.fma(a, UNIT, b), tl.fma(a, UNIT, -b))
         else:
             hs = hs + (a + b, a - b)
-    for stage in tl.static_range(1, 4):
+    for stage in tl.static_range(1, STAGES):
         ys = ()
         for i in tl.static_range(16):
             if (i >> stage) & 1:
@@ -167,6 +177,28 @@ def _join8(hs):
     a = tl.join(tl.join(hs[0], hs[1]), tl.join(hs[2], hs[3]))
     b = tl.join(tl.join(hs[4], hs[5]), tl.join(hs[6], hs[7]))
     return tl.join(a, b)
+
+
+@triton.jit
+def split16(lower, upper):
+    """Two [A, B, 8] as sixteen [A, B], one for each place in a block of sixteen."""
+    A: tl.constexpr = lower.shape[0]
+    B: tl.constexpr = lower.shape[1]
+    a = _split8(tl.reshape(lower, [A, B, 2, 2, 2]))
+    b = _split8(tl.reshape(upper, [A, B, 2, 2, 2]))
+    a = (a[0], a[4], a[2], a[6], a[1], a[5], a[3], a[7])
+    return a + (b[0], b[4], b[2], b[6], b[1], b[5], b[3], b[7])
+
+
+@triton.jit
+def join16(vs):
+    """Sixteen [A, B] as [A, B * 16]."""
+    A: tl.constexpr = vs[0].shape[0]
+    B: tl.constexpr = vs[0].shape[1]
+    a = _join8((vs[0], vs[4], vs[2], vs[6], vs[1], vs[5], vs[3], vs[7]))
+    b = _join8((vs[8], vs[12], vs[10], vs[14], vs[9], vs[13], vs[11], vs[15]))
+    both = tl.join(tl.reshape(a, [A, B, 8]), tl.reshape(b, [A, B, 8]))
+    return tl.reshape(tl.permute(both, (0, 1, 3, 2)), [A, B * 16])
 
 
 @triton.jit

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp4_kernels.arith import FROM_SUBNORMAL, float_of, power_of_byte, round_fp8
+from fp4_kernels.arith import float_of, power_of_byte, round_fp8
 from fp4_kernels.device import has_fast_casts
+from fp4_kernels.e2m1 import FROM_SUBNORMAL
 from fp4_kernels.launch import launch
 
 # Rows and 8-code words of a program's tile, and its warps.

@@ -56,17 +56,18 @@ def kernels(target: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any],
     tile = dict(TB=2, BN=128, EVEN=True)
     x = {"x_ptr": "*bf16", "stride": "i32", "R": "i32", "C": "i32"}
     signs = dict.fromkeys(("row_lo", "row_hi", "col_lo", "col_hi"), "i64")
+    measured = _AMAX | tile | dict(STEPS=2, FAST=target != "gfx950")
     found: dict[str, Any] = {
         "amax": (
             amax.amax_kernel,
             x | {"work_ptr": "*i32", "out_ptr": "*fp32", "programs": "i32"} | signs,
-            _AMAX | tile,
+            measured,
             options,
         ),
         "line_amax": (
             amax.line_amax_kernel,
             x | {"row_ptr": "*i32", "col_ptr": "*i32"} | signs,
-            _AMAX | tile,
+            measured,
             options,
         ),
         "unpack": (
@@ -96,11 +97,10 @@ def _quantize(pair: str, fast: bool, tile: dict, options: dict) -> tuple:
     constants: dict[str, Any] = dict(tile, FAST=fast)
     for side, copy in zip(("row", "col"), PAIRS[pair], strict=True):
         packed = copy.output == "codes" and copy.format.endswith("fp4")
-        out = "*bf16" if copy.output == "exact" else "*i32" if packed else "*u8"
         blocks = "*u8" if packed else "*fp32" if copy.block_length else None
         scales = {"e4m3": "*fp32", "exact": None}.get(copy.output, blocks)
         pointers = {
-            "out": "*i32" if side == "col" else out,
+            "out": "*i32",
             "scales": scales,
             "amax": None if copy.amax == "none" else "*fp32",
             "alpha": "*fp32" if copy.amax == "tensor" else None,
