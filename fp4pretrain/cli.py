@@ -248,9 +248,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
     config = compose([f"precision={arguments.precision}", *arguments.overrides])
     emulation = config.precision.mxfp4_emulation
     recipe = plan_of(config).recipe
-    Console(highlight=False).print(
-        table(config.precision.name, recipe, mxfp4_emulation=emulation)
-    )
+    Console(highlight=False).print(table(config.precision.name, recipe, mxfp4_emulation=emulation))
 
 
 def _recipe(name: str) -> Recipe:
