@@ -1,9 +1,9 @@
 """A trainer as boxes of whole tensors, and back, on any layout.
 
 megatron-core says which box of which whole tensor each rank holds (``sharded_state_dict``): weights,
-FP32 masters, Adam's moments, with layers under global numbers and SwiGLU's two halves apart. Its
-"fully reshardable" optimizer state has the parameters' own shapes, so a checkpoint knows nothing of
-the layout that wrote it. What is no tensor is a few numbers, in ``run.json``: Adam's step and the
+FP32 masters, Adam's moments, with layers under global numbers and SwiGLU's two halves apart. The
+optimizer's state has the parameters' own shapes, so a checkpoint knows nothing of the layout that
+wrote it. What is no tensor is a few numbers, in ``run.json``: Adam's step and the
 schedule's. Everything else of an optimizer (learning rates, betas, decay) is the config's.
 
 Rounding noise needs no state: its keys follow from the seed and the step. Dropout's generators do;
@@ -34,6 +34,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from fp4pretrain.train.checkpoint.files import Box, Damaged, Manifest, read_part
+from fp4pretrain.train.checkpoint.shards import shard_boxes
 from fp4pretrain.train.trainer import Trainer, unwrapped
 
 # Tells megatron-core to describe optimizer state as whole parameters, for any layout.
@@ -47,11 +48,17 @@ _METADATA = {
 def collect(trainer: Trainer) -> tuple[list[Box], dict[str, Any]]:
     """Copies of what this rank stores, in host memory, and the numbers for ``run.json``.
 
-    Collective: data-parallel ranks gather the optimizer's shards.
+    Of the distributed optimizer each rank stores its own shards, so nothing is gathered for a save.
     """
     state = _sharded(trainer, loading=False)
-    apply_factories(state)
     boxes = [
+        box
+        for part in _parts(trainer.optimizer)
+        if isinstance(part, DistributedOptimizer)
+        for box in shard_boxes(part, state)
+    ]
+    apply_factories(state)
+    boxes += [
         _box(leaf, trainer.world.device)
         for leaf in nested_values(state)
         if isinstance(leaf, ShardedTensor) and is_main_replica(leaf.replica_id)
@@ -108,6 +115,10 @@ def _sharded(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
             key = _model_key(trainer, index)
             state[key] = unwrapped(chunk).sharded_state_dict(metadata=metadata)
         models = dict(state)
+        parts = _parts(trainer.optimizer)
+        if not loading and all(isinstance(part, DistributedOptimizer) for part in parts):
+            state["optimizer"] = {i: part.state_dict() for i, part in enumerate(parts)}
+            return state
         state["optimizer"] = trainer.optimizer.sharded_state_dict(
             models.get("model", models), is_loading=loading, metadata=metadata
         )
@@ -163,9 +174,13 @@ def _allocate(optimizer: Any) -> None:
     Without apex or Transformer Engine, megatron-core's distributed optimizer reads its step count
     from that state. The masters that the step decays are loaded over.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
             part._init_optimizer_states_with_dummy_values()
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _states(state: dict) -> list[dict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import random
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fp4pretrain.train.checkpoint.files import (
     write_boxes,
     write_manifest,
 )
+from fp4pretrain.train.checkpoint.shards import rectangles
 
 
 def _tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -119,3 +121,19 @@ def test_nothing_that_reads_a_checkpoint_can_unpickle() -> None:
         called = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
         assert not imported & {"pickle", "dill", "torch.distributed.checkpoint"}, file
         assert not called & {"torch.load", "pickle.load", "pickle.loads", "eval", "exec"}, file
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4)], ids=str)
+def test_a_run_of_elements_is_boxes_in_their_order(shape: tuple[int, ...]) -> None:
+    """What a data-parallel rank holds of a parameter, for every beginning and end."""
+    count = math.prod(shape)
+    whole = torch.arange(count).view(shape)
+    for low in range(count + 1):
+        for high in range(low, count + 1):
+            boxes = [
+                whole[tuple(slice(a, a + n) for a, n in zip(offset, extent, strict=True))]
+                for offset, extent in rectangles(shape, low, high)
+            ]
+            found = torch.cat([whole.new_empty(0), *(box.reshape(-1) for box in boxes)])
+            assert torch.equal(found, torch.arange(low, high))
+            assert len(boxes) <= 2 * len(shape) - 1
