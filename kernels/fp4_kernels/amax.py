@@ -256,7 +256,9 @@ def line_amax(
         c, r = line_amax(x.t(), row=col, col=row, tile=tile)
         return r, c
     if tile is None:
-        tile = LINE_TILE if col is None or col[0] <= 64 else PAIR_TILE
+        # a rotation along the columns wants eight of them in a thread, one of 128 tokens that many
+        rotated = (row and row[0]) or (col and col[0] > 64)
+        tile = PAIR_TILE if rotated else LINE_TILE
     rows, cols = x.shape
     buffer = torch.zeros(rows + cols, dtype=torch.int32, device=x.device)
     grid, signs, constants = _arguments(x, row, col, tile)
