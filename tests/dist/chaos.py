@@ -30,7 +30,7 @@ from records import weights
 
 ROOT = Path(__file__).resolve().parents[2]
 MOMENTS = ("start", "step", "write", "publish")
-_PATIENCE = 240.0  # seconds, on a machine that is busy with other things
+_PATIENCE = 600.0  # seconds, on a machine that is busy with other things
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class Chaos:
         ranks = Counter(kill.rank for kill in self.kills)
         return (
             f"{len(self.kills)} kills, {sum(kill.saving for kill in self.kills)} during a save; "
-            f"at {dict(sorted(moments.items()))}; of ranks {dict(sorted(ranks.items()))}"
+            f"at {dict(sorted(moments.items()))}; of ranks {dict(sorted(ranks.items()))}; "
+            f"newest checkpoints after them {[kill.kept for kill in self.kills]}"
         )
 
     def left_over(self) -> list[str]:
@@ -147,7 +148,7 @@ class Chaos:
             return
         before = self._record()
         self._wait(script, lambda: self._record() != before, every=0.02)
-        rows = self._rows() + rng.randint(1, 2)
+        rows = self._rows() + rng.randint(3, 6)
         self._wait(script, lambda: self._rows() >= rows, every=0.02)
         if moment == "write":
             self._wait(script, self._saves)

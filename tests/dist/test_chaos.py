@@ -33,7 +33,7 @@ def test_killed_again_and_again_equals_undisturbed(
 ) -> None:
     """Rows, weights and optimizer state, bit for bit, with stochastic rounding; and after each kill
     the newest checkpoint is whole and what it should be."""
-    steps = 4 * (kills + 1)
+    steps = 6 * (kills + 1)
     run = [*RUN, *layout, f"train.steps={steps}"]
     whole = tmp_path / "whole"
     ranks.run("train", [*run, f"run_dir={whole}", f"checkpoint.keep_last={steps}"], size=size)
@@ -44,6 +44,8 @@ def test_killed_again_and_again_equals_undisturbed(
     print(f"{chaos.summary()}; {time.monotonic() - begun:.0f} s")
 
     assert len(chaos.kills) == kills
+    resumed = {kill.kept for kill in chaos.kills} - {0}
+    assert len(resumed) > kills / 2, "most kills came before there was anything to go on from"
     assert curve(chaos.run) == curve(whole)
     last = f"checkpoints/step_{steps:08d}"
     one, other = weights(whole / last), weights(chaos.run / last)
