@@ -34,6 +34,7 @@ CASTS: dict[str, tuple[Copy | None, Copy | None, float, float | None]] = {
     "nvfp4 row + column H16, both SR": (_SR, _H16_SR, 4.0, 0.80),
     "nvfp4 2d": (replace(_NV, block="2d"), None, 2.0, None),
     "mxfp4 as e4m3, row + column H16": (_MX, replace(_MX, rotation=16), 2.0, None),
+    "mxfp4 as e4m3, both H16": (replace(_MX, rotation=16), replace(_MX, rotation=16), 2.0, None),
     "fp8 row + column": (_FP8, _FP8, 2.0, None),
     "fp8 in 128-blocks, row + column": (_FP8_1D, _FP8_1D, 2.0625, None),
 }
@@ -100,6 +101,11 @@ def _jobs(x: torch.Tensor) -> dict[str, Job]:
     jobs["amax"] = (lambda: amax(x), 2.0, 0.85)
     jobs["amax of x and of its rotated transpose"] = (lambda: amax(x, col=turn), 2.0, 0.85)
     jobs["amax of every row and column"] = (lambda: line_amax(x, col=turn), 2.0, None)
+    jobs["amax of every row and column, both H16"] = (
+        lambda: line_amax(x, row=(16, None), col=(16, None)),
+        2.0,
+        None,
+    )
     jobs["unpack"] = (lambda: unpack(packed.out, packed.scales), 2.5625, None)
     return jobs
 
