@@ -9,7 +9,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fp4pretrain.config import RunConfig
-from fp4pretrain.train.guard_update import GuardedOptimizer
+from fp4pretrain.train.guard.update import GuardedOptimizer
 
 
 def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> GuardedOptimizer:

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from fp4pretrain.precision import BF16
-from fp4pretrain.train.guard_update import StepHealth
+from fp4pretrain.train.guard.update import StepHealth
 from fp4pretrain.train.trainer import Batch, Trainer
 
 # Evaluation draws its noise from microbatch numbers that training never reaches.

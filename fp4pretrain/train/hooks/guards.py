@@ -1,7 +1,7 @@
 """NaN, Inf and loss spikes: counted, and where they last, the run goes back and around them.
 
-The optimizer has left out a step that is not finite already (``guard_update``). Here it is logged, and
-with the losses it decides (``guard``) whether the run goes back (``guard_rollback``): to the newest
+The optimizer has left out a step that is not finite already (``guard.update``). Here it is logged, and
+with the losses it decides (``guard.decisions``) whether the run goes back (``guard.rollback``): to the newest
 checkpoint from before the trouble, its schedule and noise with it, but onto data that it has not seen.
 Every rank sees the same numbers and decides alike.
 """
@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from fp4pretrain.errors import UserError
-from fp4pretrain.train import guard_rollback
-from fp4pretrain.train.guard import GuardMemory, LossTrack, not_finite, observe, trouble
-from fp4pretrain.train.guard_rollback import Entry
+from fp4pretrain.train.guard import rollback
+from fp4pretrain.train.guard.decisions import GuardMemory, LossTrack, not_finite, observe, trouble
+from fp4pretrain.train.guard.rollback import Entry
 from fp4pretrain.train.hooks.checkpointing import Checkpointing
 from fp4pretrain.train.hooks.logging import Logging
 from fp4pretrain.train.loop import Hook
@@ -48,7 +48,7 @@ class Guard(Hook):
         found: list[Entry | None] = [None]
 
         def read() -> None:
-            found[0] = guard_rollback.entry_for(
+            found[0] = rollback.entry_for(
                 self._run, step=trainer.step, rollbacks=self._memory.rollbacks
             )
 
@@ -99,7 +99,7 @@ class Guard(Hook):
             )
         position = trainer.consumed_samples
         position += trainer.config.guard.skip_batches * trainer.config.train.global_batch
-        loaded = guard_rollback.load_good(
+        loaded = rollback.load_good(
             trainer,
             self._run / CHECKPOINTS,
             good_step=memory.good_step,
@@ -135,7 +135,7 @@ class Guard(Hook):
             }
         )
         if trainer.world.is_main:
-            guard_rollback.record(self._run, entry)
+            rollback.record(self._run, entry)
         self._go_on_from(trainer, entry)
 
     def _nowhere_to_go(self, trainer: Trainer, row: dict[str, Any], reason: str) -> None:

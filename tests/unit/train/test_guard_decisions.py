@@ -13,7 +13,7 @@ import pytest
 
 from fp4pretrain.config import GuardConfig, SpikeConfig
 from fp4pretrain.errors import UserError
-from fp4pretrain.train.guard import (
+from fp4pretrain.train.guard.decisions import (
     GuardMemory,
     LossTrack,
     follow,
@@ -21,7 +21,7 @@ from fp4pretrain.train.guard import (
     observe,
     trouble,
 )
-from fp4pretrain.train.guard_rollback import Entry, entries, entry_for, record
+from fp4pretrain.train.guard.rollback import Entry, entries, entry_for, record
 
 RULE = SpikeConfig(action="rollback", threshold=7.0, window=20, warmup=10, patience=3)
 SETTINGS = GuardConfig(max_skipped=3, spike=RULE)
