@@ -27,3 +27,20 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         whole[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
         read_part(checkpoint, tensor, offset=(0,) * len(tensor.shape), out=whole[key])
     return whole
+
+
+def same_state(one: Path, other: Path) -> dict[str, Any]:
+    """Every whole tensor and every number of two checkpoints is the same, but for what belongs to a
+    layout. Returns what run.json says."""
+    a, b = (
+        {k: t for k, t in weights(path).items() if not k.startswith("rng.")}
+        for path in (one, other)
+    )
+    assert a.keys() == b.keys()
+    assert {k.split(".")[2] for k in a if k.startswith("optimizer.")} >= {"exp_avg", "exp_avg_sq"}
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+    runs = [json.loads((path / "run.json").read_text()) for path in (one, other)]
+    for run in runs:
+        del run["parallel"]
+    assert runs[0] == runs[1]
+    return dict(runs[0])

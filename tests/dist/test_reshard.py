@@ -12,9 +12,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from agreement import LATER_LOSS, SMALL
-from records import weights
+from records import same_state
 
 STEPS = 2
 RECIPE = ["precision=nvfp4", "train.global_batch=4"]
@@ -75,29 +74,14 @@ def test_another_layout_goes_on(ranks, source: str, target: str, extra: list[str
     run = [*SMALL, *RECIPE, *extra, *parallel, f"resume={saved['checkpoint']}"]
     reply = ranks.run("checkpoint_tasks.go_on", run, size=size, steps=STEPS)
 
-    same_state(Path(saved["checkpoint"]), Path(reply["checkpoint"]))
+    run_json = same_state(Path(saved["checkpoint"]), Path(reply["checkpoint"]))
+    assert run_json["memory"] == {"what": [1, "2"]}
+    assert run_json["optimizer_step"] == run_json["schedule_step"] == STEPS
     whole = begun(ranks, "1", extra)["rows"][STEPS:]
     gaps = [abs(a["loss"] / b["loss"] - 1) for a, b in zip(reply["rows"], whole, strict=True)]
     print(f"{source} -> {target}: losses differ by {max(gaps):.1e}")
     assert max(gaps) <= (BF16_LOSS if extra else LATER_LOSS)
     assert [row["lr"] for row in reply["rows"]] == [row["lr"] for row in whole]
-
-
-def same_state(one: Path, other: Path) -> None:
-    """Every whole tensor and every number of two checkpoints, but for what belongs to a layout."""
-    a, b = (
-        {k: t for k, t in weights(path).items() if not k.startswith("rng.")}
-        for path in (one, other)
-    )
-    assert a.keys() == b.keys()
-    assert {k.split(".")[2] for k in a if k.startswith("optimizer.")} >= {"exp_avg", "exp_avg_sq"}
-    assert [k for k in a if not torch.equal(a[k], b[k])] == []
-    runs = [json.loads((path / "run.json").read_text()) for path in (one, other)]
-    for run in runs:
-        del run["parallel"]
-    assert runs[0] == runs[1]
-    assert runs[0]["memory"] == {"what": [1, "2"]}
-    assert runs[0]["optimizer_step"] == runs[0]["schedule_step"] == STEPS
 
 
 def test_another_length_and_batch_go_on(ranks) -> None:

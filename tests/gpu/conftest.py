@@ -11,9 +11,8 @@ from ranks import Ranks
 
 @pytest.fixture(scope="session")
 def gpu_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    if torch.cuda.device_count() < 2:
-        # NCCL puts one rank on a GPU; the same law runs on gloo in the ordinary suite
-        pytest.skip(f"needs 2 GPUs, there are {torch.cuda.device_count()}")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device; the same laws run on gloo in the ordinary suite")
     pool = Ranks(tmp_path_factory.mktemp("ranks"), device="cuda")
     yield pool
     pool.close()

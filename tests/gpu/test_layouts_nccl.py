@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from agreement import SMALL, STEPS, agree, single
 
 NEAREST = ["precision.dgrad.dy.rounding=nearest", "precision.wgrad.dy.rounding=nearest"]
@@ -19,6 +20,9 @@ LAYOUTS = {
     "PP 2 interleaved": ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
     "DP 2": [],
 }
+
+# NCCL puts one rank on a GPU
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -1,0 +1,38 @@
+"""A checkpoint written from GPUs: loaded on another layout it is the same state, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from agreement import LATER_LOSS, SMALL
+from records import same_state
+
+STEPS = 2
+RUN = [*SMALL, "precision=nvfp4", "train.global_batch=4"]
+LAYOUTS = {
+    "1": (1, []),
+    "TP 2 + SP": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "PP 2": (2, ["parallel.pipeline=2"]),
+    "DP 2": (2, []),
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("1", "1"), ("1", "TP 2 + SP"), ("DP 2", "PP 2"), ("PP 2", "1")]
+)
+def test_a_checkpoint_goes_on(gpu_ranks, source: str, target: str) -> None:
+    if torch.cuda.device_count() < max(LAYOUTS[source][0], LAYOUTS[target][0]):
+        pytest.skip("needs 2 GPUs")
+    size, parallel = LAYOUTS[source]
+    saved = gpu_ranks.run("checkpoint_tasks.begin", [*RUN, *parallel], size=size, steps=STEPS)
+    size, parallel = LAYOUTS[target]
+    run = [*RUN, *parallel, f"resume={saved['checkpoint']}"]
+    reply = gpu_ranks.run("checkpoint_tasks.go_on", run, size=size, steps=STEPS)
+
+    assert same_state(Path(saved["checkpoint"]), Path(reply["checkpoint"]))["step"] == STEPS
+    rows = zip(reply["rows"], saved["rows"][STEPS:], strict=True)
+    gaps = [abs(a["loss"] / b["loss"] - 1) for a, b in rows]
+    print(f"{source} -> {target}: losses differ by {max(gaps):.1e}")
+    assert max(gaps) <= LATER_LOSS
