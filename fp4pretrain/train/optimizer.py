@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -34,7 +35,18 @@ def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> Gua
         ),
         list(chunks),
     )
+    _allocate_moments(optimizer)
     return GuardedOptimizer(optimizer)
+
+
+def _allocate_moments(optimizer: Any) -> None:
+    """Adam's moments and step, zero, before the first update: so a checkpoint always holds them, and
+    one can be loaded into a run that has made no update."""
+    for part in optimizer.chained_optimizers:
+        part.init_state_fn(part.optimizer, part.config)
+        if isinstance(part.optimizer, torch.optim.Adam):  # the others count in their groups
+            for state in part.optimizer.state.values():
+                state["step"] = torch.tensor(0.0)
 
 
 def build_schedule(config: RunConfig, optimizer: GuardedOptimizer) -> OptimizerParamScheduler:

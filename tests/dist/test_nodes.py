@@ -85,13 +85,13 @@ def lose_a_node(overrides: list[str], *, run: Path, processes: int) -> None:
         assert first.lose(b"torchrun") == 2  # the script and the agent: no rank outlives them
         agents[1].wait()
         agents[1] = start(first)
-        statuses = [agent.wait(timeout=240) for agent in agents]
+        statuses = [agent.wait(timeout=600) for agent in agents]
         assert statuses == [0, 0], log.read_text()[-4000:]
 
 
 def _wait_for_step(run: Path, step: int, agents: list[subprocess.Popen], log: Path) -> None:
     """Until the run logged ``step``. Fails with the nodes' output if it ends or hangs before."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not (run / "metrics.jsonl").exists() or len(curve(run)) < step:
         assert all(agent.poll() is None for agent in agents), log.read_text()[-4000:]
         assert time.monotonic() < deadline, log.read_text()[-4000:]

@@ -85,7 +85,6 @@ def restore(
     ``agree`` is handed what is wrong with this rank's reading, if anything, and raises on every rank
     if any has something; until it returns the trainer is not usable.
     """
-    _allocate(trainer.optimizer)
     state = _sharded(trainer, loading=True)
     loaded, own, factories = load_preprocess(state)
     problem = None
@@ -166,17 +165,6 @@ def _filled(node: Any, folder: Path, manifest: Manifest) -> Any:
     out = node.data.detach().view((1,) * node.prepend_axis_num + tuple(node.local_shape))
     read_part(folder, stored, offset=tuple(node.global_offset), out=out)
     return node.data
-
-
-def _allocate(optimizer: Any) -> None:
-    """Give a fresh optimizer the state that loading fills: a step on zero gradients.
-
-    Without apex or Transformer Engine, megatron-core's distributed optimizer reads its step count
-    from that state. The masters that the step decays are loaded over.
-    """
-    for part in _parts(optimizer):
-        if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
-            part._init_optimizer_states_with_dummy_values()
 
 
 def _parts(optimizer: Any) -> list[Any]:

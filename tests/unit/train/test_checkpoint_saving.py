@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fp4pretrain.observe import read_rows
 from fp4pretrain.train import checkpoint
 from fp4pretrain.train.checkpoint import Keep, SaveError, Saving, saving, state
 from fp4pretrain.train.step import train_step
-from fp4pretrain.train.trainer import Trainer
+from fp4pretrain.train.trainer import Trainer, build_trainer
 
 
 def _state(trainer: Trainer) -> dict[Any, torch.Tensor]:
@@ -86,6 +87,24 @@ def test_the_newest_stay_and_every_nth(
         checkpoint.save(trainer, tmp_path, keep_last=last, keep_every=every)
     assert _names(tmp_path) == ["latest"] + [f"step_{step:08d}" for step in kept]
     assert (tmp_path / "latest").read_text() == "step_00000006\n"
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_run_that_made_no_update_yet_is_saved_whole(
+    trainer: Trainer, tmp_path: Path, distributed: bool
+) -> None:
+    """A guard may leave out the first updates: weights, masters and zero moments come back."""
+    config = deepcopy(trainer.config)
+    config.parallel.distributed_optimizer = distributed
+    config.optim.params_dtype = "bf16"
+    fresh, later = (build_trainer(config, trainer.world, trainer.layout) for _ in range(2))
+    path = checkpoint.save(fresh, tmp_path, keep_last=1)
+    _train(later, 2)
+    checkpoint.load(later, path)
+    assert _same(_state(fresh), _state(later))
+    for each in (fresh, later):
+        _train(each, 2)
+    assert _same(_state(fresh), _state(later))
 
 
 def test_steps_that_were_taken_back_go_and_their_step_is_saved_anew(
