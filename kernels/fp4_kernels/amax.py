@@ -19,7 +19,7 @@ from fp4_kernels.arith import bits_of, float_of, max_nan, widen
 from fp4_kernels.device import has_fast_casts
 from fp4_kernels.launch import launch
 from fp4_kernels.quantize_kernel import load_tile
-from fp4_kernels.rotation import finish, hadamard_columns, hadamard_tokens
+from fp4_kernels.rotation import finish, hadamard_columns, hadamard_tokens, split16
 from fp4_kernels.spec import sign_words
 
 # Tokens / 16 and columns of a tile, warps of a program, and its tiles: for one amax, for two, for those of
@@ -78,17 +78,61 @@ def _column_peak(xs, lo, hi, ROTATION: tl.constexpr, SIGNS: tl.constexpr, FAST: 
     for i in tl.static_range(16):
         vs = vs + (widen(xs[i], FAST),)
     if ROTATION == 16:
-        # of the last stage's a + b and a - b the larger magnitude is |a| + |b|, whatever is rounded
-        hs = hadamard_tokens(vs, lo, hi, ROTATION, SIGNS, False, 3)
-        vs = ()
-        for i in tl.static_range(8):
-            vs = vs + (tl.abs(hs[i]) + tl.abs(hs[i + 8]),)
-    elif ROTATION > 0:
-        vs = hadamard_tokens(vs, lo, hi, ROTATION, SIGNS, False)
-    peak = tl.abs(vs[0])
-    for i in tl.static_range(1, len(vs)):
-        peak = max_nan(peak, tl.abs(vs[i]))
-    return peak
+        return _peak16(vs, lo, hi, SIGNS)
+    else:
+        if ROTATION > 0:
+            vs = hadamard_tokens(vs, lo, hi, ROTATION, SIGNS, False)
+        peak = tl.abs(vs[0])
+        for i in tl.static_range(1, len(vs)):
+            peak = max_nan(peak, tl.abs(vs[i]))
+        return peak
+
+
+@triton.jit
+def _peak16(vs, lo, hi, SIGNS: tl.constexpr):
+    """The largest magnitude of sixteen fp32 tensors after a rotation of 16 over the tuple.
+
+    Of the last stage's a + b and a - b the larger magnitude is |a| + |b|, whatever is rounded.
+    """
+    hs = hadamard_tokens(vs, lo, hi, 16, SIGNS, False, 3)
+    peak = bits_of(tl.abs(hs[0]) + tl.abs(hs[8]))
+    for i in tl.static_range(1, 8):
+        peak = tl.maximum(peak, bits_of(tl.abs(hs[i]) + tl.abs(hs[i + 8])))
+    return float_of(peak)
+
+
+@triton.jit
+def _load_blocks(
+    x_ptr, stride, m0, n0, R, C, BM: tl.constexpr, NB: tl.constexpr, EVEN: tl.constexpr
+):
+    """The lower and the upper eight columns [BM, NB, 8] of NB blocks of BM tokens; zeros outside."""
+    m = m0 + tl.arange(0, BM)[:, None, None]
+    n = n0 + tl.arange(0, NB)[None, :, None] * 16 + tl.arange(0, 8)[None, None, :]
+    offset = m.to(tl.int64) * stride + n
+    if EVEN:
+        return tl.load(x_ptr + offset), tl.load(x_ptr + offset + 8)
+    else:
+        inside = (m < R) & (n < C)
+        lower = tl.load(x_ptr + offset, mask=inside, other=0.0)
+        return lower, tl.load(x_ptr + offset + 8, mask=inside, other=0.0)
+
+
+@triton.jit
+def _block_rows(
+    x_ptr, stride, m0, n0, R, C, row_ptr, lo, hi,
+    SIGNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
+    EVEN: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Amax of BM rows rotated by 16, over STEPS tiles. A thread takes whole blocks of columns."""
+    row = tl.zeros([BM, BN // 16], tl.int32)
+    for step in tl.static_range(STEPS):
+        n = n0 + step * BN
+        lower, upper = _load_blocks(x_ptr, stride, m0, n, R, C, BM, BN // 16, EVEN)
+        vs = split16(widen(lower, FAST), widen(upper, FAST))
+        row = tl.maximum(row, bits_of(_peak16(vs, lo, hi, SIGNS)))
+    m = m0 + tl.arange(0, BM)
+    found = bits_of(_finish_bits(tl.max(row, axis=1), 16))
+    tl.atomic_max(row_ptr + m, found, mask=m < R, sem="relaxed")
 
 
 @triton.jit
@@ -156,13 +200,17 @@ def line_amax_kernel(
 ):  # fmt: skip
     """Amax of every row of both copies, as fp32 bits in int32 buffers that start as zeros.
 
-    A program takes STEPS tiles beside each other, so that threads meet once for all of their rows.
+    A program takes STEPS tiles beside each other, so that threads meet once for all of their rows. Rows
+    rotated by 16 are read a second time, from the cache, as threads that own whole blocks of columns.
     """
+    BLOCKS: tl.constexpr = ROW and ROW_ROTATION == 16
+    first = tl.program_id(0) * STEPS * BN
     m0 = tl.program_id(1) * (TB * 16)
     for step in tl.static_range(STEPS):
-        n0 = (tl.program_id(0) * STEPS + step) * BN
-        xs = load_tile(x_ptr, stride, m0, n0, R, C, TB, BN, EVEN)
-        if ROW:
+        n0 = first + step * BN
+        if COL or not BLOCKS:
+            xs = load_tile(x_ptr, stride, m0, n0, R, C, TB, BN, EVEN)
+        if ROW and not BLOCKS:
             if step == 0:
                 zero = _first(xs, ROW_ROTATION, FAST)
                 peaks = (zero, zero, zero, zero, zero, zero, zero, zero)
@@ -173,7 +221,12 @@ def line_amax_kernel(
             col = _finish_bits(tl.max(_magnitude(col), axis=0), COL_ROTATION)
             n = n0 + tl.arange(0, BN)
             tl.atomic_max(col_ptr + n, bits_of(col), mask=n < C, sem="relaxed")
-    if ROW:
+    if BLOCKS:
+        _block_rows(
+            x_ptr, stride, m0, first, R, C, row_ptr, row_lo, row_hi,
+            ROW_SIGNS, TB * 16, BN, STEPS, EVEN, FAST,
+        )  # fmt: skip
+    elif ROW:
         for i in tl.static_range(16):
             m = m0 + tl.arange(0, TB)[:, None] * 16 + i
             row = tl.max(_magnitude(peaks[i]), axis=1, keep_dims=True)
