@@ -23,10 +23,11 @@ from fp4_kernels.rotation import finish, hadamard_columns, hadamard_tokens, spli
 from fp4_kernels.spec import sign_words
 
 # Tokens / 16 and columns of a tile, warps of a program, and its tiles: for one amax, for two, for those of
-# all rows and columns. The best of four to six measured on an H100.
+# all rows and columns. The best of four to six measured on an H100 (BLOCK_TILE: of four, H200).
 TILE = (16, 128, 8, 1)
 PAIR_TILE = (8, 128, 4, 1)
 LINE_TILE = (4, 128, 4, 2)
+BLOCK_TILE = (4, 64, 1, 1)  # where rows are rotated by 16: threads own blocks
 _SIGNS = ("row_lo", "row_hi", "col_lo", "col_hi")
 
 
@@ -72,13 +73,16 @@ def _first(xs, ROTATION: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def _column_peak(xs, lo, hi, ROTATION: tl.constexpr, SIGNS: tl.constexpr, FAST: tl.constexpr):
+def _column_peak(
+    xs, lo, hi, ROTATION: tl.constexpr, SIGNS: tl.constexpr, INTEGERS: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
     """Magnitudes fp32 [TB, BN]: the maximum over the sixteen tensors rotated along the tokens."""
     vs = ()
     for i in tl.static_range(16):
         vs = vs + (widen(xs[i], FAST),)
     if ROTATION == 16:
-        return _peak16(vs, lo, hi, SIGNS)
+        return _peak16(vs, lo, hi, SIGNS, INTEGERS)
     else:
         if ROTATION > 0:
             vs = hadamard_tokens(vs, lo, hi, ROTATION, SIGNS, False)
@@ -89,16 +93,21 @@ def _column_peak(xs, lo, hi, ROTATION: tl.constexpr, SIGNS: tl.constexpr, FAST: 
 
 
 @triton.jit
-def _peak16(vs, lo, hi, SIGNS: tl.constexpr):
+def _peak16(vs, lo, hi, SIGNS: tl.constexpr, INTEGERS: tl.constexpr):
     """The largest magnitude of sixteen fp32 tensors after a rotation of 16 over the tuple.
 
     Of the last stage's a + b and a - b the larger magnitude is |a| + |b|, whatever is rounded.
+    INTEGERS: compared by their bits, three at a time: fewer instructions and more registers.
     """
     hs = hadamard_tokens(vs, lo, hi, 16, SIGNS, False, 3)
-    peak = bits_of(tl.abs(hs[0]) + tl.abs(hs[8]))
+    peak = tl.abs(hs[0]) + tl.abs(hs[8])
     for i in tl.static_range(1, 8):
-        peak = tl.maximum(peak, bits_of(tl.abs(hs[i]) + tl.abs(hs[i + 8])))
-    return float_of(peak)
+        other = tl.abs(hs[i]) + tl.abs(hs[i + 8])
+        if INTEGERS:  # noqa: SIM108 (a branch of the compiler's, not a choice of values)
+            peak = float_of(tl.maximum(bits_of(peak), bits_of(other)))
+        else:
+            peak = max_nan(peak, other)
+    return peak
 
 
 @triton.jit
@@ -129,7 +138,7 @@ def _block_rows(
         n = n0 + step * BN
         lower, upper = _load_blocks(x_ptr, stride, m0, n, R, C, BM, BN // 16, EVEN)
         vs = split16(widen(lower, FAST), widen(upper, FAST))
-        row = tl.maximum(row, bits_of(_peak16(vs, lo, hi, SIGNS)))
+        row = tl.maximum(row, bits_of(_peak16(vs, lo, hi, SIGNS, True)))
     m = m0 + tl.arange(0, BM)
     found = bits_of(_finish_bits(tl.max(row, axis=1), 16))
     tl.atomic_max(row_ptr + m, found, mask=m < R, sem="relaxed")
@@ -173,7 +182,7 @@ def amax_kernel(
                 peak = one[0]
             row = tl.maximum(row, _magnitude(peak))
         if COL:
-            peak_c = _column_peak(xs, col_lo, col_hi, COL_ROTATION, COL_SIGNS, FAST)
+            peak_c = _column_peak(xs, col_lo, col_hi, COL_ROTATION, COL_SIGNS, False, FAST)
             col = tl.maximum(col, _magnitude(peak_c))
     if ROW:
         tl.atomic_max(work_ptr + 1, tl.max(tl.max(row, axis=1), axis=0), sem="relaxed")
@@ -217,7 +226,7 @@ def line_amax_kernel(
                 peaks = peaks + peaks
             peaks = _row_peaks(peaks, xs, row_lo, row_hi, ROW_ROTATION, ROW_SIGNS, FAST)
         if COL:
-            col = _column_peak(xs, col_lo, col_hi, COL_ROTATION, COL_SIGNS, FAST)
+            col = _column_peak(xs, col_lo, col_hi, COL_ROTATION, COL_SIGNS, True, FAST)
             col = _finish_bits(tl.max(_magnitude(col), axis=0), COL_ROTATION)
             n = n0 + tl.arange(0, BN)
             tl.atomic_max(col_ptr + n, bits_of(col), mask=n < C, sem="relaxed")
@@ -309,9 +318,11 @@ def line_amax(
         c, r = line_amax(x.t(), row=col, col=row, tile=tile)
         return r, c
     if tile is None:
-        # a rotation along the columns wants eight of them in a thread, one of 128 tokens that many
-        rotated = (row and row[0]) or (col and col[0] > 64)
-        tile = PAIR_TILE if rotated else LINE_TILE
+        by_row, by_col = row[0] if row else 0, col[0] if col else 0
+        tile = BLOCK_TILE if by_row == 16 else LINE_TILE
+        if by_row > 16 or by_col > 64:
+            # a wide rotation along the columns wants eight of them in a thread, one of 128 tokens that many
+            tile = PAIR_TILE
     rows, cols = x.shape
     buffer = torch.zeros(rows + cols, dtype=torch.int32, device=x.device)
     grid, signs, constants = _arguments(x, row, col, tile)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreted import COPIES, E4M3_CASES, INPUTS, check_copy, check_e4m3
+from interpreted import (
+    COPIES,
+    E4M3_CASES,
+    INPUTS,
+    LINE_CASES,
+    check_copy,
+    check_e4m3,
+    check_line_amax,
+    line_case,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -23,3 +32,8 @@ def test_unusual_inputs_equal_the_reference(name: str, kind: str) -> None:
 @pytest.mark.parametrize("case", E4M3_CASES)
 def test_mxfp4_in_e4m3_is_exact_or_counted(case: str) -> None:
     assert check_e4m3(*case.split()[1:], device="cuda") == []
+
+
+@pytest.mark.parametrize("case", LINE_CASES)
+def test_amaxes_of_rotated_rows_and_columns(case: str) -> None:
+    assert check_line_amax(*line_case(case), device="cuda") == []

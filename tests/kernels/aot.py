@@ -70,6 +70,12 @@ def kernels(target: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any],
             measured,
             options,
         ),
+        "line_amax, both rotated": (
+            amax.line_amax_kernel,
+            x | {"row_ptr": "*i32", "col_ptr": "*i32"} | signs,
+            measured | dict(ROW_ROTATION=16, COL_SIGNS=False, TB=4, BN=64, STEPS=1),
+            options | dict(num_warps=1),
+        ),
         "unpack": (
             unpack.unpack_kernel,
             {"codes_ptr": "*i32", "scales_ptr": "*u8", "out_ptr": "*bf16", "R": "i32", "C": "i32"},

@@ -53,6 +53,7 @@ COPIES: dict[str, Copy] = {
 # What is unusual in an input. Those but plain also check exact values and unpacking.
 INPUTS = ("plain", "huge", "tiny", "zero", "nan", "inf")
 BLOCK_GEMMS = ("block gemm 1d store", "block gemm 1d add", "block gemm 2d store")
+LINE_CASES = ("line amax plain", "line amax plain signed", "line amax nan")
 E4M3_CASES = ("e4m3 near", "e4m3 far", "e4m3 near 2d", "e4m3 far 2d")
 
 
@@ -174,6 +175,20 @@ def check_e4m3(spread: str, block: str = "1d", *, device: str = "cpu") -> list[s
     return bad
 
 
+def check_line_amax(kind: str, signed: str, *, device: str = "cpu") -> list[str]:
+    """The largest magnitude of every row and column, both rotated by 16; edges that hang over tiles."""
+    x = sample(kind, (80, 144), 4).to(device)
+    signs = numerics.signs_te() if signed == "signed" else None
+    got = amax_kernels.line_amax(x, row=(16, signs), col=(16, signs))
+    turn = None if signs is None else torch.tensor(signs, device=device)
+    bad = []
+    for name, source, found in zip(("row", "col"), (x, x.t()), got, strict=True):
+        turned = numerics.rotate(source.float().contiguous(), size=16, signs=turn)
+        want = turned.abs().amax(dim=1)  # NaN where one is in the row
+        bad += differ(name, found, want.masked_fill(turned.isnan().any(dim=1), torch.nan))
+    return bad
+
+
 def check_native(accumulate: bool, format_: str = "mxfp4") -> list[str]:
     """The block-scaled GEMM, mxfp4, mxfp8 (the interpreter reads E4M3 scales as E8M0), odd edges."""
     spec = numerics.QuantSpec(format_)
@@ -236,6 +251,12 @@ def check_block_linear() -> list[str]:
     return bad
 
 
+def line_case(name: str) -> tuple[str, str]:
+    """(kind of input, signed or nothing) of one of LINE_CASES."""
+    kind, *signed = name.split()[2:]
+    return kind, "".join(signed)
+
+
 def cases() -> dict[str, Callable[[], list[str]]]:
     found = {f"{c} {k}": partial(check_copy, COPIES[c], k) for c in COPIES for k in ("plain",)}
     some = ("nvfp4 default", "mxfp4 rceil")
@@ -243,6 +264,7 @@ def cases() -> dict[str, Callable[[], list[str]]]:
     rare = (("nvfp4 2d", "tiny"), ("mxfp8 rceil", "nan"), ("fp8_e4m3 tensor", "inf"))
     found |= {f"{c} {k}": partial(check_copy, COPIES[c], k) for c, k in rare}
     found |= {name: partial(check_e4m3, *name.split()[1:]) for name in E4M3_CASES}
+    found |= {name: partial(check_line_amax, *line_case(name)) for name in LINE_CASES}
     found["block linear"] = check_block_linear
     found |= {name: partial(check_block_gemm, *name.split()[2:]) for name in BLOCK_GEMMS}
     found["native mxfp8"] = partial(check_native, False, "mxfp8")
