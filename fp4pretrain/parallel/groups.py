@@ -7,6 +7,7 @@ started by plain ``python`` is a world of one.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -74,6 +75,7 @@ def join(
     The layout must fit ``world_size()``: that is checked while composing.
     """
     _die_with_launcher()
+    gc.collect()  # what is left of an earlier run in this process holds its groups, and their threads
     if device.type == "cpu":
         from fp4pretrain.parallel.bridge import run_on_cpu
 
