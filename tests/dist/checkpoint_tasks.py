@@ -5,31 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from started import started
 
-from fp4pretrain.config import compose
-from fp4pretrain.model.layout import check_layout
-from fp4pretrain.parallel.groups import join
 from fp4pretrain.train import checkpoint
 from fp4pretrain.train.checkpoint import loading, saving
 from fp4pretrain.train.checkpoint.files import Damaged
 from fp4pretrain.train.step import train_step
-from fp4pretrain.train.trainer import Trainer, build_trainer
-
-
-def started(overrides: list[str], device: str) -> Trainer:
-    config = compose(overrides)
-    layout = check_layout(config, dist.get_world_size())
-    p = config.parallel
-    world = join(
-        device=torch.device(device),
-        tensor=p.tensor,
-        pipeline=p.pipeline,
-        virtual_pipeline=p.virtual_pipeline,
-        seed=config.seed,
-    )
-    return build_trainer(config, world, layout)
+from fp4pretrain.train.trainer import Trainer
 
 
 def steps_of(trainer: Trainer, steps: int) -> list[dict[str, Any]]:

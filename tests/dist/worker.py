@@ -21,29 +21,19 @@ warnings.filterwarnings("ignore")
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from started import started
 
 from fp4pretrain.config import compose
 from fp4pretrain.errors import UserError
-from fp4pretrain.model.layout import check_layout
-from fp4pretrain.parallel.groups import join, leave
+from fp4pretrain.parallel.groups import leave
 from fp4pretrain.train.main import train
 from fp4pretrain.train.step import train_step
-from fp4pretrain.train.trainer import Trainer, build_trainer, unwrapped
+from fp4pretrain.train.trainer import Trainer, unwrapped
 
 
 def first_steps(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
     """Loss and grad norm of the first steps; whole gradients of each step go to ``out``."""
-    config = compose(overrides)
-    layout = check_layout(config, dist.get_world_size())
-    p = config.parallel
-    world = join(
-        device=torch.device(device),
-        tensor=p.tensor,
-        pipeline=p.pipeline,
-        virtual_pipeline=p.virtual_pipeline,
-        seed=config.seed,
-    )
-    trainer = build_trainer(config, world, layout)
+    trainer = started(overrides, device)
     update = trainer.optimizer.step
     gradients: dict[str, torch.Tensor] = {}
 
@@ -59,7 +49,7 @@ def first_steps(overrides: list[str], out: str, *, steps: int, device: str) -> d
         trainer.binding.apply(trainer.progress)
         rows.append(train_step(trainer, iterators))
         tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-        if tensor_rank == 0 and world.data_rank == 0:
+        if tensor_rank == 0 and trainer.world.data_rank == 0:
             stage = parallel_state.get_pipeline_model_parallel_rank()
             torch.save(dict(gradients), Path(out) / f"step{step}_stage{stage}.pt")
     return {"rows": rows}

@@ -1,0 +1,26 @@
+"""A trainer on the groups of a test's ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from fp4pretrain.config import compose
+from fp4pretrain.model.layout import check_layout
+from fp4pretrain.parallel.groups import join
+from fp4pretrain.train.trainer import Trainer, build_trainer
+
+
+def started(overrides: list[str], device: str) -> Trainer:
+    """Built from a run's overrides; every rank calls it."""
+    config = compose(overrides)
+    layout = check_layout(config, dist.get_world_size())
+    p = config.parallel
+    world = join(
+        device=torch.device(device),
+        tensor=p.tensor,
+        pipeline=p.pipeline,
+        virtual_pipeline=p.virtual_pipeline,
+        seed=config.seed,
+    )
+    return build_trainer(config, world, layout)
