@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import wandb
+from wandb_log import not_recorded
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.observe import WandbSink, stored_run_id
@@ -24,18 +24,6 @@ def _no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
 
 
-def _not_recorded(run_dir: Path, *texts: bytes) -> list[bytes]:
-    """Which texts wandb has not written to its transaction logs. Its process writes after ``finish``
-    has returned, late on a busy machine."""
-    deadline = time.monotonic() + 30
-    while True:
-        record = b"".join(path.read_bytes() for path in sorted(run_dir.glob("wandb/*/*.wandb")))
-        missing = [text for text in texts if text not in record]
-        if not missing or time.monotonic() > deadline:
-            return missing
-        time.sleep(0.1)
-
-
 def test_offline_records_config_rows_and_the_token_axis(tmp_path: Path) -> None:
     sink = WandbSink(CONFIG, tmp_path, mode="auto", project="fp4", tags=["a"], name="one")
     sink.write({"event": "train", "step": 1, "tokens": 777, "loss": 4.125})
@@ -43,7 +31,7 @@ def test_offline_records_config_rows_and_the_token_axis(tmp_path: Path) -> None:
     sink.close()
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
     texts = (b"nvfp4", b"1234", b"tokens", b"777", b"4.125", b"val_loss", b"4.25")
-    assert _not_recorded(tmp_path, *texts) == []
+    assert not_recorded(tmp_path, *texts) == []
 
 
 class _Recorder:
@@ -98,7 +86,7 @@ def test_the_real_package_takes_events(tmp_path: Path) -> None:
     sink = WandbSink(CONFIG, tmp_path, mode="offline")
     sink.write({"event": "skipped", "step": 3, "tokens": 5, "count": 1, "reason": "loss"})
     sink.close()
-    assert _not_recorded(tmp_path, b"events/skipped") == []
+    assert not_recorded(tmp_path, b"events/skipped") == []
 
 
 def test_an_offline_run_ends_with_one_line_that_says_how_to_upload_it(
@@ -165,7 +153,7 @@ def test_an_unreachable_server_is_said_and_the_run_goes_on_offline(
     sink.write({"event": "train", "step": 1, "tokens": 1, "loss": 3.0625})
     sink.close()
     assert "not reachable (no route to host)" in capsys.readouterr().out
-    assert _not_recorded(tmp_path, b"3.0625") == []
+    assert not_recorded(tmp_path, b"3.0625") == []
 
 
 @pytest.mark.parametrize(
