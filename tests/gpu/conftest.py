@@ -11,7 +11,7 @@ from ranks import Ranks
 
 @pytest.fixture(scope="session")
 def gpu_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available():  # nothing is hidden: without a GPU there is nothing to hold
         pytest.skip("needs a CUDA device; the same laws run on gloo in the ordinary suite")
     pool = Ranks(tmp_path_factory.mktemp("ranks"), device="cuda")
     yield pool

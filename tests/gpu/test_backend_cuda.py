@@ -39,7 +39,7 @@ def test_mxfp4_in_exact_bf16_too(name: str) -> None:
 @pytest.mark.parametrize("case", BLOCK_GEMMS)
 def test_the_gemm_in_blocks_of_128(case: str) -> None:
     if torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("no FP8 tensor cores")
+        pytest.skip("no FP8 tensor cores")  # Ampere: Triton has no FP8 product to test there
     assert check_block_gemm(*case.split()[2:], device="cuda") == []
 
 
@@ -47,6 +47,7 @@ def test_the_gemm_in_blocks_of_128(case: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cublaslt_and_triton_agree_on_blocks_of_128(block: str, dtype: torch.dtype) -> None:
     if not blocks_by_cublaslt(torch.device("cuda", 0)):
+        # Hopper with CUDA 12.9 alone has it; the Triton GEMM has its own law above, without a skip.
         pytest.skip("cuBLASLt does not multiply FP8 in blocks of 128 here")
     g = torch.Generator("cuda").manual_seed(2)
     a, b = (
@@ -76,7 +77,7 @@ def test_native_products_are_the_reference_s(name: str) -> None:
     reasons = refusals(native, recipe, device)
     if reasons:
         assert torch.cuda.get_device_capability()[0] not in (10, 12), reasons
-        pytest.skip(reasons[0])
+        pytest.skip(reasons[0])  # no such instruction: with one, the line above fails
     casts = casts_of(recipe)
     g = torch.Generator("cuda").manual_seed(3)
     x, w = (torch.randn(n, 256, device=device, generator=g).bfloat16() for n in (512, 384))
@@ -95,7 +96,7 @@ def test_native_products_are_the_reference_s(name: str) -> None:
 
 def test_hopper_has_no_block_scaled_instruction() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("a law of Hopper")
+        pytest.skip("a law of Hopper")  # elsewhere the products are held to the reference above
     for format_ in ("nvfp4", "mxfp4", "mxfp8"):
         spec = QuantSpec(format_)
         reason = NativeBackend().why_not(Fprop(spec, spec), torch.device("cuda", 0))
