@@ -80,9 +80,10 @@ else
   where+=(--rdzv-conf "is_host=$((node_rank == 0))${RDZV_CONF:+,$RDZV_CONF}")
 fi
 where+=(${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"})
-if [[ "${where[*]}" != *--master-addr* ]]; then
+if [[ "$nnodes" != 1 && "${where[*]}" != *--master-addr* ]]; then
   # torchrun's own store outlives a restart, but the processes take it for a new one: they would look
-  # for each other where the processes before them were (torch 2.9 to 2.13). So each round makes its own.
+  # for each other where the processes before them were (torch 2.13). So each start makes its own, at
+  # a port that torchrun chooses; should another program take it first, that start fails and counts.
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
 fi
 

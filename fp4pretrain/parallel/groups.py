@@ -89,11 +89,8 @@ def join(
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "nccl"
         bind: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **bind)
-        else:
-            store = dist.HashStore()
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, **bind)
+        timeout = timedelta(minutes=timeout_minutes)
+        dist.init_process_group(backend, timeout=timeout, **_meeting_place(timeout), **bind)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
@@ -111,6 +108,30 @@ def join(
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def _meeting_place(timeout: timedelta) -> dict[str, Any]:
+    """Where the ranks find each other, as arguments of ``init_process_group``; none: torch's own way.
+
+    On one node that is the store of torchrun, which listens before and after every start. Torch's
+    ranks would use it too, but read there where those of the start before were (2.13); and a port
+    that is only chosen for rank 0, seconds before it opens it, may be taken by then.
+    """
+    environment = os.environ
+    if "RANK" not in environment:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    # The nodes of several do not count their starts alike.
+    one_node = environment.get("GROUP_WORLD_SIZE") == "1"
+    if not one_node or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    start = f"start_{environment['TORCHELASTIC_RESTART_COUNT']}"
+    return {
+        "store": dist.PrefixStore(start, store),
+        "rank": int(environment["RANK"]),
+        "world_size": world_size(),
+    }
 
 
 def _die_with_launcher() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from ports import free_port
 from records import TIMING, curve, weights
 
 SMALL = (
@@ -235,9 +235,7 @@ def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stacks(tmp_path: Path) 
     """Rank 1 stands still, rank 0 waits for it in a collective: both say where, and both end."""
     run = tmp_path / "run"
     overrides = [*SMALL, "train.steps=4", "guard.hang_timeout=5", f"run_dir={run}"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = []
     for rank in (0, 1):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}

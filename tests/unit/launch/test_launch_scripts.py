@@ -10,13 +10,13 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 LAUNCH = Path(__file__).resolve().parents[3] / "launch"
 TAIL = ["-m", "fp4pretrain", "train", "model=tiny", "train.steps=3"]
@@ -252,14 +252,11 @@ def test_two_nodes_make_one_world(tmp_path: Path) -> None:
     (tmp_path / "fp4pretrain" / "__main__.py").write_text(FAKE_PACKAGE)
     report = tmp_path / "report"
     report.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     shared = {
         "NNODES": "2",
         "NPROC_PER_NODE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(free_port()),
         "PYTHONPATH": str(tmp_path),
         "REPORT": str(report),
     }
