@@ -61,7 +61,7 @@ class Node:
         lost = self.processes(command)
         for process in lost:
             os.kill(process, signal.SIGKILL)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while self.processes():
             assert time.monotonic() < deadline, f"{self.processes()} outlive {command!r}"
             time.sleep(0.02)

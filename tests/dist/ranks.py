@@ -54,7 +54,7 @@ class Ranks:
             assert process.stdin is not None
             process.stdin.close()
         for process in self._processes:
-            process.wait(timeout=30)
+            process.wait(timeout=_PATIENCE)
 
     def _start(self) -> subprocess.Popen:
         root = Path(__file__).parents[2]

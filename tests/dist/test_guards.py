@@ -248,7 +248,7 @@ def test_a_rank_that_hangs_ends_the_run_with_every_ranks_stacks(tmp_path: Path) 
             )
         )
     try:
-        said = [process.communicate(timeout=150)[1] for process in ranks]
+        said = [process.communicate(timeout=600)[1] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

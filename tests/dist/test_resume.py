@@ -77,7 +77,7 @@ def test_a_signal_saves_and_the_run_goes_on(ranks, tmp_path: Path, number: int) 
     while process.poll() is None and not (metrics.exists() and len(curve(stopped)) > 2):
         time.sleep(0.02)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 0
     assert "continue with resume=auto" in said
     assert 2 < len(curve(stopped)) < len(curve(whole))

@@ -37,7 +37,7 @@ def ask() -> Iterator[Callable[[str], list[str]]]:
 
     yield answer
     stdin.close()
-    worker.wait(timeout=30)
+    worker.wait(timeout=300)
 
 
 # Two groups: two of pytest's workers have an interpreter each.
