@@ -20,6 +20,7 @@ from fp4_kernels.device import has_fast_casts
 from fp4_kernels.launch import launch
 from fp4_kernels.quantize_kernel import load_tile
 from fp4_kernels.rotation import finish, hadamard_columns, hadamard_tokens, split16
+from fp4_kernels.row_copy import load_blocks
 from fp4_kernels.spec import sign_words
 
 # Tokens / 16 and columns of a tile, warps of a program, and its tiles: for one amax, for two, for those of
@@ -111,22 +112,6 @@ def _peak16(vs, lo, hi, SIGNS: tl.constexpr, INTEGERS: tl.constexpr):
 
 
 @triton.jit
-def _load_blocks(
-    x_ptr, stride, m0, n0, R, C, BM: tl.constexpr, NB: tl.constexpr, EVEN: tl.constexpr
-):
-    """The lower and the upper eight columns [BM, NB, 8] of NB blocks of BM tokens; zeros outside."""
-    m = m0 + tl.arange(0, BM)[:, None, None]
-    n = n0 + tl.arange(0, NB)[None, :, None] * 16 + tl.arange(0, 8)[None, None, :]
-    offset = m.to(tl.int64) * stride + n
-    if EVEN:
-        return tl.load(x_ptr + offset), tl.load(x_ptr + offset + 8)
-    else:
-        inside = (m < R) & (n < C)
-        lower = tl.load(x_ptr + offset, mask=inside, other=0.0)
-        return lower, tl.load(x_ptr + offset + 8, mask=inside, other=0.0)
-
-
-@triton.jit
 def _block_rows(
     x_ptr, stride, m0, n0, R, C, row_ptr, lo, hi,
     SIGNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
@@ -136,7 +121,7 @@ def _block_rows(
     row = tl.zeros([BM, BN // 16], tl.int32)
     for step in tl.static_range(STEPS):
         n = n0 + step * BN
-        lower, upper = _load_blocks(x_ptr, stride, m0, n, R, C, BM, BN // 16, EVEN)
+        lower, upper = load_blocks(x_ptr, stride, m0, (m0, n, R, C), BM, BN // 16, EVEN)
         vs = split16(widen(lower, FAST), widen(upper, FAST))
         row = tl.maximum(row, bits_of(_peak16(vs, lo, hi, SIGNS, True)))
     m = m0 + tl.arange(0, BM)

@@ -58,12 +58,7 @@ def add_noise_byte(z, word, BYTE: tl.constexpr, FAST: tl.constexpr):
                 "{ .reg .b32 t; prmt.b32 t, $2, 0x80, 0x7734; mad.lo.s32 $0, t, 64, $1; }"
             )
         return tl.inline_asm_elementwise(
-            ASM,
-            "=r,r,r",
-            [z, word],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
+            ASM, "=r,r,r", [z, word], dtype=tl.int32, is_pure=True, pack=1
         )
     else:
         return z + ((((word >> (8 * BYTE)) & 0xFF) << 14) | 0x2000).to(tl.int32)

@@ -36,7 +36,7 @@ PART = tl.constexpr(2048)
 
 
 @triton.jit
-def _load(x_ptr, stride, m0, geo, BM: tl.constexpr, NB: tl.constexpr, EVEN: tl.constexpr):
+def load_blocks(x_ptr, stride, m0, geo, BM: tl.constexpr, NB: tl.constexpr, EVEN: tl.constexpr):
     """The lower and the upper eight columns [BM, NB, 8] of NB blocks of BM tokens; zeros outside."""
     _, n0, R, C = geo
     m = m0 + tl.arange(0, BM)[:, None, None]
@@ -108,6 +108,15 @@ def _store_words(ws, m0, geo, out_ptr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _scaled(halves, m0, geo, ptr, scales_t, signs, CFG: tl.constexpr, FAST: tl.constexpr):
+    """Tokens [BM, 1] of a part, their amaxes, their values, and what ``block_scales`` returns."""
+    m = m0 + tl.arange(0, halves[0].shape[0])[:, None]
+    amax_row = _amax_row(m, geo[2], scales_t, ptr, CFG)
+    vs = _values(halves, signs, CFG, FAST)
+    return m, amax_row, vs, block_scales(vs, amax_row, scales_t, 1, CFG, FAST)
+
+
+@triton.jit
 def _part(
     halves, m0, geo, ptr, scales_t, noise, signs,
     CFG: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
@@ -115,14 +124,11 @@ def _part(
     """Quantize one part. Returns int32 [BM, NB] of ``far_blocks`` (OUT e4m3)."""
     BM: tl.constexpr = halves[0].shape[0]
     NB: tl.constexpr = halves[0].shape[1]
-    _, n0, R, C = geo
-    m = m0 + tl.arange(0, BM)[:, None]
-    amax_row = _amax_row(m, R, scales_t, ptr, CFG)
-    vs = _values(halves, signs, CFG, FAST)
-    amax_b, stored, decode, encode = block_scales(vs, amax_row, scales_t, 1, CFG, FAST)
+    m, amax_row, vs, scales = _scaled(halves, m0, geo, ptr, scales_t, signs, CFG, FAST)
+    amax_b, stored, decode, encode = scales
     _store_scales(stored, amax_row, m0, geo, ptr, CFG, EVEN)
     tile = (to_tile(stored, 1, CFG), to_tile(decode, 1, CFG), to_tile(encode, 1, CFG))
-    words = noise_words(m, n0 // 16 + tl.arange(0, NB)[None, :], noise, tile[0], CFG)
+    words = noise_words(m, geo[1] // 16 + tl.arange(0, NB)[None, :], noise, tile[0], CFG)
     _store_words(output_words(vs, words, tile, amax_row, CFG, FAST), m0, geo, ptr[0], EVEN)
     if CFG[OUT] == "e4m3":
         return far_blocks(to_tile(amax_b, 1, CFG), tile[0], amax_row, CFG)
@@ -133,15 +139,11 @@ def _part(
 @triton.jit
 def _count(halves, m0, geo, ptr, scales_t, noise, signs, CFG: tl.constexpr, FAST: tl.constexpr):
     """Add the number of elements of a part that E4M3 could not hold."""
-    BM: tl.constexpr = halves[0].shape[0]
     NB: tl.constexpr = halves[0].shape[1]
-    _, n0, R, C = geo
-    m = m0 + tl.arange(0, BM)[:, None]
-    amax_row = _amax_row(m, R, scales_t, ptr, CFG)
-    vs = _values(halves, signs, CFG, FAST)
-    _, stored, _, encode = block_scales(vs, amax_row, scales_t, 1, CFG, FAST)
+    m, amax_row, vs, scales = _scaled(halves, m0, geo, ptr, scales_t, signs, CFG, FAST)
+    _, stored, _, encode = scales
     stored = to_tile(stored, 1, CFG)
-    words = noise_words(m, n0 // 16 + tl.arange(0, NB)[None, :], noise, stored, CFG)
+    words = noise_words(m, geo[1] // 16 + tl.arange(0, NB)[None, :], noise, stored, CFG)
     lost = inexact(vs, words, to_tile(encode, 1, CFG), stored, amax_row, CFG, FAST)
     tl.atomic_add(ptr[3], tl.sum(tl.sum(lost, axis=1), axis=0))
 
@@ -161,13 +163,13 @@ def row_copy(
     far = tl.zeros([BM, NB], tl.int32)
     if LOOP:
         for s in range(0, TOKENS, BM):
-            halves = _load(x_ptr, stride, m0 + s, geo, BM, NB, EVEN)
+            halves = load_blocks(x_ptr, stride, m0 + s, geo, BM, NB, EVEN)
             new = _part(halves, m0 + s, geo, ptr, scales_t, noise, signs, CFG, EVEN, FAST)
             far = tl.maximum(far, new)
     else:
         parts = ()
         for s in tl.static_range(0, TOKENS, BM):
-            parts = parts + (_load(x_ptr, stride, m0 + s, geo, BM, NB, EVEN),)
+            parts = parts + (load_blocks(x_ptr, stride, m0 + s, geo, BM, NB, EVEN),)
         for s in tl.static_range(0, TOKENS, BM):
             new = _part(parts[s // BM], m0 + s, geo, ptr, scales_t, noise, signs, CFG, EVEN, FAST)
             far = tl.maximum(far, new)
@@ -175,5 +177,5 @@ def row_copy(
         worst = tl.max(tl.max(far, axis=1), axis=0)
         if worst > 0:
             for s in range(0, TOKENS, BM):
-                halves = _load(x_ptr, stride, m0 + s, geo, BM, NB, EVEN)
+                halves = load_blocks(x_ptr, stride, m0 + s, geo, BM, NB, EVEN)
                 _count(halves, m0 + s, geo, ptr, scales_t, noise, signs, CFG, FAST)
