@@ -24,7 +24,7 @@ LAYOUTS = {
 )
 def test_a_checkpoint_goes_on(gpu_ranks, source: str, target: str) -> None:
     if torch.cuda.device_count() < max(LAYOUTS[source][0], LAYOUTS[target][0]):
-        pytest.skip("needs 2 GPUs")
+        pytest.skip("needs 2 GPUs")  # the pair of one GPU runs; tests/dist holds all pairs on gloo
     size, parallel = LAYOUTS[source]
     saved = gpu_ranks.run("checkpoint_tasks.begin", [*RUN, *parallel], size=size, steps=STEPS)
     size, parallel = LAYOUTS[target]
