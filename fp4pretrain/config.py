@@ -337,8 +337,10 @@ def plan_of(config: RunConfig) -> Plan:
         return cls(**values | nested)
 
     def gemm(cls: type, node: Any, name: str) -> Any:
-        specs = {}
+        specs: dict[str, Any] = {"fast_accum": node.fast_accum}
         for f in dataclasses.fields(cls):
+            if f.name in specs:
+                continue
             kind = Rotation if f.name == "rotation" else QuantSpec
             try:
                 specs[f.name] = frozen(kind, getattr(node, f.name))

@@ -11,6 +11,7 @@ with wgrad, accumulation into the FP32 main gradient, frozen weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,12 @@ class QuantLinearFunction(torch.autograd.Function):
             call.backend, x_tk, x_casts, amax_group=call.group_for(call.casts.x_sharded)
         )
         w_fprop, w_dgrad = call.weights.operands(weight, call)
-        y_tn = call.backend.gemm(x_operands[0], w_fprop, out_dtype=x.dtype)
+        y_tn = call.backend.gemm(
+            x_operands[0],
+            w_fprop,
+            out_dtype=x.dtype,
+            fast_accum=call.casts.recipe.fprop.fast_accum,
+        )
         if bias is not None:
             y_tn += bias
         ctx.call, ctx.use_bias, ctx.x_shape = call, bias is not None, x.shape
@@ -89,7 +95,12 @@ class QuantLinearFunction(torch.autograd.Function):
         dx = dw = None
         reducing = None
         if need_dx:
-            dx_tk = call.backend.gemm(dy_operands[0], ctx.w_dgrad, out_dtype=ctx.x_dtype)
+            dx_tk = call.backend.gemm(
+                dy_operands[0],
+                ctx.w_dgrad,
+                out_dtype=ctx.x_dtype,
+                fast_accum=call.casts.recipe.dgrad.fast_accum,
+            )
             dx, reducing = _reduce(dx_tk, ctx.x_shape, call)
         if need_dw:
             wgrad_x = ctx.wgrad_x
@@ -102,7 +113,7 @@ class QuantLinearFunction(torch.autograd.Function):
                     [call.casts.wgrad_x],
                     amax_group=call.group_for(call.casts.x_sharded),
                 )
-            dw = _weight_gradient(weight, dy_operands[-1], wgrad_x, call.backend)
+            dw = _weight_gradient(weight, dy_operands[-1], wgrad_x, call)
         db = dy_tn.sum(dim=0) if ctx.use_bias else None
         if reducing is not None:
             reducing.wait()
@@ -132,19 +143,20 @@ def _reduce(dx_tk: torch.Tensor, x_shape: torch.Size, call: LinearCall) -> tuple
     return dx_tk.view(x_shape), handle
 
 
-def _weight_gradient(weight: Any, dy: Any, x: Any, backend: Backend) -> torch.Tensor | None:
+def _weight_gradient(weight: Any, dy: Any, x: Any, call: LinearCall) -> torch.Tensor | None:
     """dw [n, k]: added to ``weight.main_grad`` (FP32) where megatron-core's DDP made one.
 
     Then the returned gradient is a dummy that DDP knows not to add (``grad_added_to_main_grad``);
     autograd needs one to fire the hooks that start the gradient's reduction.
     """
+    multiply = partial(call.backend.gemm, dy, x, fast_accum=call.casts.recipe.wgrad.fast_accum)
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
-        return backend.gemm(dy, x, out_dtype=weight.dtype)
+        return multiply(out_dtype=weight.dtype)
     if main_grad.dtype == torch.float32:
-        backend.gemm(dy, x, out_dtype=torch.float32, accumulate_into=main_grad)
+        multiply(out_dtype=torch.float32, accumulate_into=main_grad)
     else:
-        main_grad.add_(backend.gemm(dy, x, out_dtype=main_grad.dtype))
+        main_grad.add_(multiply(out_dtype=main_grad.dtype))
     weight.grad_added_to_main_grad = True
     make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
     return make(weight)

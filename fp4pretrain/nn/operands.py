@@ -33,8 +33,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class LinearCasts:
-    """The six casts of one linear at one moment, and which tensors are shards."""
+    """The six casts of one linear at one moment, whose they are, and which tensors are shards."""
 
+    recipe: Recipe
     fprop_x: Cast
     fprop_w: Cast
     dgrad_dy: Cast
@@ -48,9 +49,9 @@ class LinearCasts:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """The casts of one linear as first made, and those that every moment draws anew."""
+    """The casts of one linear as first made (their recipe was found by its identity: they keep it
+    alive), and those that every moment draws anew."""
 
-    recipe: Recipe  # kept alive, since it was found by its identity
     casts: LinearCasts
     drawn: tuple[tuple[str, str, bool, bool], ...]  # GEMM, operand; has it noise, new signs
 
@@ -77,7 +78,7 @@ def linear_casts(
             (g, o, spec.stochastic, recipe.gemm(g).rotation.resample in ("step", "gemm"))
             for g, o, spec in recipe.operands()
         ]
-        _PREPARED[key] = _Prepared(recipe, casts, tuple(d for d in draws if d[2] or d[3]))
+        _PREPARED[key] = _Prepared(casts, tuple(d for d in draws if d[2] or d[3]))
         return casts
     if not prepared.drawn:
         return prepared.casts
@@ -115,6 +116,7 @@ def _linear_casts(
         )
 
     return LinearCasts(
+        recipe=recipe,
         fprop_x=cast("fprop", "x", transpose=False),
         fprop_w=cast("fprop", "w", transpose=False),
         dgrad_dy=cast("dgrad", "dy", transpose=False),

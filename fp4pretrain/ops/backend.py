@@ -101,8 +101,12 @@ class Backend(Protocol):
         *,
         out_dtype: torch.dtype,
         accumulate_into: torch.Tensor | None = None,
+        fast_accum: bool = False,
     ) -> torch.Tensor:
-        """a @ b.T as ``out_dtype``, or added in FP32 to ``accumulate_into``, which is returned."""
+        """a @ b.T as ``out_dtype``, or added in FP32 to ``accumulate_into``, which is returned.
+
+        ``fast_accum``: FP8 tensor cores may hold the sum in their own registers, about 14 bits wide.
+        """
 
     def counters(self, recipe: Recipe, device: torch.device) -> dict[str, int]:
         """What this process counted since it started, by the names of metrics rows.

@@ -70,10 +70,13 @@ class NativeBackend(TritonBackend):
         *,
         out_dtype: torch.dtype,
         accumulate_into: Tensor | None = None,
+        fast_accum: bool = False,
     ) -> Tensor:
-        """a @ b.T; see ``Backend.gemm``."""
+        """a @ b.T; see ``Backend.gemm``. FP4 tensor cores have one way of adding."""
         if a.scales is None or b.scales is None:
-            return super().gemm(a, b, out_dtype=out_dtype, accumulate_into=accumulate_into)
+            return super().gemm(
+                a, b, out_dtype=out_dtype, accumulate_into=accumulate_into, fast_accum=fast_accum
+            )
         alpha = product(a.alpha, b.alpha)
         if native_path(_format(a), a.data.device)[0] == "scaled_mm":
             return _by_scaled_mm(a, b, alpha, out_dtype=out_dtype, out=accumulate_into)

@@ -64,7 +64,9 @@ class ReferenceBackend:
         *,
         out_dtype: torch.dtype,
         accumulate_into: torch.Tensor | None = None,
+        fast_accum: bool = False,
     ) -> torch.Tensor:
+        """a @ b.T; see ``Backend.gemm``. Sums are FP32's whatever ``fast_accum`` allows."""
         out = _matmul_fp32(a.values, b.values)
         for alpha in (a.alpha, b.alpha):
             if alpha is not None:

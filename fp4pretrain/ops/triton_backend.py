@@ -75,8 +75,10 @@ class TritonBackend:
         if all(_in_blocks(s) for s in specs):
             by = "cuBLASLt" if blocks_by_cublaslt(device) else "Triton"
             return f"{family} e4m3/e5m2, scaled in blocks of 128 ({by})"
-        fp8 = all(self._in_fp8(spec, device) for spec in specs)
-        return f"{family} {'e4m3/e5m2' if fp8 else 'bf16'} (cuBLASLt)"
+        if not all(self._in_fp8(spec, device) for spec in specs):
+            return f"{family} bf16 (cuBLASLt)"
+        fast = ", fast accumulation" if gemm.fast_accum else ""
+        return f"{family} e4m3/e5m2{fast} (cuBLASLt)"
 
     def _why_not_specs(
         self, specs: list[QuantSpec], gemm: Gemm, device: torch.device
@@ -210,6 +212,7 @@ class TritonBackend:
         *,
         out_dtype: torch.dtype,
         accumulate_into: Tensor | None = None,
+        fast_accum: bool = False,
     ) -> Tensor:
         """a @ b.T; see ``Backend.gemm``."""
         return multiply(
@@ -217,6 +220,7 @@ class TritonBackend:
             b,
             out_dtype=out_dtype,
             out=accumulate_into,
+            fast_accum=fast_accum,
             blocks_by_cublaslt=a.blocks is not None and blocks_by_cublaslt(a.data.device),
         )
 

@@ -86,11 +86,13 @@ def multiply(
     *,
     out_dtype: torch.dtype,
     out: Tensor | None,
+    fast_accum: bool,
     blocks_by_cublaslt: bool,
 ) -> Tensor:
     """a @ b.T as ``out_dtype``, or added in FP32 to ``out``, on BF16 or FP8 tensor cores.
 
-    ``blocks_by_cublaslt``: let cuBLASLt try operands in blocks of 128 before the Triton kernel.
+    ``fast_accum``: let FP8 tensor cores hold the sums. ``blocks_by_cublaslt``: let cuBLASLt try operands
+    in blocks of 128 before the Triton kernel.
 
     Raises:
         UserError: where cuBLASLt has no kernel for it.
@@ -119,8 +121,7 @@ def multiply(
             alpha=alpha,
             accumulate=target is out,
             scales=scales,
-            # as Transformer Engine: narrow accumulation forward and for dx, full for main gradients
-            fast_accum=av.dtype in _FP8 and out is None,
+            fast_accum=fast_accum and av.dtype in _FP8,
         )
     except cublaslt.CublasError as error:
         raise UserError(

@@ -6,7 +6,10 @@
     wgrad   dw [n, k] = dy.T @ x     dy, x       t  (tokens)
 
 Six operands, six rows: a recipe prints as that table. A rotation belongs to a GEMM, never to an
-operand, because it has to cancel in the product: a half-rotated GEMM cannot be written.
+operand, because it has to cancel in the product: a half-rotated GEMM cannot be written. How its sums are
+held belongs to a GEMM too: in FP32, or with ``fast_accum`` in the registers of Hopper's and Ada's FP8
+tensor cores, about 14 bits from the first product to the last (``docs/gpu.md`` has the error). Other
+tensor cores, and FP8 in blocks of 128, have FP32 sums alone.
 """
 
 from __future__ import annotations
@@ -72,6 +75,7 @@ class Fprop:
     x: QuantSpec = field(default_factory=QuantSpec)
     w: QuantSpec = field(default_factory=QuantSpec)
     rotation: Rotation = field(default_factory=Rotation)
+    fast_accum: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class Dgrad:
     dy: QuantSpec = field(default_factory=QuantSpec)
     w: QuantSpec = field(default_factory=QuantSpec)
     rotation: Rotation = field(default_factory=Rotation)
+    fast_accum: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Wgrad:
     dy: QuantSpec = field(default_factory=QuantSpec)
     x: QuantSpec = field(default_factory=QuantSpec)
     rotation: Rotation = field(default_factory=Rotation)
+    fast_accum: bool = False
 
 
 Gemm = Fprop | Dgrad | Wgrad
@@ -156,6 +162,14 @@ class Recipe:
                     f"{key}.block: 2d tiles exist so that w and its transpose share codes; rotating "
                     "w undoes that; use block: 1d or no rotation"
                 )
+        for gemm in GEMMS:
+            specs = [self.operand(gemm, operand) for operand in OPERANDS[gemm]]
+            if self.gemm(gemm).fast_accum and not all(map(_may_sum_fast, specs)):
+                names = dict.fromkeys(f"{s.format} ({_block_text(s)})" for s in specs)
+                said.append(
+                    f"precision.{gemm}.fast_accum: it has no effect on {' and '.join(names)}; it is "
+                    "for fp8_* with block tensor or row, and for mxfp4 where FP8 carries it"
+                )
         return said
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -180,7 +194,9 @@ class Recipe:
         return rows
 
     def __str__(self) -> str:
-        return text_table(self.HEADER, self.rows())
+        fast = [gemm for gemm in GEMMS if self.gemm(gemm).fast_accum]
+        said = f"\nfast_accum on FP8 tensor cores: {', '.join(fast)}" if fast else ""
+        return text_table(self.HEADER, self.rows()) + said
 
 
 def text_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -189,6 +205,13 @@ def text_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
     head = "  ".join(c.ljust(w) for c, w in zip(header, widths, strict=True)).rstrip()
     return "\n".join([head, "  ".join("-" * w for w in widths), *lines])
+
+
+def _may_sum_fast(spec: QuantSpec) -> bool:
+    """Whether FP8 tensor cores may be given the operand with nothing to scale inside the sum."""
+    if spec.row.family == "fp8":
+        return spec.block in ("tensor", "row")
+    return spec.format == "mxfp4"
 
 
 def _block_text(spec: QuantSpec) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backend_laws import RECIPES, check_recipe
+from backend_laws import RECIPES, check_recipe, plain_values
 from fp4_kernels import cublaslt
 from fp4_kernels.block_gemm import block_matmul
 from interpreted import BLOCK_GEMMS, check_block_gemm
 
 from fp4pretrain.bench.linear import casts_of
 from fp4pretrain.numerics import QuantSpec, quantize
-from fp4pretrain.ops.backend import refusals
+from fp4pretrain.ops.backend import Cast, refusals
 from fp4pretrain.ops.native_backend import NativeBackend
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.ops.selfcheck import blocks_by_cublaslt
@@ -34,6 +34,31 @@ def test_it_computes_what_the_reference_does(name: str) -> None:
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp4 2d"])
 def test_mxfp4_in_exact_bf16_too(name: str) -> None:
     assert check_recipe(name, backend=TritonBackend(mxfp4_emulation="bf16")) == []
+
+
+@pytest.mark.parametrize("block", ["tensor", "row"])
+def test_sums_keep_their_bits_unless_they_may_be_fast(block: str) -> None:
+    """Products of one sign: a sum of 14 bits loses what is added late, the same way each time."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("a law of Hopper's FP8 tensor cores")
+    spec = QuantSpec("fp8_e4m3", block)
+    backend = TritonBackend()
+    g = torch.Generator("cuda").manual_seed(4)
+    a, b = (
+        backend.quantize(torch.rand(n, 8192, device="cuda", generator=g).bfloat16(), [Cast(spec)])[
+            0
+        ]
+        for n in (256, 384)
+    )
+    want = plain_values(a).double() @ plain_values(b).double().t()
+    for v in (a.alpha, b.alpha):
+        want = want if v is None else want * v
+    errors = {
+        fast: (backend.gemm(a, b, out_dtype=torch.float32, fast_accum=fast) / want - 1).abs()
+        for fast in (False, True)
+    }
+    assert errors[False].max() <= 2.0**-10
+    assert errors[True].min() > 2.0**-6
 
 
 @pytest.mark.parametrize("case", BLOCK_GEMMS)

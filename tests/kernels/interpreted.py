@@ -54,6 +54,10 @@ COPIES: dict[str, Copy] = {
 INPUTS = ("plain", "huge", "tiny", "zero", "nan", "inf")
 BLOCK_GEMMS = ("block gemm 1d store", "block gemm 1d add", "block gemm 2d store")
 LINE_CASES = ("line amax plain", "line amax plain signed", "line amax nan")
+AMAX_CASES = tuple(
+    f"amax {sizes}"
+    for sizes in ("0 0", "0 16", "0 32", "0 64", "16 32", "16 64", "64 64", "16 128", "128 0")
+)
 E4M3_CASES = ("e4m3 near", "e4m3 far", "e4m3 near 2d", "e4m3 far 2d")
 
 
@@ -189,6 +193,23 @@ def check_line_amax(kind: str, signed: str, *, device: str = "cpu") -> list[str]
     return bad
 
 
+def check_amaxes(row: str, col: str, *, device: str = "cpu") -> list[str]:
+    """Amaxes of x rotated by ``row`` and of its transpose by ``col``: of the whole and of each line."""
+    x = sample("plain", (256, 384), 5).to(device)
+    sizes = int(row), int(col)
+    turns = tuple((size, None) for size in sizes)
+    whole = amax_kernels.amax(x, row=turns[0], col=turns[1])
+    lines = amax_kernels.line_amax(x, row=turns[0], col=turns[1])
+    bad = []
+    for i, (source, size) in enumerate(zip((x, x.t()), sizes, strict=True)):
+        turned = source.float().contiguous()
+        if size:
+            turned = numerics.rotate(turned, size=size, signs=None)
+        want = turned.abs().amax(dim=1)
+        bad += differ(f"lines {i}", lines[i], want) + differ(f"all {i}", whole[i], want.max())
+    return bad
+
+
 def check_native(accumulate: bool, format_: str = "mxfp4") -> list[str]:
     """The block-scaled GEMM, mxfp4, mxfp8 (the interpreter reads E4M3 scales as E8M0), odd edges."""
     spec = numerics.QuantSpec(format_)
@@ -243,7 +264,9 @@ def check_block_linear() -> list[str]:
         a, b = (TritonBackend().quantize(t, [cast])[0] for t, cast in pair)
         ra, rb = (ReferenceBackend().quantize(t, [cast])[0] for t, cast in pair)
         main = torch.ones(a.shape[0], b.shape[0])
-        multiply(a, b, out_dtype=torch.float32, out=main, blocks_by_cublaslt=False)
+        multiply(
+            a, b, out_dtype=torch.float32, out=main, fast_accum=False, blocks_by_cublaslt=False
+        )
         want = ra.values.double() @ rb.values.double().t() + 1
         limit = ra.values.abs().double() @ rb.values.abs().double().t() * a.shape[1] * 2.0**-24
         wrong = (main - want).abs() > limit + 2.0**-22
@@ -265,6 +288,7 @@ def cases() -> dict[str, Callable[[], list[str]]]:
     found |= {f"{c} {k}": partial(check_copy, COPIES[c], k) for c, k in rare}
     found |= {name: partial(check_e4m3, *name.split()[1:]) for name in E4M3_CASES}
     found |= {name: partial(check_line_amax, *line_case(name)) for name in LINE_CASES}
+    found |= {name: partial(check_amaxes, *name.split()[1:]) for name in AMAX_CASES}
     found["block linear"] = check_block_linear
     found |= {name: partial(check_block_gemm, *name.split()[2:]) for name in BLOCK_GEMMS}
     found["native mxfp8"] = partial(check_native, False, "mxfp8")

@@ -85,8 +85,11 @@ def test_on_hopper_triton_runs_every_shipped_recipe(name: str, gpu: Callable) ->
     rows = {gemm: row for backend, gemm, *row in examine(recipe, CUDA) if backend == "triton"}
     assert all(runs for runs, _ in rows.values()), rows
     # a GEMM whose operands a recipe leaves in BF16 says so
-    found = {rows[g][1] for g in GEMMS if any(s.quantized for s in vars_of(recipe, g))}
-    assert found == {HOPPER[name]} or (name == "bf16" and not found)
+    found = {g: rows[g][1] for g in GEMMS if any(s.quantized for s in vars_of(recipe, g))}
+    assert found or name == "bf16"
+    fast = {g for g, text in found.items() if "fast accumulation" in text}
+    assert fast == {g for g in GEMMS if recipe.gemm(g).fast_accum}
+    assert {text.replace(", fast accumulation", "") for text in found.values()} <= {HOPPER[name]}
 
 
 def vars_of(recipe: Recipe, gemm: str) -> list:

@@ -31,13 +31,18 @@ def recipe_of(name: str) -> Recipe:
 
 @dataclass
 class SpyBackend(ReferenceBackend):
-    """The reference backend, noting what it was asked to cast."""
+    """The reference backend, noting what it was asked to cast, and which sums might be fast."""
 
     casts: list[tuple[int, Cast]] = field(default_factory=list)
+    fast: list[bool] = field(default_factory=list)
 
     def quantize(self, x: torch.Tensor, casts: Sequence[Cast], reduce_amax: Any = None) -> list:
         self.casts += [(x.data_ptr(), cast) for cast in casts]
         return super().quantize(x, casts, reduce_amax)
+
+    def gemm(self, a: Any, b: Any, *, fast_accum: bool, **how: Any) -> torch.Tensor:
+        self.fast.append(fast_accum)
+        return super().gemm(a, b, fast_accum=fast_accum, **how)
 
     def casts_of(self, x: torch.Tensor) -> list[Cast]:
         return [cast for pointer, cast in self.casts if pointer == x.data_ptr()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,6 +72,20 @@ def test_a_shared_weight_gets_a_dummy_of_zeros() -> None:
     x, dy = draw()
     assert not run(linear, x, dy)["dw"].any()
     assert (linear.weight.main_grad != 0.5).any()
+
+
+@pytest.mark.parametrize("main", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gemm", ["fprop", "dgrad", "wgrad"])
+def test_only_the_gemm_that_may_sum_fast_is_told_so(gemm: str, main: torch.dtype | None) -> None:
+    """Whatever becomes of dw: a recipe's sums do not depend on there being a main gradient."""
+    gemms = ("fprop", "dgrad", "wgrad")
+    changes = {g: replace(BF16.gemm(g), fast_accum=g == gemm) for g in gemms}
+    backend = SpyBackend()
+    linear = build("column", replace(BF16, **changes), backend=backend)
+    if main is not None:
+        with_main_grad(linear, main)
+    run(linear, *draw())
+    assert backend.fast == [g == gemm for g in gemms]
 
 
 def test_a_bf16_main_gradient_is_added_to_in_bf16() -> None:

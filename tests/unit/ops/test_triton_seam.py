@@ -90,8 +90,28 @@ def test_blocks_that_cublaslt_refuses_go_to_the_triton_kernel(
     a = TritonOperand(torch.zeros(128, 128), (128, 128), blocks=torch.ones(128, 1))
     out = torch.zeros(128, 128)
     for allowed in (True, False):
-        triton_operand.multiply(a, a, out_dtype=out.dtype, out=out, blocks_by_cublaslt=allowed)
+        triton_operand.multiply(
+            a, a, out_dtype=out.dtype, out=out, fast_accum=False, blocks_by_cublaslt=allowed
+        )
     assert taken == ["triton" if refusing else "cublaslt", "triton"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+@pytest.mark.parametrize("adding", [False, True])
+def test_sums_are_fast_where_it_is_asked_for_and_in_fp8_alone(
+    dtype: torch.dtype, adding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+    monkeypatch.setattr(
+        triton_operand.cublaslt, "matmul", lambda *_, **how: told.append(how["fast_accum"])
+    )
+    a = TritonOperand(torch.zeros(32, 32).to(dtype), (32, 32), alpha=torch.ones(()))
+    out = torch.zeros(32, 32) if adding else None
+    for asked in (False, True):
+        triton_operand.multiply(
+            a, a, out_dtype=torch.float32, out=out, fast_accum=asked, blocks_by_cublaslt=False
+        )
+    assert told == [False, dtype == torch.float8_e4m3fn]
 
 
 def test_factors_of_blocks_lie_as_cublaslt_reads_them() -> None:

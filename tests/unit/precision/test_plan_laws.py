@@ -19,6 +19,7 @@ LINEARS = (
 NV, NV_2D = QuantSpec("nvfp4"), QuantSpec("nvfp4", block="2d")
 NV_SR = QuantSpec("nvfp4", rounding="stochastic")
 MX, E4M3 = QuantSpec("mxfp4"), QuantSpec("fp8_e4m3")
+FP8, FP8_1D = QuantSpec("fp8_e4m3", "row"), QuantSpec("fp8_e4m3", "1d")
 H16 = Rotation("hadamard", 16)
 NVFP4 = Recipe(Fprop(NV, NV_2D), Dgrad(NV_SR, NV_2D), Wgrad(NV_SR, NV, H16))
 
@@ -163,6 +164,10 @@ def test_a_bf16_operand_may_meet_a_quantized_one_and_a_bf16_plan_may_keep_everyt
         (Recipe(Fprop(NV, NV_SR)), ["precision.fprop.w.rounding"]),
         (Recipe(Fprop(NV, NV_2D, H16)), ["precision.fprop.w.block"]),
         (Recipe(dgrad=Dgrad(NV_SR, NV_2D, H16)), ["precision.dgrad.w.block"]),
+        (Recipe(Fprop(NV, NV, fast_accum=True)), ["precision.fprop.fast_accum"]),
+        (Recipe(wgrad=Wgrad(fast_accum=True)), ["precision.wgrad.fast_accum"]),
+        (Recipe(Fprop(FP8_1D, FP8_1D, fast_accum=True)), ["precision.fprop.fast_accum"]),
+        (Recipe(Fprop(FP8, FP8, fast_accum=True), Dgrad(MX, MX, fast_accum=True)), []),
     ],
 )
 def test_what_the_papers_found_harmful_is_said(recipe: Recipe, keys: list[str]) -> None:
