@@ -24,11 +24,13 @@ from fp4_kernels.row_copy import load_blocks
 from fp4_kernels.spec import sign_words
 
 # Tokens / 16 and columns of a tile, warps of a program, and its tiles: for one amax, for two, for those of
-# all rows and columns. The best of four to six measured on an H100 (BLOCK_TILE: of four, H200).
+# all rows and columns. The best of nine to fourteen measured on an H100.
 TILE = (16, 128, 8, 1)
-PAIR_TILE = (8, 128, 4, 1)
-LINE_TILE = (4, 128, 4, 2)
-BLOCK_TILE = (4, 64, 1, 1)  # where rows are rotated by 16: threads own blocks
+PAIR_TILE = (8, 128, 8, 1)
+LINE_TILE = (2, 256, 4, 1)
+BLOCK_TILE = (2, 64, 1, 1)  # where rows are rotated by 16: threads own blocks
+# A wide rotation along the columns wants eight of them in a thread, one of 128 tokens that many.
+WIDE_TILE = (8, 128, 4, 1)
 _SIGNS = ("row_lo", "row_hi", "col_lo", "col_hi")
 
 
@@ -175,12 +177,12 @@ def amax_kernel(
         tl.atomic_max(work_ptr + 2, tl.max(tl.max(col, axis=1), axis=0), sem="relaxed")
     if tl.atomic_add(work_ptr, 1, sem="acq_rel") == programs - 1:
         if ROW:
-            row_max = tl.atomic_xchg(work_ptr + 1, 0, sem="acquire")
+            row_max = tl.atomic_xchg(work_ptr + 1, 0, sem="relaxed")
             tl.store(out_ptr, _finish_bits(row_max, ROW_ROTATION))
         if COL:
-            col_max = tl.atomic_xchg(work_ptr + 2, 0, sem="acquire")
+            col_max = tl.atomic_xchg(work_ptr + 2, 0, sem="relaxed")
             tl.store(out_ptr + 1, _finish_bits(col_max, COL_ROTATION))
-        tl.atomic_xchg(work_ptr, 0, sem="release")
+        tl.atomic_xchg(work_ptr, 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=_SIGNS, do_not_specialize_on_alignment=_SIGNS)
@@ -263,6 +265,11 @@ def _arguments(
     return grid, (*sign_words(row_signs), *sign_words(col_signs)), constants
 
 
+def _is_wide(row: Rotation | None, col: Rotation | None) -> bool:
+    """Whether a rotation reaches over the columns of a thread or the 32 tokens of the least tile."""
+    return (row is not None and row[0] > 16) or (col is not None and col[0] > 32)
+
+
 def amax(
     x: Tensor,
     *,
@@ -284,7 +291,7 @@ def amax(
         out = amax(x, row=row, tile=tile)
         return out[:1].expand(2)
     if tile is None:
-        tile = TILE if col is None else PAIR_TILE
+        tile = TILE if col is None else WIDE_TILE if _is_wide(row, col) else PAIR_TILE
     grid, signs, constants = _arguments(x, row, col, tile)
     arguments = x, x.stride(0), *x.shape, _workspace(x.device), out, grid[0] * grid[1]
     launch(amax_kernel, grid, arguments, signs, constants, warps=tile[2])
@@ -303,11 +310,9 @@ def line_amax(
         c, r = line_amax(x.t(), row=col, col=row, tile=tile)
         return r, c
     if tile is None:
-        by_row, by_col = row[0] if row else 0, col[0] if col else 0
-        tile = BLOCK_TILE if by_row == 16 else LINE_TILE
-        if by_row > 16 or by_col > 64:
-            # a wide rotation along the columns wants eight of them in a thread, one of 128 tokens that many
-            tile = PAIR_TILE
+        tile = BLOCK_TILE if row and row[0] == 16 else LINE_TILE
+        if _is_wide(row, col):
+            tile = WIDE_TILE
     rows, cols = x.shape
     buffer = torch.zeros(rows + cols, dtype=torch.int32, device=x.device)
     grid, signs, constants = _arguments(x, row, col, tile)

@@ -17,6 +17,10 @@ from fp4_kernels.copies import (
     SIGNS,
     TWO_D,
     block_scales,
+    tensor_scales,
+    to_tile,
+)
+from fp4_kernels.elements import (
     far_blocks,
     inexact,
     join_words,
@@ -24,8 +28,6 @@ from fp4_kernels.copies import (
     output_words,
     row_factor,
     store,
-    tensor_scales,
-    to_tile,
 )
 from fp4_kernels.rotation import finish, hadamard_tokens
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from interpreted import (
+    AMAX_CASES,
     COPIES,
     E4M3_CASES,
     INPUTS,
     LINE_CASES,
+    check_amaxes,
     check_copy,
     check_e4m3,
     check_line_amax,
@@ -37,3 +39,8 @@ def test_mxfp4_in_e4m3_is_exact_or_counted(case: str) -> None:
 @pytest.mark.parametrize("case", LINE_CASES)
 def test_amaxes_of_rotated_rows_and_columns(case: str) -> None:
     assert check_line_amax(*line_case(case), device="cuda") == []
+
+
+@pytest.mark.parametrize("case", AMAX_CASES)
+def test_amaxes_after_every_pair_of_rotations(case: str) -> None:
+    assert check_amaxes(*case.split()[1:], device="cuda") == []

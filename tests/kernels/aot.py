@@ -73,7 +73,7 @@ def kernels(target: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any],
         "line_amax, both rotated": (
             amax.line_amax_kernel,
             x | {"row_ptr": "*i32", "col_ptr": "*i32"} | signs,
-            measured | dict(ROW_ROTATION=16, COL_SIGNS=False, TB=4, BN=64, STEPS=1),
+            measured | dict(ROW_ROTATION=16, COL_SIGNS=False, TB=2, BN=64, STEPS=1),
             options | dict(num_warps=1),
         ),
         "unpack": (
