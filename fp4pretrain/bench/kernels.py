@@ -12,7 +12,12 @@ from fp4_kernels.quantize import quantize
 from fp4_kernels.spec import Copy, Noise
 from fp4_kernels.unpack import unpack
 
-from fp4pretrain.bench.timing import copy_rate, gpu_microseconds, require_gpu
+from fp4pretrain.bench.timing import (
+    copy_rate,
+    inputs_beyond_cache,
+    require_gpu,
+    steady_microseconds,
+)
 from fp4pretrain.numerics import signs_te
 
 SHAPES = ((8192, 4096), (8192, 14336), (16384, 8192))
@@ -61,12 +66,17 @@ def bench_kernels(shapes: tuple[tuple[int, int], ...] = SHAPES) -> dict[str, Any
     timings: list[Timing] = []
     rates = {}
     for shape in shapes:
-        x = torch.randn(shape, device=device).bfloat16()
-        rate = copy_rate(x.numel(), device)
+        elements = shape[0] * shape[1]
+        inputs = [
+            torch.randn(shape, device=device).bfloat16()
+            for _ in range(inputs_beyond_cache(2 * elements, device))
+        ]
+        rate = copy_rate(inputs)
         rates["x".join(map(str, shape))] = round(rate / 1e6, 3)
-        for name, (work, traffic, target) in _jobs(x).items():
-            us = gpu_microseconds(work)
-            timings.append(Timing(name, shape, us, traffic * x.numel() / us / rate, target))
+        jobs = [_jobs(x) for x in inputs]
+        for name, (_, traffic, target) in jobs[0].items():
+            us = steady_microseconds([job[name][0] for job in jobs])
+            timings.append(Timing(name, shape, us, traffic * elements / us / rate, target))
     return {
         "device": torch.cuda.get_device_name(device),
         "copy_tb_per_s": rates,

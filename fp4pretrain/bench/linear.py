@@ -1,21 +1,22 @@
 """One linear, forward and backward, by recipe, beside PyTorch's BF16 in the same run.
 
 Timed as in training: the weight's casts are made once a step and left out, x is cast in the forward
-pass, dy in the backward pass, dw is added to an FP32 main gradient.
+pass, dy in the backward pass, dw is added to an FP32 main gradient. PyTorch's three products do not add
+it: ``bf16 + main grad`` is BF16 with the same work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from fp4pretrain.bench.timing import gpu_microseconds, host_microseconds, require_gpu
+from fp4pretrain.bench.timing import host_microseconds, require_gpu, sustained_microseconds
 from fp4pretrain.ops.backend import Backend, Cast, available, refusals
 from fp4pretrain.ops.keys import NoiseKeys
-from fp4pretrain.precision import Recipe
+from fp4pretrain.precision import BF16, Recipe
 
 SHAPES = ((8192, 4096, 4096), (8192, 4096, 14336), (8192, 8192, 8192))  # tokens, k, n
 
@@ -63,10 +64,13 @@ def linear_step(
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
         x_row, x_col = backend.quantize(x, x_casts)
-        y = backend.gemm(x_row, w_fprop, out_dtype=x.dtype)
+        fast = recipe.fprop.fast_accum, recipe.dgrad.fast_accum, recipe.wgrad.fast_accum
+        y = backend.gemm(x_row, w_fprop, out_dtype=x.dtype, fast_accum=fast[0])
         dy_row, dy_col = backend.quantize(dy, dy_casts)
-        dx = backend.gemm(dy_row, w_dgrad, out_dtype=x.dtype)
-        backend.gemm(dy_col, x_col, out_dtype=torch.float32, accumulate_into=main)
+        dx = backend.gemm(dy_row, w_dgrad, out_dtype=x.dtype, fast_accum=fast[1])
+        backend.gemm(
+            dy_col, x_col, out_dtype=torch.float32, accumulate_into=main, fast_accum=fast[2]
+        )
         return y, dx
 
     return step, backend.quantize(x, x_casts)[1]
@@ -75,29 +79,38 @@ def linear_step(
 def bench_linear(
     recipes: Mapping[str, Recipe], shapes: tuple[tuple[int, int, int], ...] = SHAPES
 ) -> dict[str, Any]:
-    """{device, timings}: every recipe on the first backend that can run it, on the current GPU.
+    """{device, bf16_after_of_before, timings}: every recipe on the first backend that can run it.
+
+    BF16 is timed before the others and after them, and stands for the mean: their quotient is what
+    the GPU's clock did meanwhile.
 
     Raises:
         UserError: without a GPU.
     """
     device = require_gpu()
     timings: list[LinearTiming] = []
+    drifts = {}
     for t, k, n in shapes:
         x, dy = (torch.randn(t, c, device=device).bfloat16() for c in (k, n))
         w = torch.randn(n, k, device=device).bfloat16()
         main = torch.zeros(n, k, device=device)
         plain = _plain(x, w, dy)
-        base = gpu_microseconds(plain)
-        host = host_microseconds(plain)
-        timings.append(LinearTiming("bf16", "torch", (t, k, n), base, 1.0, host, 1.0))
-        for name, recipe in recipes.items():
+        before, host = sustained_microseconds(plain), host_microseconds(plain)
+        found = [LinearTiming("bf16", "torch", (t, k, n), before, 1.0, host, 1.0)]
+        for name, recipe in {"bf16 + main grad": BF16, **recipes}.items():
             backend = next(b for b in available().values() if not refusals(b, recipe, device))
             step, kept = linear_step(backend, recipe, (x, w, dy, main))
-            us, host = gpu_microseconds(step), host_microseconds(step)
+            us, host = sustained_microseconds(step), host_microseconds(step)
             share = _bytes(kept) / (x.numel() * x.element_size())
-            timings.append(LinearTiming(name, backend.name, (t, k, n), us, us / base, host, share))
+            found.append(LinearTiming(name, backend.name, (t, k, n), us, 0.0, host, share))
+        after = sustained_microseconds(plain)
+        drifts["x".join(map(str, (t, k, n)))] = round(after / before, 3)
+        base = (before + after) / 2
+        found[0] = replace(found[0], microseconds=base)
+        timings += [replace(one, of_bf16=one.microseconds / base) for one in found]
     return {
         "device": torch.cuda.get_device_name(device),
+        "bf16_after_of_before": drifts,
         "timings": [asdict(one) for one in timings],
     }
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -21,28 +24,84 @@ def require_gpu() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def gpu_microseconds(work: Callable[[], object]) -> float:
-    """Median over repetitions, with a cold L2 cache as in training."""
-    from triton.testing import do_bench
+def sustained_microseconds(
+    work: Callable[[], object], *, warm: float = 0.4, measured: float = 0.6
+) -> float:
+    """A call's GPU time in a run of nothing else, as in training: median over batches of ten.
 
-    return do_bench(work, warmup=15, rep=60, return_mode="median") * 1e3
+    A GEMM draws more power than a GPU may, and its clock follows within tenths of a second: short
+    measurements have the clock that the work before them left. ``warm`` and ``measured`` in seconds.
+    """
+    _batches(work, calls=10, seconds=warm)
+    return statistics.median(_batches(work, calls=10, seconds=measured))
+
+
+def _batches(
+    work: Callable[[], object], *, calls: int, least: int = 1, seconds: float = 0.0
+) -> list[float]:
+    """Microseconds a call of ``least`` batches or more, until the seconds are over.
+
+    The host is a batch ahead, so the GPU never waits for it between two.
+    """
+    end = time.perf_counter() + seconds
+    marks = [_mark()]
+    while len(marks) <= least or time.perf_counter() < end:
+        for _ in range(calls):
+            work()
+        marks.append(_mark())
+        marks[-2].synchronize()
+    marks[-1].synchronize()
+    return [a.elapsed_time(b) / calls * 1e3 for a, b in pairwise(marks)]
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def inputs_beyond_cache(size: int, device: torch.device) -> int:
+    """How many inputs of ``size`` bytes flow past the L2 cache before the first comes again."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(4, -(-8 * cache // size))
+
+
+def steady_microseconds(works: Sequence[Callable[[], object]], *, passes: int = 4) -> float:
+    """A call's GPU time in a stream of ``works``, the same on other inputs (``inputs_beyond_cache``).
+
+    Nothing is cleared in between: a call finds the cache as its like left it, evicts what that left to
+    be written and leaves as much. (Clearing with zeros charges a kernel that only reads with writing
+    them back.) The stream is a CUDA graph, so the host is left out; median of nine replays.
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for work in works:
+            work()  # compiles, and makes what a stream keeps
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(passes):
+                # held until the next pass: outputs of one pass lie apart
+                held = [work() for work in works]
+        replays = _batches(graph.replay, calls=1, least=10)[1:]
+    del held
+    return statistics.median(replays) / passes / len(works)
 
 
 def host_microseconds(work: Callable[[], object], *, calls: int = 20) -> float:
-    """What a call costs the host while the GPU lags behind."""
-    for _ in range(3):
-        work()
+    """What a call costs the host while the GPU lags behind: median over seven batches."""
+    found = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        found.append((time.perf_counter() - start) / calls * 1e6)
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        work()
-    spent = (time.perf_counter() - start) / calls * 1e6
-    torch.cuda.synchronize()
-    return spent
+    return statistics.median(found)
 
 
-def copy_rate(elements: int, device: torch.device) -> float:
-    """Bytes a microsecond of a device copy of BF16, read and written."""
-    a = torch.empty(elements, dtype=torch.bfloat16, device=device).normal_()
-    b = torch.empty_like(a)
-    return 4 * elements / gpu_microseconds(lambda: b.copy_(a))
+def copy_rate(inputs: Sequence[torch.Tensor]) -> float:
+    """Bytes a microsecond of a device copy, read and written."""
+    copies = [partial(torch.empty_like(x).copy_, x) for x in inputs]
+    return 2 * inputs[0].numel() * inputs[0].element_size() / steady_microseconds(copies)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.precision import Recipe
 
 CPU = torch.device("cpu")
+INPUTS = 3
 
 
 @pytest.mark.parametrize("name", kernels.CASTS)
@@ -34,12 +36,19 @@ def test_the_bytes_counted_are_those_a_cast_writes(name: str) -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """A GPU on which everything takes ``us`` microseconds and the host ``host``."""
-    times = {"us": 8.0, "host": 3.0, "calls": 0}
+    """A GPU on which everything takes ``us`` microseconds (the nth call n times that where it gets
+    ``slower``) and the host ``host``."""
+    times = {"us": 8.0, "host": 3.0, "calls": 0, "slower": 0}
 
-    def gpu_microseconds(work: Any) -> float:
+    def sustained_microseconds(work: Any) -> float:
         work()
         times["calls"] += 1
+        return times["us"] * times["calls"] if times["slower"] else times["us"]
+
+    def steady_microseconds(works: Any) -> float:
+        assert len(works) == INPUTS
+        for work in works:
+            work()
         return times["us"]
 
     def host_microseconds(work: Any) -> float:
@@ -48,8 +57,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
     for module in (kernels, linear):
         monkeypatch.setattr(module, "require_gpu", lambda: CPU)
-        monkeypatch.setattr(module, "gpu_microseconds", gpu_microseconds)
-    monkeypatch.setattr(timing, "gpu_microseconds", gpu_microseconds)
+    for module in (kernels, timing):
+        monkeypatch.setattr(module, "steady_microseconds", steady_microseconds)
+    monkeypatch.setattr(kernels, "inputs_beyond_cache", lambda *_: INPUTS)
+    monkeypatch.setattr(linear, "sustained_microseconds", sustained_microseconds)
     monkeypatch.setattr(linear, "host_microseconds", host_microseconds)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "an abacus")
     return times
@@ -101,15 +112,36 @@ def test_linears_are_held_to_bf16_of_the_same_run(
 ) -> None:
     monkeypatch.setattr(linear, "available", lambda: {"reference": ReferenceBackend()})
     found = linear.bench_linear({"bf16": Recipe()}, ((64, 32, 48),))
-    plain, recipe = found["timings"]
+    plain, same_work, recipe = found["timings"]
     assert (plain["recipe"], plain["backend"], plain["of_bf16"]) == ("bf16", "torch", 1.0)
     assert recipe["backend"] == "reference"
     assert recipe["of_bf16"] == 1.0
     assert recipe["host_microseconds"] == 3.0
     assert recipe["kept"] == 1.0  # x in BF16, as BF16 keeps it
-    assert clock["calls"] == 2
+    assert (same_work["recipe"], same_work["of_bf16"]) == ("bf16 + main grad", 1.0)
+    assert clock["calls"] == 4  # BF16 before and after
     text = printed(linear.table(json.loads(json.dumps(found))))
     assert "64x32x48" in text
+
+
+def test_a_clock_that_falls_is_seen_and_halved(
+    clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "available", lambda: {"reference": ReferenceBackend()})
+    clock["slower"] = 1
+    found = linear.bench_linear({"bf16": Recipe()}, ((64, 32, 48),))
+    assert found["bf16_after_of_before"] == {"64x32x48": 4.0}
+    # 8 us at first, 32 at last: 20 is what the others, at 16 and 24, are measured by
+    assert [t["microseconds"] for t in found["timings"]] == [20.0, 16.0, 24.0]
+    assert [t["of_bf16"] for t in found["timings"]] == [1.0, 0.8, 1.2]
+
+
+def test_inputs_flow_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=50 << 20)
+    )
+    assert timing.inputs_beyond_cache(64 << 20, CPU) == 7  # 448 MiB, eight caches are 400
+    assert timing.inputs_beyond_cache(1 << 30, CPU) == 4
 
 
 def test_a_timed_step_is_a_linear_s_forward_and_backward() -> None:
