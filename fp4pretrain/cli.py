@@ -19,7 +19,7 @@ from fp4pretrain.errors import UserError
 from fp4pretrain.presets import groups
 
 if TYPE_CHECKING:
-    from fp4pretrain.precision import Recipe
+    pass
 
 TRAIN_HELP = """\
 Train a GPT. Keys are set as key=value (Hydra's grammar); groups pick a YAML file.
@@ -59,6 +59,7 @@ Time kernels beside a device copy, or linears beside BF16, on this machine's GPU
 
   fp4pretrain bench kernels --out runs/bench
   fp4pretrain bench linear --precision nvfp4,mxfp4_h16,fp8
+  fp4pretrain bench linear --precision fp8 precision.fprop.fast_accum=false     keys of every recipe
 """
 
 DOCTOR_HELP = """\
@@ -151,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = verb("bench", "time kernels or linears on this GPU", BENCH_HELP, _bench)
     bench.add_argument("what", choices=("kernels", "linear"))
+    bench.add_argument("overrides", nargs="*", metavar="key=value")
     bench.add_argument("--precision", default="nvfp4,mxfp4_h16,fp8", metavar="RECIPE,...")
     bench.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR")
 
@@ -223,13 +225,26 @@ def _data(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from fp4pretrain.bench import kernels, linear
+    from fp4pretrain.bench import kernels, linear, timing
+    from fp4pretrain.config import compose, plan_of
+    from fp4pretrain.ops import choose
 
     if arguments.what == "kernels":
+        if arguments.overrides:
+            raise UserError(
+                f"{arguments.overrides[0]}: bench kernels follows no recipe; leave the key out, or "
+                "use bench linear"
+            )
         found = kernels.bench_kernels()
         shown = kernels.table(found)
     else:
-        recipes = {name: _recipe(name) for name in arguments.precision.split(",")}
+        device = timing.require_gpu()
+        recipes = {}
+        for name in arguments.precision.split(","):
+            config = compose([f"precision={name}", *arguments.overrides])
+            p, plan = config.precision, plan_of(config)
+            backend, _ = choose(p.backend, plan, device, mxfp4_emulation=p.mxfp4_emulation)
+            recipes[name] = backend, plan.recipe
         found = linear.bench_linear(recipes)
         shown = linear.table(found)
     Console(highlight=False).print(shown)
@@ -249,12 +264,6 @@ def _doctor(arguments: argparse.Namespace) -> None:
     emulation = config.precision.mxfp4_emulation
     recipe = plan_of(config).recipe
     Console(highlight=False).print(table(config.precision.name, recipe, mxfp4_emulation=emulation))
-
-
-def _recipe(name: str) -> Recipe:
-    from fp4pretrain.config import compose, plan_of
-
-    return plan_of(compose([f"precision={name}"])).recipe
 
 
 def _quiet_libraries() -> None:

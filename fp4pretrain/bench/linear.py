@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from fp4pretrain.bench.timing import host_microseconds, require_gpu, sustained_microseconds
-from fp4pretrain.ops.backend import Backend, Cast, available, refusals
+from fp4pretrain.ops.backend import Backend, Cast, choose
 from fp4pretrain.ops.keys import NoiseKeys
-from fp4pretrain.precision import BF16, Recipe
+from fp4pretrain.precision import BF16, Plan, Recipe
 
 SHAPES = ((8192, 4096, 4096), (8192, 4096, 14336), (8192, 8192, 8192))  # tokens, k, n
 
@@ -77,9 +77,10 @@ def linear_step(
 
 
 def bench_linear(
-    recipes: Mapping[str, Recipe], shapes: tuple[tuple[int, int, int], ...] = SHAPES
+    recipes: Mapping[str, tuple[Backend, Recipe]],
+    shapes: tuple[tuple[int, int, int], ...] = SHAPES,
 ) -> dict[str, Any]:
-    """{device, bf16_after_of_before, timings}: every recipe on the first backend that can run it.
+    """{device, bf16_after_of_before, timings}: every recipe on its backend, on the current GPU.
 
     BF16 is timed before the others and after them, and stands for the mean: their quotient is what
     the GPU's clock did meanwhile.
@@ -88,6 +89,7 @@ def bench_linear(
         UserError: without a GPU.
     """
     device = require_gpu()
+    same_work, _ = choose("auto", Plan(BF16, num_layers=1), device)
     timings: list[LinearTiming] = []
     drifts = {}
     for t, k, n in shapes:
@@ -97,8 +99,7 @@ def bench_linear(
         plain = _plain(x, w, dy)
         before, host = sustained_microseconds(plain), host_microseconds(plain)
         found = [LinearTiming("bf16", "torch", (t, k, n), before, 1.0, host, 1.0)]
-        for name, recipe in {"bf16 + main grad": BF16, **recipes}.items():
-            backend = next(b for b in available().values() if not refusals(b, recipe, device))
+        for name, (backend, recipe) in {"bf16 + main grad": (same_work, BF16), **recipes}.items():
             step, kept = linear_step(backend, recipe, (x, w, dy, main))
             us, host = sustained_microseconds(step), host_microseconds(step)
             share = _bytes(kept) / (x.numel() * x.element_size())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backend_laws import RECIPES, check_recipe, plain_values
+from backend_laws import RECIPES, check_recipe, plain_values, sums_error
 from fp4_kernels import cublaslt
 from fp4_kernels.block_gemm import block_matmul
 from interpreted import BLOCK_GEMMS, check_block_gemm
@@ -59,6 +59,23 @@ def test_sums_keep_their_bits_unless_they_may_be_fast(block: str) -> None:
     }
     assert errors[False].max() <= 2.0**-10
     assert errors[True].min() > 2.0**-6
+
+
+@pytest.mark.parametrize("k", [1024, 4096, 14336, 65536])
+def test_what_fast_sums_cost(k: int) -> None:
+    """Little where products have both signs, much where they have one: the table of docs/gpu.md."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("a law of Hopper's FP8 tensor cores")
+    errors = {}
+    for one_sign in (False, True):
+        for fast in (False, True):
+            how = dict(one_sign=one_sign, fast=fast)
+            errors[one_sign, fast], casts = sums_error(TritonBackend(), k, **how)
+            print(f"k {k}, {how}: sums {errors[one_sign, fast]:.1e}, casts {casts:.1e}")
+    assert errors[False, False] < 2.0**-12
+    assert errors[True, False] < 2.0**-10
+    assert 2 * errors[False, False] < errors[False, True] < 2.0**-6
+    assert errors[True, True] > 2.0**-7
 
 
 @pytest.mark.parametrize("case", BLOCK_GEMMS)

@@ -15,6 +15,7 @@ import torch
 
 from fp4pretrain.bench.linear import casts_of
 from fp4pretrain.numerics import QuantSpec
+from fp4pretrain.ops.backend import Backend, Cast
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.ops.triton_backend import TritonBackend, TritonOperand
 from fp4pretrain.precision import OPERANDS, Dgrad, Fprop, Recipe, Rotation, Wgrad
@@ -113,6 +114,28 @@ def check_recipe(
         fast = recipe.gemm(gemm).fast_accum
         bad += _products_differ(gemm, mine, left, right, fast=fast, accumulate=gemm == "wgrad")
     return bad
+
+
+def sums_error(
+    backend: Backend, k: int, *, one_sign: bool, fast: bool, rows: int = 2048, device: str = "cuda"
+) -> tuple[float, float]:
+    """Relative errors of x [rows, k] @ w [rows, k].T in E4M3, from N(0, 1) or its magnitudes: of the
+    sums, against float64 products of the same operands; and of those against x's and w's own."""
+    g = torch.Generator(device).manual_seed(k)
+    x, w = (torch.randn(rows, k, device=device, generator=g) for _ in range(2))
+    if one_sign:
+        x, w = x.abs(), w.abs()
+    cast = [Cast(QuantSpec("fp8_e4m3", "tensor"))]
+    a, b = (backend.quantize(v, cast)[0] for v in (x, w))
+    ra, rb = (ReferenceBackend().quantize(v, cast)[0] for v in (x, w))
+    exact = ra.values.double() @ rb.values.double().t() * ra.alpha.double() * rb.alpha.double()
+    own = x.double() @ w.double().t()
+    sums = backend.gemm(a, b, out_dtype=torch.float32, fast_accum=fast).double()
+    return _relative(sums, exact), _relative(exact, own)
+
+
+def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
 
 
 def plain_values(a: TritonOperand) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,11 +108,8 @@ def test_kernels_are_held_to_the_bytes_a_copy_moves(
     assert "88%" in text
 
 
-def test_linears_are_held_to_bf16_of_the_same_run(
-    clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linear, "available", lambda: {"reference": ReferenceBackend()})
-    found = linear.bench_linear({"bf16": Recipe()}, ((64, 32, 48),))
+def test_linears_are_held_to_bf16_of_the_same_run(clock: dict[str, float]) -> None:
+    found = linear.bench_linear({"bf16": (ReferenceBackend(), Recipe())}, ((64, 32, 48),))
     plain, same_work, recipe = found["timings"]
     assert (plain["recipe"], plain["backend"], plain["of_bf16"]) == ("bf16", "torch", 1.0)
     assert recipe["backend"] == "reference"
@@ -124,12 +122,9 @@ def test_linears_are_held_to_bf16_of_the_same_run(
     assert "64x32x48" in text
 
 
-def test_a_clock_that_falls_is_seen_and_halved(
-    clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linear, "available", lambda: {"reference": ReferenceBackend()})
+def test_a_clock_that_falls_is_seen_and_halved(clock: dict[str, float]) -> None:
     clock["slower"] = 1
-    found = linear.bench_linear({"bf16": Recipe()}, ((64, 32, 48),))
+    found = linear.bench_linear({"bf16": (ReferenceBackend(), Recipe())}, ((64, 32, 48),))
     assert found["bf16_after_of_before"] == {"64x32x48": 4.0}
     # 8 us at first, 32 at last: 20 is what the others, at 16 and 24, are measured by
     assert [t["microseconds"] for t in found["timings"]] == [20.0, 16.0, 24.0]
@@ -169,3 +164,29 @@ def test_without_a_gpu_it_says_so_in_one_line(
     assert said == (
         "fp4pretrain: bench: there is no CUDA device here; run it on a machine with a GPU\n"
     )
+
+
+def test_keys_and_backends_reach_the_timed_recipes(
+    clock: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    timed = {}
+    monkeypatch.setattr(timing, "require_gpu", lambda: CPU)
+    monkeypatch.setattr(
+        linear,
+        "bench_linear",
+        lambda recipes: timed.update(recipes) or {"timings": [], "device": ""},
+    )
+    monkeypatch.setattr(linear, "table", lambda _: "")
+    keys = ["precision.wgrad.fast_accum=true", "precision.backend=reference"]
+    main(["bench", "linear", "--precision", "fp8,nvfp4", "--out", str(tmp_path), *keys])
+    assert {name: recipe.wgrad.fast_accum for name, (_, recipe) in timed.items()} == {
+        "fp8": True, "nvfp4": True,
+    }  # fmt: skip
+    assert {backend.name for backend, _ in timed.values()} == {"reference"}
+
+
+def test_kernels_take_no_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "kernels", "precision.backend=native"])
+    said = capsys.readouterr().err
+    assert said.startswith("fp4pretrain: precision.backend=native: bench kernels follows no recipe")
