@@ -10,7 +10,7 @@ import torch
 from fp4_kernels.amax import amax, line_amax
 from fp4_kernels.quantize import quantize
 from fp4_kernels.spec import Copy, Noise
-from fp4_kernels.unpack import unpack
+from fp4_kernels.unpack import unpack, unpack_e4m3
 
 from fp4pretrain.bench.timing import (
     copy_rate,
@@ -117,6 +117,12 @@ def _jobs(x: torch.Tensor) -> dict[str, Job]:
         None,
     )
     jobs["unpack"] = (lambda: unpack(packed.out, packed.scales), 2.5625, None)
+    mx: Any = quantize(x, row=replace(_MX, output="codes"))[0]
+    jobs["unpack mxfp4 to e4m3"] = (
+        lambda: unpack_e4m3(mx.out, mx.scales, lost=lost[0]),
+        1.53125,
+        None,
+    )
     return jobs
 
 

@@ -10,7 +10,7 @@ with wgrad, accumulation into the FP32 main gradient, frozen weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -110,7 +110,7 @@ class QuantLinearFunction(torch.autograd.Function):
                 (wgrad_x,) = cast_operands(
                     call.backend,
                     total.reshape(-1, total.shape[-1]),
-                    [call.casts.wgrad_x],
+                    [replace(call.casts.wgrad_x, kept=False)],  # its GEMM comes at once
                     amax_group=call.group_for(call.casts.x_sharded),
                 )
             dw = _weight_gradient(weight, dy_operands[-1], wgrad_x, call)

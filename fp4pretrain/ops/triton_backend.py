@@ -11,8 +11,8 @@ What an operand becomes, by its format (FP8 tensor cores: Ada, Hopper and later)
     fp8 128-blocks    FP8 codes and the blocks' factors               cuBLASLt on Hopper, else Triton
 
 A row-wise and a column-wise copy come from one read of the tensor, and their amaxes from another. An
-operand that is kept for the backward pass is packed where that is smaller (nvfp4) and expanded when its
-GEMM comes. Nothing here waits for the GPU but ``counters``.
+operand that is kept for the backward pass is packed where that is smaller (nvfp4, mxfp4) and expanded when
+its GEMM comes. Nothing here waits for the GPU but ``counters``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from fp4pretrain.ops.backend import Cast, ReduceAmax
 from fp4pretrain.ops.selfcheck import blocks_by_cublaslt
 from fp4pretrain.ops.triton_operand import TritonOperand, multiply, operand_of
 from fp4pretrain.precision import OPERANDS, Gemm, Recipe
+
+_PACKED = ("nvfp4", "mxfp4")  # 0.56 and 0.53 bytes an element
 
 
 class TritonBackend:
@@ -163,7 +165,10 @@ class TritonBackend:
         )
         for i, q in zip(pair, found, strict=True):
             if i is not None and q is not None:
-                made[i] = operand_of(q, casts[i].spec, copies[i])
+                spec = casts[i].spec
+                to_fp8 = spec.format == "mxfp4" and self._in_fp8(spec, x.device)
+                lost = self._lost_counts(x.device)[1] if to_fp8 else None
+                made[i] = operand_of(q, spec, copies[i], lost=lost)
 
     def _copy_of(self, cast: Cast, device: torch.device) -> Copy:
         """The kernels' words for a cast; those of a kind differ in their draw."""
@@ -177,7 +182,7 @@ class TritonBackend:
     def _copy(self, cast: Cast, device: torch.device) -> Copy:
         spec = cast.spec
         output = "exact"
-        if spec.row.family == "fp8" or (cast.kept and spec.row.family == "nvfp4"):
+        if spec.row.family == "fp8" or (cast.kept and spec.format in _PACKED):
             output = "codes"
         elif spec.format == "mxfp4" and self._in_fp8(spec, device):
             output = "e4m3"

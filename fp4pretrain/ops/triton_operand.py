@@ -10,7 +10,7 @@ from fp4_kernels import cublaslt
 from fp4_kernels.block_gemm import block_matmul
 from fp4_kernels.quantize import Quantized
 from fp4_kernels.spec import Copy
-from fp4_kernels.unpack import unpack
+from fp4_kernels.unpack import unpack, unpack_e4m3
 from torch import Tensor
 
 from fp4pretrain.errors import UserError
@@ -26,6 +26,7 @@ class TritonOperand:
     ``data``: BF16 or FP8 values, or (``scales`` given) packed codes. The product is multiplied by
     ``alpha`` (fp32 scalar, None for 1) and its rows by ``factors`` (fp32 [rows], None for 1).
     ``blocks``: fp32 factors of FP8 values in blocks of 128, as ``cublaslt.block_layout`` lays them.
+    ``lost``: given where packed codes go to FP8 tensor cores: int64, counts what E4M3 cannot hold.
     """
 
     data: Tensor
@@ -34,22 +35,30 @@ class TritonOperand:
     factors: Tensor | None = None
     scales: Tensor | None = None
     blocks: Tensor | None = None
+    lost: Tensor | None = None
     swizzled: Tensor | None = None  # ``scales`` as the native backend's scaled_mm reads them
 
-    def values(self) -> Tensor:
-        """BF16 or FP8 [rows, k]."""
-        return self.data if self.scales is None else unpack(self.data, self.scales)
+    def expanded(self) -> TritonOperand:
+        """This operand with BF16 or FP8 values in place of packed codes."""
+        if self.scales is None:
+            return self
+        if self.lost is None:
+            return TritonOperand(unpack(self.data, self.scales), self.shape, self.alpha)
+        values, factors = unpack_e4m3(self.data, self.scales, lost=self.lost)
+        return TritonOperand(values, self.shape, self.alpha, factors)
 
 
-def operand_of(q: Quantized, spec: QuantSpec, copy: Copy) -> TritonOperand:
-    """The operand that one copy is."""
+def operand_of(
+    q: Quantized, spec: QuantSpec, copy: Copy, *, lost: Tensor | None = None
+) -> TritonOperand:
+    """The operand that one copy is; ``lost`` as in ``TritonOperand``."""
     alpha = q.alpha
     if copy.scale == "unbiased" and spec.row.family == "mx":
         alpha = _four_thirds(q.out.device)
     if q.scales is None:
         return TritonOperand(q.out, q.shape, alpha)
     if copy.output == "codes" and spec.row.scale_type != "fp32":
-        return TritonOperand(q.out, q.shape, alpha, scales=q.scales)
+        return TritonOperand(q.out, q.shape, alpha, scales=q.scales, lost=lost)
     if copy.block_length and copy.output == "codes":
         blocks = cublaslt.block_layout(q.scales, tiles=copy.block == "2d")
         return TritonOperand(q.out, q.shape, alpha, blocks=blocks)
@@ -101,7 +110,8 @@ def multiply(
         target = target_of(a, b, out_dtype, out)
         _multiply_blocks(a, b, target, add=target is out, by_cublaslt=blocks_by_cublaslt)
         return finished(target, out_dtype, out)
-    av, bv = a.values(), b.values()
+    a, b = a.expanded(), b.expanded()
+    av, bv = a.data, b.data
     alpha = product(a.alpha, b.alpha)
     plain = alpha is None and a.factors is None and b.factors is None
     if plain and out is None and av.dtype == torch.bfloat16:

@@ -70,6 +70,12 @@ def kernels(target: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any],
             measured,
             options,
         ),
+        "line_amax, rows alone": (
+            amax.line_amax_kernel,
+            x | {"row_ptr": "*i32", "col_ptr": "*i32"} | signs,
+            measured | dict(ROW_ROTATION=16, COL=False, TB=2, BN=64, STEPS=1),
+            options | dict(num_warps=1),
+        ),
         "line_amax, both rotated": (
             amax.line_amax_kernel,
             x | {"row_ptr": "*i32", "col_ptr": "*i32"} | signs,
@@ -79,8 +85,20 @@ def kernels(target: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any],
         "unpack": (
             unpack.unpack_kernel,
             {"codes_ptr": "*i32", "scales_ptr": "*u8", "out_ptr": "*bf16", "R": "i32", "C": "i32"},
-            dict(factors_ptr=None, BLOCK=16, TALL=1, E8M0=False, TO_E4M3=False)
-            | dict(BM=16, BW=64, FAST=target != "gfx950"),
+            dict(BLOCK=16, TALL=1, E8M0=False, BM=16, BW=64),
+            options,
+        ),
+        "unpack to e4m3": (
+            unpack.unpack_e4m3_kernel,
+            {"codes_ptr": "*i32", "scales_ptr": "*u8", "factors_ptr": "*fp32", "lost_ptr": "*i64"}
+            | {"out_ptr": "*i32", "R": "i32", "C": "i32"},
+            dict(BLOCK=32, TALL=1, BM=16, BW=64, FAST=target != "gfx950"),
+            options,
+        ),
+        "row factors": (
+            unpack.row_factors_kernel,
+            {"scales_ptr": "*u8", "factors_ptr": "*fp32", "R": "i32", "BLOCKS": "i32"},
+            dict(TALL=1, BM=8, BN=256),
             options,
         ),
     }

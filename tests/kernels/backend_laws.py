@@ -140,7 +140,8 @@ def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def plain_values(a: TritonOperand) -> torch.Tensor:
     """fp32 values without the tensor scale."""
-    values = a.values().float()
+    a = a.expanded()
+    values = a.data.float()
     if a.blocks is not None:
         tall, long = (length // n for length, n in zip(a.shape, a.blocks.shape, strict=True))
         return values * a.blocks.repeat_interleave(tall, 0).repeat_interleave(long, 1)
@@ -175,7 +176,7 @@ def _products_differ(
         alpha *= 1.0 if operand.alpha is None else operand.alpha.item()
     want = av @ bv.t() * alpha
     k = a.shape[1]
-    fp8 = a.values().dtype != torch.bfloat16
+    fp8 = a.expanded().data.dtype != torch.bfloat16
     share = (k if fast else min(k, 128)) / 32 * 2.0**-12 if fp8 else k * 2.0**-24
     limit = av.abs() @ bv.abs().t() * abs(alpha) * share
     start = torch.ones(want.shape, device=want.device)

@@ -15,15 +15,16 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from backend_laws import plain_values
 from fp4_kernels import amax as amax_kernels
 from fp4_kernels.block_gemm import TILE, block_matmul
 from fp4_kernels.native import native_matmul
 from fp4_kernels.quantize import Quantized, quantize
 from fp4_kernels.spec import Copy, Noise
-from fp4_kernels.unpack import unpack
+from fp4_kernels.unpack import unpack, unpack_e4m3
 
 from fp4pretrain import numerics
-from fp4pretrain.ops import Cast
+from fp4pretrain.ops import Cast, triton_backend
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.ops.triton_backend import TritonBackend
 from fp4pretrain.ops.triton_operand import multiply
@@ -58,6 +59,7 @@ AMAX_CASES = tuple(
     f"amax {sizes}"
     for sizes in ("0 0", "0 16", "0 32", "0 64", "16 32", "16 64", "64 64", "16 128", "128 0")
 )
+KEPT_CASES = ("kept nvfp4 fp8", "kept mxfp4 fp8", "kept mxfp4 bf16")
 E4M3_CASES = ("e4m3 near", "e4m3 far", "e4m3 near 2d", "e4m3 far 2d")
 
 
@@ -176,6 +178,13 @@ def check_e4m3(spread: str, block: str = "1d", *, device: str = "cpu") -> list[s
             bad.append(f"copy {i}: {wrong} elements inexact, {int(lost[i])} counted")
         if (wrong == 0) != (spread == "near"):
             bad.append(f"copy {i}: {wrong} elements inexact in the {spread} case")
+        packed = quantize(source, row=replace(copy, output="codes"))[0]
+        counted = torch.zeros((), dtype=torch.int64, device=device)
+        values, factors = unpack_e4m3(packed.out, packed.scales, lost=counted)
+        bad += differ(f"copy {i} factors", factors, got.scales)
+        again = int((values.float() * factors[:, None] != want).sum())
+        if not again == int(counted) == wrong:
+            bad.append(f"copy {i}, unpacked: {again} inexact, {int(counted)} counted, not {wrong}")
     return bad
 
 
@@ -201,6 +210,9 @@ def check_amaxes(row: str, col: str, *, device: str = "cpu") -> list[str]:
     whole = amax_kernels.amax(x, row=turns[0], col=turns[1])
     lines = amax_kernels.line_amax(x, row=turns[0], col=turns[1])
     bad = []
+    alone = amax_kernels.line_amax(x, row=turns[0], col=None)[0]
+    bad += differ("rows alone", alone, lines[0])
+    bad += differ("columns alone", amax_kernels.line_amax(x, row=None, col=turns[1])[1], lines[1])
     for i, (source, size) in enumerate(zip((x, x.t()), sizes, strict=True)):
         turned = source.float().contiguous()
         if size:
@@ -274,6 +286,22 @@ def check_block_linear() -> list[str]:
     return bad
 
 
+def check_kept(format_: str, carrier: str) -> list[str]:
+    """What the backend keeps for the backward pass is packed, and expands to the reference's numbers."""
+    triton_backend._has_fp8_rows = lambda _: True  # as on Hopper
+    x = sample("plain", (96, 160), 6)
+    spec = numerics.QuantSpec(format_)
+    casts = [Cast(spec), Cast(spec, transpose=True, kept=True)]
+    kept = TritonBackend(mxfp4_emulation=carrier).quantize(x, casts)[1]
+    want = ReferenceBackend().quantize(x, casts)[1]
+    size = sum(v.numel() * v.element_size() for v in (kept.data, kept.scales))
+    bad = [] if size < 0.3 * 2 * x.numel() else [f"{size} bytes are kept of {x.numel()} elements"]
+    in_fp8 = kept.expanded().data.dtype == torch.float8_e4m3fn
+    if in_fp8 != (format_ == "mxfp4" and carrier == "fp8"):
+        bad.append(f"expanded to {kept.expanded().data.dtype}")
+    return bad + differ("kept", plain_values(kept), want.values)
+
+
 def line_case(name: str) -> tuple[str, str]:
     """(kind of input, signed or nothing) of one of LINE_CASES."""
     kind, *signed = name.split()[2:]
@@ -289,6 +317,7 @@ def cases() -> dict[str, Callable[[], list[str]]]:
     found |= {name: partial(check_e4m3, *name.split()[1:]) for name in E4M3_CASES}
     found |= {name: partial(check_line_amax, *line_case(name)) for name in LINE_CASES}
     found |= {name: partial(check_amaxes, *name.split()[1:]) for name in AMAX_CASES}
+    found |= {name: partial(check_kept, *name.split()[1:]) for name in KEPT_CASES}
     found["block linear"] = check_block_linear
     found |= {name: partial(check_block_gemm, *name.split()[2:]) for name in BLOCK_GEMMS}
     found["native mxfp8"] = partial(check_native, False, "mxfp8")
