@@ -39,9 +39,11 @@ run_dir, resume, logging.wandb.mode, precision.wgrad.rotation.kind, precision.ke
 
 COMPARE_HELP = """\
 The loss gap of runs to a baseline (the first run, or --baseline) at matched tokens: a table, a PNG
-and with --html one self-contained page. Refuses runs that differ in more than the recipe.
+and with --html one self-contained page. Refuses runs that differ in more than the recipe; those that
+differ in their seed alone are one row, whose gap has a standard error.
 
   fp4pretrain compare runs/demo-fp8 runs/demo-nvfp4 --out runs/demo.png
+  fp4pretrain compare runs/fp8-seed* runs/nvfp4-seed*
 """
 
 DATA_HELP = """\

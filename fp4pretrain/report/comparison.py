@@ -11,28 +11,38 @@ from rich.table import Table
 
 from fp4pretrain.report.differences import Difference
 from fp4pretrain.report.gap import MatchedCurves
-from fp4pretrain.report.load import Run
+from fp4pretrain.report.load import FloatArray, Run
 
 
 @dataclass(frozen=True)
 class Score:
-    """One loss of one run, and its relative gap to the baseline at the same tokens."""
+    """One loss of one run, and its relative gap to the baseline at the same tokens.
+
+    ``error``: the gap's standard error over seeds; None for one seed.
+    """
 
     loss: float
     gap: float | None  # None for the baseline itself
+    error: float | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the comparison. ``tokens``: where its losses were taken, the last common ones."""
+    """One row of the comparison. ``tokens``: where its losses were taken, the last common ones.
+
+    ``run``: the mean of the runs of all ``seeds``. ``band``: standard error of the training loss's
+    gap on the matched tokens; None for one seed.
+    """
 
     run: Run
+    seeds: tuple[str, ...]
     tokens: float
     loss: Score
     val_loss: Score | None
     val_loss_bf16: Score | None
     tokens_per_second: float | None
     matched: MatchedCurves | None  # training loss; None for the baseline itself
+    band: FloatArray | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,11 @@ class Comparison:
             f"Gap: loss against {self.baseline.run.name} at the same tokens (interpolated), in %. "
             f"Training loss: mean of the last {self.window} logged rows; validation: last common."
         ]
+        if len(self.baseline.seeds) > 1:
+            notes.append(
+                f"Means over seeds {', '.join(self.baseline.seeds)}; ± is the standard error of the "
+                "gap, from pairs of runs of one seed."
+            )
         ends = {result.tokens for result in self.results}
         if len(ends) > 1:
             notes.append("Runs end at different tokens: each gap is taken where its run ends.")
@@ -93,7 +108,7 @@ class Comparison:
             else:
                 table.add_column(header, justify="right", no_wrap=True)
         for row in self.cells():
-            table.add_row(*row)
+            table.add_row(*(cell.replace(" ± ", "\n± ") for cell in row))
         return table
 
     def _columns(self) -> list[tuple[str, list[str]]]:
@@ -110,7 +125,7 @@ class Comparison:
         for name, found in scores.items():
             if any(found):
                 columns.append((name, ["-" if one is None else _loss(one.loss) for one in found]))
-                columns.append(("gap %", ["" if one is None else _gap(one.gap) for one in found]))
+                columns.append(("gap %", ["" if one is None else gap_text(one) for one in found]))
         rates = [result.tokens_per_second for result in results]
         if any(rates):
             columns.append(
@@ -131,7 +146,11 @@ def _loss(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "diverged"
 
 
-def _gap(value: float | None) -> str:
-    if value is None:
+def gap_text(score: Score) -> str:
+    """The gap in per cent, with its standard error where there is one."""
+    if score.gap is None:
         return ""
-    return f"{100 * value:+.2f}" if math.isfinite(value) else "-"
+    if not math.isfinite(score.gap):
+        return "-"
+    error = "" if score.error is None else f" ± {100 * score.error:.2f}"
+    return f"{100 * score.gap:+.2f}{error}"

@@ -1,8 +1,9 @@
 """The picture of a comparison: loss curves above, their gap to the baseline below.
 
 Both panels share the token axis. Curves are named at their ends, where the eye already is, and the
-colours (Okabe and Ito's) stay apart for colour-blind readers. The first tokens' steep descent is
-left outside the frame: it would press the differences that matter into a line's width.
+colours (Okabe and Ito's) stay apart for colour-blind readers. A band is the standard error over seeds.
+The first tokens' steep descent is left outside the frame: it would press the differences that matter
+into a line's width.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fp4pretrain.report.comparison import Comparison, Result, tokens_text
+from fp4pretrain.report.comparison import Comparison, Result, gap_text, tokens_text
 from fp4pretrain.report.gap import match, trailing_mean
 from fp4pretrain.report.load import Curve, FloatArray
 
@@ -112,10 +113,12 @@ def _gap_curve(
     gap = 100 * matched.gap
     axes.plot(matched.tokens, gap, color=colour, linestyle=dash, linewidth=1.6)
     framed.append(_late(matched.tokens, gap))
-    last = gap[-1]
-    text = (
-        f"{result.run.name}  {last:+.2f}%" if np.isfinite(last) else f"{result.run.name}  diverged"
-    )
+    if result.band is not None:
+        edges = gap - 100 * result.band, gap + 100 * result.band
+        axes.fill_between(matched.tokens, *edges, color=colour, alpha=0.15, linewidth=0)
+        framed += [_late(matched.tokens, edge) for edge in edges]
+    told = f"{gap_text(result.loss)}%" if np.isfinite(gap[-1]) else "diverged"
+    text = f"{result.run.name}  {told}"
     return _end_label(text, matched.tokens, gap, colour)
 
 

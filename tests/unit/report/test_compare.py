@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from report_lab import STEPS, TOKENS, loss_at, write_run
 from rich.console import Console
 
 from fp4pretrain.errors import UserError
@@ -18,60 +18,10 @@ from fp4pretrain.report import Comparison, compare
 from fp4pretrain.report.comparison import tokens_text
 from fp4pretrain.report.differences import differences, refuse_unequal
 
-STEPS = 200
-TOKENS = 1024
-
-
-def _loss(tokens: float) -> float:
-    return 6 - 4 * tokens / (STEPS * TOKENS)
-
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Write a run: loss ``_loss * (1 + gap)``, validation 0.1 above with half the gap."""
-
-    def make(
-        name: str,
-        *,
-        gap: float = 0.0,
-        steps: range = range(1, STEPS + 1),
-        batch: int = TOKENS,
-        rate: float = 1000.0,
-        rows: dict[str, Any] | None = None,
-        **config: Any,
-    ) -> Path:
-        path = tmp_path / name
-        path.mkdir()
-        with (path / "metrics.jsonl").open("w") as file:
-            for step in steps:
-                tokens = step * batch
-                warming = step < steps.start + 5
-                row = {
-                    "event": "train",
-                    "step": step,
-                    "tokens": tokens,
-                    "loss": _loss(tokens) * (1 + gap),
-                    "tokens_per_second": 1.0 if warming else rate,
-                    **(rows or {}),
-                }
-                file.write(json.dumps(row) + "\n")
-                if step % 50 == 0:
-                    val = (_loss(tokens) + 0.1) * (1 + gap / 2)
-                    row = {"event": "eval", "step": step, "tokens": tokens, "val_loss": val}
-                    file.write(json.dumps(row) + "\n")
-        tree = {
-            "seed": 1,
-            "run_dir": str(path),
-            "name": name,
-            "optim": {"eps": 1e-8, "lr": 1e-3},
-            "precision": {"fprop": {"x": {"format": name}}},
-            **config,
-        }
-        (path / "config.yaml").write_text(yaml.safe_dump(tree))
-        (path / "plan.txt").write_text(f"fprop x {name} <1d>\n")
-        return path
-
-    return make
+    return lambda name, **how: write_run(tmp_path / name, **how)
 
 
 def _shown(comparison: Comparison) -> str:
@@ -88,10 +38,10 @@ def test_gaps_losses_and_rates_are_those_put_in(make_run: Any, tmp_path: Path) -
     assert comparison.window == 20
     assert base.loss.gap is None
     # The last 20 of 200 rows, 9.5 rows before the end on average.
-    assert base.loss.loss == pytest.approx(_loss((STEPS - 9.5) * TOKENS))
+    assert base.loss.loss == pytest.approx(loss_at((STEPS - 9.5) * TOKENS))
     assert run.loss.gap == pytest.approx(0.02)
     assert run.val_loss is not None
-    assert run.val_loss.loss == pytest.approx((_loss(STEPS * TOKENS) + 0.1) * 1.01)
+    assert run.val_loss.loss == pytest.approx((loss_at(STEPS * TOKENS) + 0.1) * 1.01)
     assert run.val_loss.gap == pytest.approx(0.01)
     assert run.val_loss_bf16 is None
     assert (base.tokens_per_second, run.tokens_per_second) == (1000.0, 1500.0)
