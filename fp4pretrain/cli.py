@@ -13,13 +13,10 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.presets import groups
-
-if TYPE_CHECKING:
-    pass
 
 TRAIN_HELP = """\
 Train a GPT. Keys are set as key=value (Hydra's grammar); groups pick a YAML file.

@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 
 from fp4pretrain.data.build import stdlib_corpus
-from fp4pretrain.data.indexed import read_index, unwritable
+from fp4pretrain.data.indexed import folder_aside, read_index, unwritable
 from fp4pretrain.data.spec import (
     DataSpec,
     Part,
@@ -202,7 +201,7 @@ def _build_indices(
     aside = copy.copy(config)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as made:
+        with folder_aside(folder.parent) as made:
             aside.path_to_cache = str(Path(made, "indices"))
             _open(members, aside, samples=samples)
             try:

@@ -12,9 +12,12 @@ the middle of a run, on one rank. `read_index` reads the same bytes first, in mi
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 # megatron.core.datasets.indexed_dataset.DType, less the two float codes: tokens are integers.
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_DAY = 24 * 3600.0
 _SCAN_TOKENS = 1 << 24  # 32 MB of uint16: a fraction of a second
 
 
@@ -152,7 +156,7 @@ def write_dataset(
     target = Path(prefix)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".building-", dir=target.parent) as folder:
+        with folder_aside(target.parent) as folder:
             made = str(Path(folder, target.name))
             builder = IndexedDatasetBuilder(
                 f"{made}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size)
@@ -178,6 +182,21 @@ def write_dataset(
     except OSError as error:
         raise unwritable(key, target.parent, error) from None
     return read_index(prefix, key=key)
+
+
+@contextmanager
+def folder_aside(parent: Path) -> Iterator[str]:
+    """A folder in ``parent`` to build in, gone afterwards; what killed builders left is removed.
+
+    Left behind is what nothing was written to for a day: another builder may be at work.
+    """
+    for old in parent.glob(".building-*"):
+        with suppress(FileNotFoundError):  # its builder finishes in this moment
+            written = max(path.stat().st_mtime for path in (old, *old.rglob("*")))
+            if time.time() - written > _DAY:
+                shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=parent) as folder:
+        yield folder
 
 
 def unwritable(key: str, folder: Path, error: OSError) -> UserError:

@@ -165,9 +165,10 @@ class TritonBackend:
         )
         for i, q in zip(pair, found, strict=True):
             if i is not None and q is not None:
-                spec = casts[i].spec
-                to_fp8 = spec.format == "mxfp4" and self._in_fp8(spec, x.device)
-                lost = self._lost_counts(x.device)[1] if to_fp8 else None
+                spec, lost = casts[i].spec, None
+                packed = copies[i].output == "codes" and spec.format == "mxfp4"
+                if packed and self._in_fp8(spec, x.device):
+                    lost = self._lost_counts(x.device)[1]
                 made[i] = operand_of(q, spec, copies[i], lost=lost)
 
     def _copy_of(self, cast: Cast, device: torch.device) -> Copy:

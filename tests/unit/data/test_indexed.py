@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,6 +48,19 @@ def test_largest_id_of_a_foreign_dataset(make_dataset: MakeDataset) -> None:
     index = read_index(prefix)
     assert index.meta == {}
     assert index.largest_id() == BYTE.eod
+
+
+def test_what_killed_builders_left_goes_and_builders_at_work_stay(tmp_path: Path) -> None:
+    two_days = 2 * 24 * 3600
+    for name in ("old", "at-work"):
+        folder = tmp_path / f".building-{name}"
+        folder.mkdir()
+        (folder / "some.bin").write_bytes(b"tokens")
+        for path in (folder / "some.bin", folder):
+            os.utime(path, (time.time() - two_days,) * 2)
+    os.utime(tmp_path / ".building-at-work/some.bin")  # grows, in a folder made long ago
+    write_dataset([np.zeros(3, dtype=np.int64)], str(tmp_path / "new"), tokenizer=BYTE, source="")
+    assert {path.name for path in tmp_path.glob(".building-*")} == {".building-at-work"}
 
 
 def test_failing_midway_leaves_the_old_dataset(make_dataset: MakeDataset) -> None:
