@@ -59,7 +59,28 @@ def e4m3_frame(byte, amax_row, CFG: tl.constexpr):
     if CFG[RULE] == "unbiased":
         encode = encode * 0.75
     gap = top - byte.to(tl.int32)
-    return encode, arith.float_of(tl.maximum(133 - gap, 1) << 23), gap
+    return encode, e4m3_unit(gap), gap
+
+
+@triton.jit
+def e4m3_unit(gap):
+    """What 1.0 becomes in blocks whose scale is ``gap`` powers of two under their row's largest."""
+    return arith.float_of(tl.maximum(133 - gap, 1) << 23)
+
+
+@triton.jit
+def e4m3_factor(top):
+    """fp32 factor of a row of E4M3 elements whose largest block scale has the byte ``top``, at least 6."""
+    return arith.power_of_byte(top) * 0.015625
+
+
+@triton.jit
+def off_grid(value):
+    """Whether E4M3 cannot hold elements in their row's frame: they are no multiples of 2^-9.
+
+    Adding and taking away 1.5 * 2^14 rounds to those; what is that large is exact.
+    """
+    return tl.abs(value - ((value + 24576.0) - 24576.0)) > 0.0
 
 
 @triton.jit
@@ -78,7 +99,7 @@ def row_byte(amax_row, CFG: tl.constexpr):
 @triton.jit
 def row_factor(amax_row, CFG: tl.constexpr):
     """fp32 factor of a row of E4M3 elements."""
-    return arith.power_of_byte(row_byte(amax_row, CFG)) * 0.015625
+    return e4m3_factor(row_byte(amax_row, CFG))
 
 
 @triton.jit
@@ -96,8 +117,7 @@ def inexact(vs, words, encode, byte, amax_row, CFG: tl.constexpr, FAST: tl.const
     six = tl.zeros_like(vs[0]) + 6.0
     for i in tl.static_range(16):
         value = value_of(vs[i] * encode, words, i, six, 1.0, CFG, FAST) * unit
-        # adding and taking away 1.5 * 2^14 rounds to multiples of 2^-9; what is that large is exact
-        lost += (tl.abs(value - ((value + 24576.0) - 24576.0)) > 0.0).to(tl.int32)
+        lost += off_grid(value).to(tl.int32)
     return lost
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fp4_kernels.arith import bits_of, float_of, fp8_word, power_of_byte
 from fp4_kernels.device import has_fast_casts
 from fp4_kernels.e2m1 import FROM_SUBNORMAL
+from fp4_kernels.elements import e4m3_factor, e4m3_unit, off_grid
 from fp4_kernels.launch import launch
 
 # Rows and 8-code words of a program's tile, and its warps.
@@ -73,7 +74,7 @@ def row_factors_kernel(
         place = (m[:, None] // TALL).to(tl.int64) * BLOCKS + n
         byte = tl.load(scales_ptr + place, mask=(m[:, None] < R) & (n < BLOCKS), other=0)
         top = tl.maximum(top, tl.max(byte.to(tl.int32), axis=1))
-    tl.store(factors_ptr + m, power_of_byte(tl.maximum(top, 6)) * 0.015625, mask=m < R)
+    tl.store(factors_ptr + m, e4m3_factor(tl.maximum(top, 6)), mask=m < R)
 
 
 @triton.jit
@@ -91,12 +92,11 @@ def unpack_e4m3_kernel(
     word, byte = _packed(codes_ptr, scales_ptr, R, C, BLOCK, TALL, m, w)
     top = (bits_of(tl.load(factors_ptr + m, mask=m < R, other=0.0)) >> 23) + 6
     gap = top - byte  # the row's largest block scale becomes 2^6
-    unit = float_of(tl.maximum(133 - gap, 1) << 23)
+    unit = e4m3_unit(gap)
     j = tl.arange(0, 8)[None, None, :]
     value = _elements(word[:, :, None] >> (j * 4)) * unit[:, :, None]
     if tl.max(tl.max(gap, axis=1), axis=0) > 14:
-        grid = (value + 24576.0) - 24576.0  # multiples of 2^-9; what is large is exact
-        lost = tl.sum(tl.reshape(tl.abs(value - grid) > 0.0, [BM * BW * 8]).to(tl.int32), axis=0)
+        lost = tl.sum(tl.reshape(off_grid(value), [BM * BW * 8]).to(tl.int32), axis=0)
         tl.atomic_add(lost_ptr, lost.to(tl.int64))
     even, odd = tl.split(tl.reshape(value, [BM, BW, 2, 2, 2]))
     first, third = tl.split(even)

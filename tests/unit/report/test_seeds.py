@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from report_lab import STEPS, TOKENS, loss_at, write_run
 from rich.console import Console
 
@@ -85,17 +86,15 @@ def test_the_table_says_how_sure_a_gap_is(make: Make, tmp_path: Path) -> None:
 
 def test_the_band_is_drawn_around_the_gap(make: Make, tmp_path: Path) -> None:
     result = compare(six(make)[0], out=tmp_path / "out").results[1]
-    drawn: dict[str, Any] = {}
-
-    class Axes:
-        def plot(self, *_: Any, **__: Any) -> None: ...
-
-        def fill_between(self, tokens: Any, low: Any, high: Any, **_: Any) -> None:
-            drawn.update(low=low, high=high)
-
-    label = _gap_curve(Axes(), result, colour="k", dash="-", framed=[])  # type: ignore[arg-type]
+    axes = Figure().add_subplot()
+    label = _gap_curve(axes, result, colour="k", dash="-", framed=[])
     assert label.text == "nvfp4 (3 seeds)  +3.08 ± 1.00%"
-    assert drawn["high"] - drawn["low"] == pytest.approx([2.0] * STEPS)
+    (band,) = axes.collections
+    tokens, gaps = band.get_paths()[0].vertices.T
+    assert (tokens.min(), tokens.max()) == (TOKENS, STEPS * TOKENS)
+    assert result.matched is not None
+    middle = 100 * result.matched.gap[-1]
+    assert (gaps.min(), gaps.max()) == pytest.approx((middle - 1, middle + 1))
 
 
 def test_one_seed_has_no_error(make: Make, tmp_path: Path) -> None:
