@@ -3,8 +3,7 @@
 A gap is the recipe's doing only if the recipe is all that differs. Adam's eps alone (1e-8 or 1e-5)
 has decided whether an FP4 run converged where every switch of its recipe did not; a seed, a batch
 size or a data split does as much (several seeds are paired seed by seed: ``seeds.py``). So everything
-counts but the keys below: the recipe itself, and
-what says how a run is named, logged and stored.
+counts but the keys below: the recipe itself, and what says how a run is named, logged and stored.
 """
 
 from __future__ import annotations
