@@ -178,6 +178,6 @@ def row_copy(
     if CFG[OUT] == "e4m3":
         worst = tl.max(tl.max(far, axis=1), axis=0)
         if worst > 0:
-            for s in range(0, TOKENS, BM):
-                halves = load_blocks(x_ptr, stride, m0 + s, geo, BM, NB, EVEN)
-                _count(halves, m0 + s, geo, ptr, scales_t, noise, signs, CFG, FAST)
+            for t in range(0, TOKENS, BM):  # not s: a static loop above made that a constant
+                halves = load_blocks(x_ptr, stride, m0 + t, geo, BM, NB, EVEN)
+                _count(halves, m0 + t, geo, ptr, scales_t, noise, signs, CFG, FAST)

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from backend_laws import plain_values
@@ -98,7 +99,7 @@ def flushed(x: torch.Tensor) -> torch.Tensor:
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.uint8)
+    return x.reshape(-1).view(torch.uint8).reshape(*x.shape, -1)
 
 
 def differ(name: str, got: torch.Tensor, want: torch.Tensor, *, allowed: int = 0) -> list[str]:
@@ -124,11 +125,24 @@ def check_copy(copy: Copy, kind: str, *, device: str = "cpu", times: int = 1) ->
     if kind != "plain":
         exact = replace(copy, output="exact")
         values = quantize(x, row=exact, col=exact, row_amax=amax[0], col_amax=amax[1])
-    bad = []
+    bad = same_alone(x, copy, amax, made)
     for name, source, got, value in zip(("row", "col"), (x, x.t()), made, values, strict=True):
         if copy.rotation:
             source = numerics.rotate(source, size=copy.rotation, signs=copy.signs)
         bad += check_one(name, copy, source.contiguous(), got, value)
+    return bad
+
+
+def same_alone(x: torch.Tensor, copy: Copy, amax: tuple, pair: tuple, **lost: Any) -> list[str]:
+    """A copy made alone has every bit of the one made beside another."""
+    row = quantize(x, row=copy, row_amax=amax[0], **lost)[0]
+    col = quantize(x, col=copy, col_amax=amax[1], **lost)[1]
+    bad = []
+    for name, one, other in zip(("row", "col"), (row, col), pair, strict=True):
+        for part in ("out", "scales", "alpha"):
+            a, b = getattr(one, part), getattr(other, part)
+            if (a is None) != (b is None) or (a is not None and not torch.equal(bits(a), bits(b))):
+                bad.append(f"{name} alone: other {part}")
     return bad
 
 
@@ -170,7 +184,9 @@ def check_e4m3(spread: str, block: str = "1d", *, device: str = "cpu") -> list[s
     if block == "2d":  # the rows of a tile share its scale, so they take one factor
         amax = tuple(a.view(-1, 32).amax(dim=1).repeat_interleave(32) for a in amax)
     made = quantize(x, row=copy, col=copy, row_amax=amax[0], col_amax=amax[1], lost=lost)
-    bad = []
+    counted = torch.zeros_like(lost)
+    bad = same_alone(x, copy, amax, made, lost=counted)
+    bad += differ("lost of copies alone", counted, lost)
     for i, (source, got) in enumerate(zip((x, x.t().contiguous()), made, strict=True)):
         want = numerics.quantize(source, numerics.QuantSpec("mxfp4", block, scale="even")).values()
         wrong = int((got.out.float() * got.scales[:, None] != want).sum())
