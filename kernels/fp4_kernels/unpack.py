@@ -11,15 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fp4_kernels.arith import bits_of, float_of, fp8_word, power_of_byte
+from fp4_kernels.arith import float_of, fp8_word, power_of_byte
 from fp4_kernels.device import has_fast_casts
 from fp4_kernels.e2m1 import FROM_SUBNORMAL
-from fp4_kernels.elements import e4m3_factor, e4m3_unit, off_grid
+from fp4_kernels.elements import e4m3_factor, e4m3_unit, join_words, off_grid
 from fp4_kernels.launch import launch
 
-# Rows and 8-code words of a program's tile, and its warps.
-TILE = (16, 64, 4)
-ROWS = (8, 256, 4)  # rows and blocks of a program that looks for the largest scale of its rows
+TILE = (16, 64, 4)  # rows and 8-code words of a program, and its warps
+SIGN_BITS = tl.constexpr(-0x7F7F7F80)  # 0x80808080
 
 
 @triton.jit
@@ -27,15 +26,6 @@ def _e4m3_value(byte):
     """fp32 of E4M3 bytes (int32) of block scales: no sign, NaN for 0x7F."""
     value = float_of(byte << 20) * (2.0**120)
     return tl.where(byte == 0x7F, float("nan"), value)
-
-
-@triton.jit
-def _packed(codes_ptr, scales_ptr, R, C, BLOCK: tl.constexpr, TALL: tl.constexpr, m, w):
-    """Words of eight codes at rows m and words w, and their blocks' scale bytes, int32."""
-    inside = (m < R) & (w * 8 < C)
-    word = tl.load(codes_ptr + m.to(tl.int64) * (C // 8) + w, mask=inside, other=0)
-    place = (m // TALL).to(tl.int64) * (C // BLOCK) + w * 8 // BLOCK
-    return word, tl.load(scales_ptr + place, mask=inside, other=0).to(tl.int32)
 
 
 @triton.jit
@@ -53,7 +43,10 @@ def unpack_kernel(
     """codes int32 words [R, C / 8], scales [R / TALL, C / BLOCK] to element x block scale [R, C]."""
     m = tl.program_id(1) * BM + tl.arange(0, BM)[:, None]
     w = tl.program_id(0) * BW + tl.arange(0, BW)[None, :]
-    word, byte = _packed(codes_ptr, scales_ptr, R, C, BLOCK, TALL, m, w)
+    inside = (m < R) & (w * 8 < C)
+    word = tl.load(codes_ptr + m.to(tl.int64) * (C // 8) + w, mask=inside, other=0)
+    place = (m // TALL).to(tl.int64) * (C // BLOCK) + w * 8 // BLOCK
+    byte = tl.load(scales_ptr + place, mask=inside, other=0).to(tl.int32)
     scale = power_of_byte(byte) if E8M0 else _e4m3_value(byte)
     j = tl.arange(0, 8)[None, None, :]
     value = _elements(word[:, :, None] >> (j * 4)) * scale[:, :, None]
@@ -63,55 +56,87 @@ def unpack_kernel(
 
 
 @triton.jit
-def row_factors_kernel(
-    scales_ptr, factors_ptr, R, BLOCKS, TALL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
-):
-    """fp32 factors [R] that ``elements.e4m3_frame`` gives rows, from their E8M0 bytes [R / TALL, BLOCKS]."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    top = tl.zeros([BM], tl.int32)
-    for n0 in range(0, BLOCKS, BN):
-        n = n0 + tl.arange(0, BN)[None, :]
-        place = (m[:, None] // TALL).to(tl.int64) * BLOCKS + n
-        byte = tl.load(scales_ptr + place, mask=(m[:, None] < R) & (n < BLOCKS), other=0)
-        top = tl.maximum(top, tl.max(byte.to(tl.int32), axis=1))
-    tl.store(factors_ptr + m, e4m3_factor(tl.maximum(top, 6)), mask=m < R)
+def _chosen(lo, hi, selector, FAST: tl.constexpr):
+    """int32 of the four bytes, of eight in hi:lo, that the lower nibbles of ``selector``, 0 to 7, name."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [lo, hi, selector],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        both = (hi.to(tl.int64) << 32) | (lo.to(tl.int64) & 0xFFFFFFFF)
+        word = tl.zeros_like(selector)
+        for i in tl.static_range(4):
+            place = ((selector >> (4 * i)) & 7) * 8
+            word |= ((both >> place) & 0xFF).to(tl.int32) << (8 * i)
+        return word
+
+
+@triton.jit
+def _e4m3_words(words, unit, FAST: tl.constexpr):
+    """Words of eight codes of blocks as twice as many of E4M3; ``unit`` is what a block's 1.0 becomes.
+
+    Bytes chosen among a block's eight magnitudes, and signs.
+    """
+    lo = fp8_word(unit * 0.0, unit * 0.5, unit, unit * 1.5, False, FAST)
+    hi = fp8_word(unit * 2.0, unit * 3.0, unit * 4.0, unit * 6.0, False, FAST)
+    zero = tl.zeros_like(lo)
+    out = ()
+    for i in tl.static_range(len(words)):
+        magnitudes = words[i] & 0x77777777
+        even, odd = (words[i] << 4) & SIGN_BITS, words[i] & SIGN_BITS  # of codes 0 2 4 6, 1 3 5 7
+        first = _chosen(lo, hi, magnitudes, FAST) | _chosen(even, odd, zero + 0x5140, FAST)
+        second = _chosen(lo, hi, magnitudes >> 16, FAST) | _chosen(even, odd, zero + 0x7362, FAST)
+        out = out + (first, second)
+    return out
 
 
 @triton.jit
 def unpack_e4m3_kernel(
     codes_ptr, scales_ptr, factors_ptr, lost_ptr, out_ptr, R, C,
-    BLOCK: tl.constexpr, TALL: tl.constexpr,
-    BM: tl.constexpr, BW: tl.constexpr, FAST: tl.constexpr,
+    TALL: tl.constexpr, BM: tl.constexpr, NB: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """codes and E8M0 scales to E4M3 words [R, C / 4] under ``row_factors_kernel``'s factors.
+    """codes int64 words [R, C / 16] and E8M0 scales to E4M3 words [R, C / 4] and fp32 factors [R].
 
-    lost: int64, to which the number of elements that E4M3 cannot hold is added.
+    A program takes BM whole rows, NB blocks of 32 at a time. lost: int64, to which the number of elements
+    that E4M3 cannot hold is added.
     """
-    m = tl.program_id(1) * BM + tl.arange(0, BM)[:, None]
-    w = tl.program_id(0) * BW + tl.arange(0, BW)[None, :]
-    word, byte = _packed(codes_ptr, scales_ptr, R, C, BLOCK, TALL, m, w)
-    top = (bits_of(tl.load(factors_ptr + m, mask=m < R, other=0.0)) >> 23) + 6
-    gap = top - byte  # the row's largest block scale becomes 2^6
-    unit = e4m3_unit(gap)
-    j = tl.arange(0, 8)[None, None, :]
-    value = _elements(word[:, :, None] >> (j * 4)) * unit[:, :, None]
-    if tl.max(tl.max(gap, axis=1), axis=0) > 14:
-        lost = tl.sum(tl.reshape(off_grid(value), [BM * BW * 8]).to(tl.int32), axis=0)
-        tl.atomic_add(lost_ptr, lost.to(tl.int64))
-    even, odd = tl.split(tl.reshape(value, [BM, BW, 2, 2, 2]))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    out = tl.reshape(fp8_word(first, second, third, fourth, False, FAST), [BM, BW * 2])
-    n = tl.program_id(0) * (BW * 2) + tl.arange(0, BW * 2)[None, :]
-    tl.store(out_ptr + m.to(tl.int64) * (C // 4) + n, out, mask=(m < R) & (n < C // 4))
-
-
-def _grid(codes: Tensor, scales: Tensor) -> tuple[tuple[int, int], tuple[int, int], tuple]:
-    """Shape [R, C] of a packed copy, the grid over it, and its block's constants."""
-    rows, cols = codes.shape[0], codes.shape[1] * 2
-    bm, bw, _ = TILE
-    blocks = cols // scales.shape[1], rows // scales.shape[0]
-    return (rows, cols), (-(-cols // (bw * 8)), -(-rows // bm)), blocks
+    m = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
+    blocks = C // 32
+    scales = scales_ptr + (m // TALL).to(tl.int64) * blocks
+    top = tl.zeros([BM], tl.int32) + 6
+    least = tl.zeros([BM], tl.int32) + 255
+    for n0 in range(0, blocks, NB):
+        n = n0 + tl.arange(0, NB)[None, :]
+        inside = (m < R) & (n < blocks)
+        byte = tl.load(scales + n, mask=inside, other=0).to(tl.int32)
+        top = tl.maximum(top, tl.max(byte, axis=1))
+        least = tl.minimum(least, tl.min(tl.where(inside, byte, 255), axis=1))
+    far = tl.max(top - least, axis=0) > 14
+    tl.store(factors_ptr + m, e4m3_factor(top)[:, None], mask=m < R)
+    row = m.to(tl.int64)
+    for n0 in range(0, blocks, NB):
+        n = n0 + tl.arange(0, NB)[None, :]
+        inside = (m < R) & (n < blocks)
+        gap = top[:, None] - tl.load(scales + n, mask=inside, other=0).to(tl.int32)
+        unit = e4m3_unit(gap)  # the row's largest block scale becomes 2^6
+        words = ()
+        for i in tl.static_range(2):
+            pair = tl.load(codes_ptr + (row * blocks + n) * 2 + i, mask=inside, other=0)
+            words = words + (pair.to(tl.int32), (pair >> 32).to(tl.int32))
+        if far:
+            lost = tl.zeros([BM, NB], tl.int32)
+            for i in tl.static_range(4):
+                for j in tl.static_range(8):
+                    lost += off_grid(_elements(words[i] >> (4 * j)) * unit).to(tl.int32)
+            tl.atomic_add(lost_ptr, tl.sum(tl.sum(lost, axis=1), axis=0).to(tl.int64))
+        out = tl.reshape(join_words(_e4m3_words(words, unit, FAST)), [BM, NB * 8])
+        w = n0 * 8 + tl.arange(0, NB * 8)[None, :]
+        tl.store(out_ptr + row * (C // 4) + w, out, mask=(m < R) & (w < C // 4))
 
 
 def unpack(codes: Tensor, scales: Tensor) -> Tensor:
@@ -121,11 +146,13 @@ def unpack(codes: Tensor, scales: Tensor) -> Tensor:
         codes: uint8 [R, C / 2], contiguous.
         scales: float8_e4m3fn or float8_e8m0fnu [R or R / block, C / block], contiguous.
     """
-    shape, grid, blocks = _grid(codes, scales)
-    out = torch.empty(shape, dtype=torch.bfloat16, device=codes.device)
+    (rows, cols), block = _shape_and_block(codes, scales)
+    out = torch.empty((rows, cols), dtype=torch.bfloat16, device=codes.device)
+    bm, bw, warps = TILE
     launch(
-        unpack_kernel, grid, ((codes, torch.int32), (scales, torch.uint8), out, *shape), (),
-        (*blocks, scales.dtype == torch.float8_e8m0fnu, *TILE[:2]), warps=TILE[2],
+        unpack_kernel, (-(-cols // (bw * 8)), -(-rows // bm)),
+        ((codes, torch.int32), (scales, torch.uint8), out, rows, cols), (),
+        (*block, scales.dtype == torch.float8_e8m0fnu, bm, bw), warps=warps,
     )  # fmt: skip
     return out
 
@@ -139,17 +166,20 @@ def unpack_e4m3(codes: Tensor, scales: Tensor, *, lost: Tensor) -> tuple[Tensor,
         lost: int64 scalar, to which the number of elements more than E4M3 holds is added: those of
             blocks more than 2^14 under the largest of their row.
     """
-    shape, grid, blocks = _grid(codes, scales)
-    factors = torch.empty(shape[0], dtype=torch.float32, device=codes.device)
+    (rows, cols), block = _shape_and_block(codes, scales)
+    factors = torch.empty(rows, dtype=torch.float32, device=codes.device)
+    out = torch.empty((rows, cols), dtype=torch.float8_e4m3fn, device=codes.device)
+    # A row a program, as much of it at a time as four warps take: the best of 23 on an H100
+    nb = min(256, max(64, triton.next_power_of_2(cols // block[0])))
     launch(
-        row_factors_kernel, (-(-shape[0] // ROWS[0]), 1),
-        ((scales, torch.uint8), factors, shape[0], scales.shape[1]), (),
-        (blocks[1], *ROWS[:2]), warps=ROWS[2],
-    )  # fmt: skip
-    out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=codes.device)
-    launch(
-        unpack_e4m3_kernel, grid,
-        ((codes, torch.int32), (scales, torch.uint8), factors, lost, (out, torch.int32), *shape), (),
-        (*blocks, *TILE[:2], has_fast_casts(codes.device)), warps=TILE[2],
+        unpack_e4m3_kernel, (rows, 1),
+        ((codes, torch.int64), (scales, torch.uint8), factors, lost, (out, torch.int32), rows, cols),
+        (), (block[1], 1, nb, has_fast_casts(codes.device)), warps=nb // 64,
     )  # fmt: skip
     return out, factors
+
+
+def _shape_and_block(codes: Tensor, scales: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns of a packed copy, and elements of a block along a row and rows of a tile."""
+    rows, cols = codes.shape[0], codes.shape[1] * 2
+    return (rows, cols), (cols // scales.shape[1], rows // scales.shape[0])

@@ -19,9 +19,10 @@ TARGETS = {
 }
 NOISE = Noise(1)
 SIGNS = (1, -1) * 8
-PAIRS = {
+SR: dict[str, Any] = dict(rounding="stochastic", noise=NOISE)
+PAIRS: dict[str, tuple[Copy | None, Copy | None]] = {
     "nvfp4": (
-        Copy("nvfp4", rounding="stochastic", noise=NOISE, output="exact"),
+        Copy("nvfp4", **SR, output="exact"),
         Copy("nvfp4", rotation=16, signs=SIGNS),
     ),
     "mxfp4": (
@@ -31,6 +32,11 @@ PAIRS = {
     "mxfp4 2d": (Copy("mxfp4", "2d", output="e4m3"), Copy("mxfp4", "2d", output="e4m3")),
     "fp8": (Copy("fp8_e4m3", "tensor"), Copy("fp8_e5m2", "tensor")),
     "fp8 blocks": (Copy("fp8_e4m3", "1d"), Copy("fp8_e4m3", "1d")),
+    "nvfp4, row alone": (Copy("nvfp4", **SR, output="exact"), None),
+    "nvfp4, column alone": (None, Copy("nvfp4", rotation=16, **SR)),
+    "mxfp4, row alone": (Copy("mxfp4", scale="even", output="e4m3"), None),
+    "mxfp4, column alone": (None, Copy("mxfp4", scale="even", output="e4m3", rotation=16)),
+    "fp8, row alone": (Copy("fp8_e4m3", "row"), None),
 }
 _AMAX = dict(ROW=True, ROW_ROTATION=0, ROW_SIGNS=False, COL=True, COL_ROTATION=16, COL_SIGNS=True)
 
@@ -90,21 +96,15 @@ def kernels(target: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any],
         ),
         "unpack to e4m3": (
             unpack.unpack_e4m3_kernel,
-            {"codes_ptr": "*i32", "scales_ptr": "*u8", "factors_ptr": "*fp32", "lost_ptr": "*i64"}
+            {"codes_ptr": "*i64", "scales_ptr": "*u8", "factors_ptr": "*fp32", "lost_ptr": "*i64"}
             | {"out_ptr": "*i32", "R": "i32", "C": "i32"},
-            dict(BLOCK=32, TALL=1, BM=16, BW=64, FAST=target != "gfx950"),
-            options,
-        ),
-        "row factors": (
-            unpack.row_factors_kernel,
-            {"scales_ptr": "*u8", "factors_ptr": "*fp32", "R": "i32", "BLOCKS": "i32"},
-            dict(TALL=1, BM=8, BN=256),
+            dict(TALL=1, BM=1, NB=256, FAST=target != "gfx950"),
             options,
         ),
     }
     for pair in PAIRS:
         # blocks of 128 tokens need a tile that tall; tiles differ in config alone, so once is enough
-        if pair in ("mxfp4 2d", "fp8 blocks") and target != "sm_90":
+        if (pair in ("mxfp4 2d", "fp8 blocks") or "alone" in pair) and target != "sm_90":
             continue
         shape = tile | dict(TB=8) if pair == "fp8 blocks" else tile
         found[f"quantize {pair}"] = _quantize(pair, target != "gfx950", shape, options)
@@ -118,10 +118,17 @@ def kernels(target: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any],
 
 def _quantize(pair: str, fast: bool, tile: dict, options: dict) -> tuple:
     types = {"x_ptr": "*bf16", "stride": "i32", "R": "i32", "C": "i32"}
+    types |= _scalars("row") | _scalars("col")
     constants: dict[str, Any] = dict(tile, FAST=fast)
     for side, copy in zip(("row", "col"), PAIRS[pair], strict=True):
+        constants["ROW" if side == "row" else "COL"] = copy.config() if copy else None
+        if copy is None:
+            absent = ("out", "scales", "amax", "alpha", "lost")
+            constants |= {f"{side}_{name}": None for name in absent}
+            continue
         packed = copy.output == "codes" and copy.format.endswith("fp4")
-        blocks = "*u8" if packed else "*fp32" if copy.block_length else None
+        scaled = copy.block_length or copy.amax == "row"
+        blocks = "*u8" if packed else "*fp32" if scaled else None
         scales = {"e4m3": "*fp32", "exact": None}.get(copy.output, blocks)
         pointers = {
             "out": "*i32",
@@ -135,11 +142,14 @@ def _quantize(pair: str, fast: bool, tile: dict, options: dict) -> tuple:
                 constants[f"{side}_{name}"] = None
             else:
                 types[f"{side}_{name}"] = type_
-        types |= {f"{side}_{n}": "i64" for n in ("key", "signs_lo", "signs_hi")}
-        places = ("row_offset", "row_part", "row_gap", "call_offset", "call_part", "call_gap")
-        types |= {f"{side}_{n}": "i32" for n in places}
-        constants["ROW" if side == "row" else "COL"] = copy.config()
     return quantize_kernel, types, constants, options
+
+
+def _scalars(side: str) -> dict[str, str]:
+    """Types of the numbers that a draw gives a copy; a copy that is left out has them too."""
+    places = ("row_offset", "row_part", "row_gap", "call_offset", "call_part", "call_gap")
+    types = dict.fromkeys(("key", "signs_lo", "signs_hi"), "i64") | dict.fromkeys(places, "i32")
+    return {f"{side}_{name}": type_ for name, type_ in types.items()}
 
 
 def _block_gemm(tall: int) -> tuple:
