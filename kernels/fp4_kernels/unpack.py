@@ -169,12 +169,14 @@ def unpack_e4m3(codes: Tensor, scales: Tensor, *, lost: Tensor) -> tuple[Tensor,
     (rows, cols), block = _shape_and_block(codes, scales)
     factors = torch.empty(rows, dtype=torch.float32, device=codes.device)
     out = torch.empty((rows, cols), dtype=torch.float8_e4m3fn, device=codes.device)
-    # A row a program, as much of it at a time as four warps take: the best of 23 on an H100
-    nb = min(256, max(64, triton.next_power_of_2(cols // block[0])))
+    # A row a program, as much of it at a time as four warps take: the best of 23 on an H100. Triton's
+    # interpreter pays by the operation, so there it takes many.
+    fast = has_fast_casts(codes.device)
+    bm, nb = 1 if fast else 32, min(256, max(64, triton.next_power_of_2(cols // block[0])))
     launch(
-        unpack_e4m3_kernel, (rows, 1),
+        unpack_e4m3_kernel, (-(-rows // bm), 1),
         ((codes, torch.int64), (scales, torch.uint8), factors, lost, (out, torch.int32), rows, cols),
-        (), (block[1], 1, nb, has_fast_casts(codes.device)), warps=nb // 64,
+        (), (block[1], bm, nb, fast), warps=nb // 64,
     )  # fmt: skip
     return out, factors
 
