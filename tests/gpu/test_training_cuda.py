@@ -1,7 +1,8 @@
 """Whole runs on a GPU, evaluations and checkpoints included, with every recipe that ships.
 
 An evaluation casts fprop's operands alone, a training step beside wgrad's: a run needs kernels that no
-single linear's forward and backward does.
+single linear's forward and backward does. Where ``auto`` is the reference too (bf16; mxfp8 on Hopper) a
+recipe is run twice, and has to repeat itself.
 """
 
 from __future__ import annotations
