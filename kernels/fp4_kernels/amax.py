@@ -99,7 +99,8 @@ def _column_peak(
 def _peak16(vs, lo, hi, SIGNS: tl.constexpr, INTEGERS: tl.constexpr):
     """The largest magnitude of sixteen fp32 tensors after a rotation of 16 over the tuple.
 
-    Of the last stage's a + b and a - b the larger magnitude is |a| + |b|, whatever is rounded.
+    The last butterfly computes a + b and a - b. The larger of their magnitudes is |a| + |b|, so one
+    addition gives it.
     INTEGERS: compared by their bits, three at a time: fewer instructions and more registers.
     """
     hs = hadamard_tokens(vs, lo, hi, 16, SIGNS, False, 3)
@@ -116,7 +117,8 @@ def _peak16(vs, lo, hi, SIGNS: tl.constexpr, INTEGERS: tl.constexpr):
 @triton.jit
 def _block_rows(
     x_ptr, stride, m0, n0, R, C, row_ptr, lo, hi,
-    SIGNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
+    SIGNS: tl.constexpr, BF16: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
     EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Amax of BM rows rotated by 16, over STEPS tiles. A thread takes whole blocks of columns."""
@@ -127,7 +129,7 @@ def _block_rows(
         vs = split16(widen(lower, FAST), widen(upper, FAST))
         row = tl.maximum(row, bits_of(_peak16(vs, lo, hi, SIGNS, True)))
     m = m0 + tl.arange(0, BM)
-    found = bits_of(_finish_bits(tl.max(row, axis=1), 16))
+    found = bits_of(_finish_bits(tl.max(row, axis=1), 16, BF16))
     tl.atomic_max(row_ptr + m, found, mask=m < R, sem="relaxed")
 
 
@@ -138,11 +140,11 @@ def _magnitude(v):
 
 
 @triton.jit
-def _finish_bits(bits, ROTATION: tl.constexpr):
+def _finish_bits(bits, ROTATION: tl.constexpr, BF16: tl.constexpr):
     """fp32 amaxes from magnitude bits: the rotation's scale and rounding, left out until now."""
     a = float_of(bits)
     if ROTATION > 0:
-        a = finish(a, ROTATION, False)
+        a = finish(a, ROTATION, BF16, False)
     return a
 
 
@@ -150,8 +152,8 @@ def _finish_bits(bits, ROTATION: tl.constexpr):
 def amax_kernel(
     x_ptr, stride, R, C, work_ptr, out_ptr, programs,
     row_lo: tl.int64, row_hi: tl.int64, col_lo: tl.int64, col_hi: tl.int64,
-    ROW: tl.constexpr, ROW_ROTATION: tl.constexpr, ROW_SIGNS: tl.constexpr,
-    COL: tl.constexpr, COL_ROTATION: tl.constexpr, COL_SIGNS: tl.constexpr,
+    ROW: tl.constexpr, ROW_ROTATION: tl.constexpr, ROW_SIGNS: tl.constexpr, ROW_BF16: tl.constexpr,
+    COL: tl.constexpr, COL_ROTATION: tl.constexpr, COL_SIGNS: tl.constexpr, COL_BF16: tl.constexpr,
     TB: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
     EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -178,10 +180,10 @@ def amax_kernel(
     if tl.atomic_add(work_ptr, 1, sem="acq_rel") == programs - 1:
         if ROW:
             row_max = tl.atomic_xchg(work_ptr + 1, 0, sem="relaxed")
-            tl.store(out_ptr, _finish_bits(row_max, ROW_ROTATION))
+            tl.store(out_ptr, _finish_bits(row_max, ROW_ROTATION, ROW_BF16))
         if COL:
             col_max = tl.atomic_xchg(work_ptr + 2, 0, sem="relaxed")
-            tl.store(out_ptr + 1, _finish_bits(col_max, COL_ROTATION))
+            tl.store(out_ptr + 1, _finish_bits(col_max, COL_ROTATION, COL_BF16))
         tl.atomic_xchg(work_ptr, 0, sem="relaxed")
 
 
@@ -189,8 +191,8 @@ def amax_kernel(
 def line_amax_kernel(
     x_ptr, stride, R, C, row_ptr, col_ptr,
     row_lo: tl.int64, row_hi: tl.int64, col_lo: tl.int64, col_hi: tl.int64,
-    ROW: tl.constexpr, ROW_ROTATION: tl.constexpr, ROW_SIGNS: tl.constexpr,
-    COL: tl.constexpr, COL_ROTATION: tl.constexpr, COL_SIGNS: tl.constexpr,
+    ROW: tl.constexpr, ROW_ROTATION: tl.constexpr, ROW_SIGNS: tl.constexpr, ROW_BF16: tl.constexpr,
+    COL: tl.constexpr, COL_ROTATION: tl.constexpr, COL_SIGNS: tl.constexpr, COL_BF16: tl.constexpr,
     TB: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr,
     EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -214,19 +216,19 @@ def line_amax_kernel(
             peaks = _row_peaks(peaks, xs, row_lo, row_hi, ROW_ROTATION, ROW_SIGNS, FAST)
         if COL:
             col = _column_peak(xs, col_lo, col_hi, COL_ROTATION, COL_SIGNS, True, FAST)
-            col = _finish_bits(tl.max(_magnitude(col), axis=0), COL_ROTATION)
+            col = _finish_bits(tl.max(_magnitude(col), axis=0), COL_ROTATION, COL_BF16)
             n = n0 + tl.arange(0, BN)
             tl.atomic_max(col_ptr + n, bits_of(col), mask=n < C, sem="relaxed")
     if BLOCKS:
         _block_rows(
             x_ptr, stride, m0, first, R, C, row_ptr, row_lo, row_hi,
-            ROW_SIGNS, TB * 16, BN, STEPS, EVEN, FAST,
+            ROW_SIGNS, ROW_BF16, TB * 16, BN, STEPS, EVEN, FAST,
         )  # fmt: skip
     elif ROW:
         for i in tl.static_range(16):
             m = m0 + tl.arange(0, TB)[:, None] * 16 + i
             row = tl.max(_magnitude(peaks[i]), axis=1, keep_dims=True)
-            row = _finish_bits(row, ROW_ROTATION)
+            row = _finish_bits(row, ROW_ROTATION, ROW_BF16)
             tl.atomic_max(row_ptr + m, bits_of(row), mask=m < R, sem="relaxed")
 
 
@@ -242,7 +244,9 @@ def _workspace(device: torch.device) -> Tensor:
     return work
 
 
-Rotation = tuple[int, tuple[int, ...] | None]  # size (0: none) and signs
+# Size (0: none), signs, and whether the result stays in fp32 (otherwise bfloat16).
+Rotation = tuple[int, tuple[int, ...] | None, bool]
+NONE: Rotation = (0, None, False)
 
 
 def _arguments(
@@ -251,13 +255,13 @@ def _arguments(
     """(grid, scalars, compile-time constants) of a launch on x [R, C] whose columns are adjacent."""
     tb, bn, _, steps = tile
     rows, cols = x.shape
-    row_size, row_signs = row or (0, None)
-    col_size, col_signs = col or (0, None)
+    row_size, row_signs, row_fp32 = row or NONE
+    col_size, col_signs, col_fp32 = col or NONE
     if (row_size and cols % row_size) or (col_size and rows % col_size):
         raise ValueError(f"a rotation of {row_size} or {col_size} does not divide {list(x.shape)}")
     constants = (
-        row is not None, row_size, row_signs is not None,
-        col is not None, col_size, col_signs is not None,
+        row is not None, row_size, row_signs is not None, not row_fp32,
+        col is not None, col_size, col_signs is not None, not col_fp32,
         tb, bn, steps,
         rows % (tb * 16) == 0 and cols % (bn * steps) == 0, has_fast_casts(x.device),
     )  # fmt: skip
@@ -273,7 +277,7 @@ def _is_wide(row: Rotation | None, col: Rotation | None) -> bool:
 def amax(
     x: Tensor,
     *,
-    row: Rotation | None = (0, None),
+    row: Rotation | None = NONE,
     col: Rotation | None = None,
     tile: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
@@ -281,7 +285,7 @@ def amax(
 
     Args:
         x: [R, C] bfloat16, float16 or float32; one of its strides is 1.
-        row, col: (rotation size or 0, signs or None); None leaves the entry unwritten.
+        row, col: their rotations, or None to leave the entry unwritten.
     """
     if x.stride(1) != 1 and x.shape[1] > 1:
         return amax(x.t(), row=col, col=row, tile=tile).flip(0)
@@ -301,7 +305,7 @@ def amax(
 def line_amax(
     x: Tensor,
     *,
-    row: Rotation | None = (0, None),
+    row: Rotation | None = NONE,
     col: Rotation | None = None,
     tile: tuple[int, int, int, int] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:

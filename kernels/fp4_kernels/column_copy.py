@@ -13,6 +13,7 @@ from fp4_kernels.copies import (
     AMAX,
     BLOCK,
     OUT,
+    ROTATED_BF16,
     ROTATION,
     SIGNS,
     TWO_D,
@@ -40,11 +41,17 @@ def _values(xs, signs, CFG: tl.constexpr, FAST: tl.constexpr):
         vs = vs + (widen(xs[i], FAST),)
     if CFG[ROTATION] > 0:
         SIZE: tl.constexpr = CFG[ROTATION]
+        ROUND: tl.constexpr = CFG[ROTATED_BF16]
         FOLD: tl.constexpr = (SIZE == 16 or SIZE == 64) and xs[0].dtype != tl.float32
         hs = hadamard_tokens(vs, signs[0], signs[1], SIZE, tl.constexpr(CFG[SIGNS]), FOLD)
         vs = ()
         for i in tl.static_range(16):
-            vs = vs + (round_bf16(hs[i], FAST) if FOLD else finish(hs[i], SIZE, FAST),)
+            if not FOLD:
+                vs = vs + (finish(hs[i], SIZE, ROUND, FAST),)
+            elif ROUND:
+                vs = vs + (round_bf16(hs[i], FAST),)
+            else:
+                vs = vs + (hs[i],)
     return vs
 
 

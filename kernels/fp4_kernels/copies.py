@@ -32,6 +32,7 @@ INVERSE_MAX = tl.constexpr(12)  # 1 / the element's maximum
 EMAX = tl.constexpr(13)  # exponent of the element's maximum
 HALF_ULP = tl.constexpr(14)  # fp32 bits of half its last mantissa bit
 AMAX = tl.constexpr(15)  # none | tensor | row: what the amax pointer holds
+ROTATED_BF16 = tl.constexpr(16)  # whether a rotated copy is rounded to bfloat16 before its amax
 
 
 @triton.jit

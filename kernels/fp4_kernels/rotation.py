@@ -202,6 +202,9 @@ def join16(vs):
 
 
 @triton.jit
-def finish(h, SIZE: tl.constexpr, FAST: tl.constexpr):
-    """Scale and round: what a copy is made of, fp32 holding bfloat16 numbers."""
-    return round_bf16(h * inverse_sqrt(SIZE), FAST)
+def finish(h, SIZE: tl.constexpr, BF16: tl.constexpr, FAST: tl.constexpr):
+    """Scale, and round where BF16 says so: what a copy is made of, in fp32."""
+    h = h * inverse_sqrt(SIZE)
+    if BF16:
+        h = round_bf16(h, FAST)
+    return h

@@ -15,6 +15,7 @@ from fp4_kernels.copies import (
     AMAX,
     BLOCK,
     OUT,
+    ROTATED_BF16,
     ROTATION,
     SIGNS,
     TWO_D,
@@ -60,7 +61,7 @@ def _values(halves, signs, CFG: tl.constexpr, FAST: tl.constexpr):
         v = hadamard_columns(
             join16(vs), signs[0], signs[1], tl.constexpr(CFG[ROTATION]), tl.constexpr(CFG[SIGNS])
         )
-        v = finish(v, tl.constexpr(CFG[ROTATION]), FAST)
+        v = finish(v, tl.constexpr(CFG[ROTATION]), tl.constexpr(CFG[ROTATED_BF16]), FAST)
         A: tl.constexpr = vs[0].shape[0]
         B: tl.constexpr = vs[0].shape[1]
         lower, upper = tl.split(tl.permute(tl.reshape(v, [A, B, 2, 8]), (0, 1, 3, 2)))

@@ -46,7 +46,13 @@ NVFP4_RULES = {
     "cap256": (256.0, 6.0),
     "four_over_six": (256.0, 6.0),
 }
-MX_RULES = ("floor", "ceil", "even", "rceil", "unbiased")
+_RULES = {
+    "nvfp4": tuple(NVFP4_RULES),
+    "mx": ("floor", "ceil", "even", "rceil", "unbiased", "default"),
+    "fp8": ("default", "pow2"),
+}
+ROUNDINGS = ("nearest", "stochastic", "stochastic_full")
+TIES = ("even", "away")
 OUTPUTS = ("codes", "exact", "e4m3")
 ROTATIONS = (0, 16, 32, 64, 128)
 
@@ -84,6 +90,7 @@ class Copy:
         rotation: 0, or the size of a block Hadamard rotation (16 to 128) before quantization.
         signs: +-1 a rotated position, applied first; None for none.
         noise: for stochastic rounding.
+        rotated_fp32: a rotated copy is cast from fp32; otherwise it is rounded to bfloat16 first.
     """
 
     format: str
@@ -95,6 +102,12 @@ class Copy:
     rotation: int = 0
     signs: tuple[int, ...] | None = None
     noise: Noise | None = None
+    rotated_fp32: bool = False
+
+    @property
+    def turn(self) -> tuple[int, tuple[int, ...] | None, bool]:
+        """The rotation as ``amax`` takes it: size (0 for none), signs, whether it stays in fp32."""
+        return self.rotation, self.signs, self.rotated_fp32
 
     @property
     def element(self) -> Element:
@@ -134,8 +147,7 @@ class Copy:
         return _config(
             (self.format, self.block, self.scale, self.rounding, self.ties, self.output),
             self.rotation,
-            self.signs is not None,
-            parts,
+            (self.signs is not None, self.rotated_fp32, parts),
         )
 
     def launch_scalars(self) -> tuple[int, ...]:
@@ -168,19 +180,17 @@ def sign_words(signs: tuple[int, ...] | None) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def _config(words: tuple[str, ...], rotation: int, signs: bool, parts: bool) -> tuple:
+def _config(words: tuple[str, ...], rotation: int, flags: tuple[bool, bool, bool]) -> tuple:
     format_, block, scale, rounding, ties, output = words
-    if format_ not in FORMATS or block not in FORMATS[format_][2]:
-        raise ValueError(f"no kernel for format {format_!r} with block {block!r}")
+    signs, rotated_fp32, parts = flags
+    missing = why_missing(format_, block=block, scale=scale, rounding=rounding, ties=ties)
+    if missing:
+        raise ValueError(missing)
     kind, element, blocks = FORMATS[format_]
     tensor_max, scaled_max = element.max, element.max
     if kind == "nvfp4":
-        if scale not in NVFP4_RULES:
-            raise ValueError(f"scale: {scale!r} is no rule of nvfp4")
         cap, scaled_max = NVFP4_RULES[scale]
         tensor_max = cap * scaled_max
-    elif scale not in ((*MX_RULES, "default") if kind == "mx" else ("default", "pow2")):
-        raise ValueError(f"scale: {scale!r} is no rule of {format_}")
     if output not in OUTPUTS or (output == "e4m3" and format_ != "mxfp4"):
         raise ValueError(f"output: {output!r} is not offered for {format_}")
     if rotation not in ROTATIONS:
@@ -189,4 +199,21 @@ def _config(words: tuple[str, ...], rotation: int, signs: bool, parts: bool) -> 
     return (
         kind, element.name, blocks[block], block == "2d", scale, rounding, ties, output, rotation,
         signs, parts, tensor_max, 1.0 / scaled_max, element.emax, 0x400000 >> element.mantissa, amax,
+        not rotated_fp32,
     )  # fmt: skip
+
+
+def why_missing(format_: str, *, block: str, scale: str, rounding: str, ties: str) -> str | None:
+    """None if the kernels make such a copy, otherwise the reason in one clause."""
+    if format_ not in FORMATS:
+        return f"its kernels have no format {format_}"
+    kind, element, blocks = FORMATS[format_]
+    if block not in blocks:
+        return f"its kernels have no block {block} of {format_}"
+    if scale not in _RULES[kind]:
+        return f"its kernels have no scale rule {scale} of {format_}"
+    if rounding not in (ROUNDINGS if element is E2M1 else ROUNDINGS[:1]):
+        return f"its kernels do not round {format_} by {rounding}"
+    if ties not in (TIES if element is E2M1 else TIES[:1]):
+        return f"its kernels have no ties {ties} of {format_}"
+    return None

@@ -38,7 +38,8 @@ PAIRS: dict[str, tuple[Copy | None, Copy | None]] = {
     "mxfp4, column alone": (None, Copy("mxfp4", scale="even", output="e4m3", rotation=16)),
     "fp8, row alone": (Copy("fp8_e4m3", "row"), None),
 }
-_AMAX = dict(ROW=True, ROW_ROTATION=0, ROW_SIGNS=False, COL=True, COL_ROTATION=16, COL_SIGNS=True)
+_AMAX = dict(ROW=True, ROW_ROTATION=0, ROW_SIGNS=False, ROW_BF16=True)
+_AMAX |= dict(COL=True, COL_ROTATION=16, COL_SIGNS=True, COL_BF16=True)
 
 
 def compile_kernel(name: str, target: str) -> str:
