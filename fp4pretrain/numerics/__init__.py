@@ -9,7 +9,7 @@ and scales under nearest rounding bit for bit, stochastic rounding by law.
 """
 
 from fp4pretrain.numerics.blocks import tensor_amax
-from fp4pretrain.numerics.formats import FORMATS, Element, Format, QuantSpec
+from fp4pretrain.numerics.formats import FORMATS, Element, Format, ScaleLevel
 from fp4pretrain.numerics.gemm import gemm_reference
 from fp4pretrain.numerics.measures import (
     cosine,
@@ -21,6 +21,8 @@ from fp4pretrain.numerics.measures import (
 from fp4pretrain.numerics.noise import Noise, derive_key, random_signs
 from fp4pretrain.numerics.quantize import QuantizedTensor, emulate, quantize
 from fp4pretrain.numerics.rotation import hadamard_matrix, rotate, signs_te
+from fp4pretrain.numerics.scaling import spanning_amax
+from fp4pretrain.numerics.spec import QuantSpec
 
 __all__ = [
     "FORMATS",
@@ -29,6 +31,7 @@ __all__ = [
     "Noise",
     "QuantSpec",
     "QuantizedTensor",
+    "ScaleLevel",
     "cosine",
     "derive_key",
     "emulate",
@@ -40,6 +43,7 @@ __all__ = [
     "rotate",
     "saturation_fraction",
     "signs_te",
+    "spanning_amax",
     "sqnr_db",
     "tensor_amax",
     "underflow_fraction",

@@ -76,7 +76,23 @@ def block_amax(x: Tensor, block: tuple[int, int]) -> Tensor:
     return torch.cat(parts).view(x.dtype).to(torch.float32)
 
 
+def outer_amax(amax_b: Tensor, outer: tuple[int, int], block: tuple[int, int]) -> Tensor:
+    """Amaxes of outer blocks from those of the blocks in them, [row blocks, col blocks]."""
+    tall, wide = max(outer[0] // block[0], 1), max(outer[1] // block[1], 1)
+    return block_view(amax_b, (tall, wide)).amax(dim=(1, 3))
+
+
+def over_blocks(factors: Tensor, outer: tuple[int, int], block: tuple[int, int]) -> Tensor:
+    """Factors of outer blocks repeated for every block in them; a scalar stays one."""
+    if factors.dim() == 0:
+        return factors
+    tall, wide = max(outer[0] // block[0], 1), max(outer[1] // block[1], 1)
+    return factors.repeat_interleave(tall, 0).repeat_interleave(wide, 1)
+
+
 def tensor_amax(x: Tensor) -> Tensor:
-    """The largest magnitude of a tensor, an fp32 scalar; NaN over Inf over any finite number."""
+    """The largest magnitude of a tensor, an fp32 scalar; NaN over Inf over any number; 0 of nothing."""
+    if x.numel() == 0:
+        return torch.zeros((), device=x.device)
     low, high = torch.aminmax(x)
     return torch.maximum(low.abs(), high.abs()).to(torch.float32)

@@ -1,7 +1,7 @@
 """The reference GEMM: what every backend's product of two quantized operands must be close to.
 
 ``out[m, n] = alpha_a * alpha_b * sum_k values_a[m, k] * values_b[n, k]``: both operands have their
-contraction axis last, and the fp32 tensor scales go on the result, never on an operand.
+contraction axis last, and fp32 scales of a whole tensor or row go on the result, never on an operand.
 """
 
 from __future__ import annotations
@@ -30,4 +30,6 @@ def gemm_reference(
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"contraction dimensions differ: {a.shape} against {b.shape}")
     product = a.values().to(accumulate) @ b.values().to(accumulate).T
-    return (product * (a.alpha() * b.alpha())).to(out_dtype)
+    alpha_b = b.alpha()
+    alpha = a.alpha() * (alpha_b if alpha_b.dim() == 0 else alpha_b.t())
+    return (product * alpha).to(out_dtype)

@@ -7,11 +7,12 @@ squares over millions of elements loses digits in fp32.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fp4pretrain.numerics.blocks import block_view, spread
-from fp4pretrain.numerics.formats import QuantSpec
 from fp4pretrain.numerics.scaling import operand_scales
+from fp4pretrain.numerics.spec import QuantSpec
 
 
 def relative_error(x: Tensor, y: Tensor) -> Tensor:
@@ -44,9 +45,11 @@ def saturation_fraction(x: Tensor, spec: QuantSpec, *, amax: Tensor | None = Non
 
     Elements a block scale of 0 sends to 0 count as underflow, not here. bf16 never clips.
     """
-    if spec.row.scale_type == "none":
+    if not spec.quantized or not x.numel():
         return torch.zeros((), device=x.device)
-    scales = operand_scales(x, spec, amax)
-    block = spec.block_shape((x.shape[0], x.shape[1]))
-    scaled = block_view(x.to(torch.float32), block).abs() * spread(scales.encode)
-    return ((scaled > spec.row.element.max) & spread(scales.stored.float() != 0)).float().mean()
+    rows, cols = spec.padded_shape((x.shape[0], x.shape[1]))
+    padded = F.pad(x, (0, cols - x.shape[1], 0, rows - x.shape[0]))
+    scales = operand_scales(padded, spec, amax)
+    scaled = block_view(padded.float(), spec.block_shape((rows, cols))).abs()
+    clipped = scaled * spread(scales.encode) > spec.row.element.max
+    return (clipped & spread(scales.stored.float() != 0)).sum() / x.numel()

@@ -64,7 +64,7 @@ def rotate(
             f"rotation.size: {size} does not divide the contraction dimension {x.shape[-1]}; "
             f"use a smaller size or kind=none"
         )
-    x_rn = x.reshape(-1, x.shape[-1])
+    x_rn = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     factors = torch.ones(size) if signs is None else torch.as_tensor(signs).to(torch.float32)
     out_rn = torch.empty(
         x_rn.shape, dtype=torch.bfloat16 if round_bf16 else torch.float32, device=x.device

@@ -3,11 +3,11 @@
 Around a magnitude ``a`` the grid has one step, ``2**(max(floor(log2 a), emin) - mantissa_bits)``;
 divided by it, rounding to the grid is rounding to an integer. The power of two is the exponent
 field of the float itself, so there is no table and no branch, every pass is in place, and one
-function serves E2M1, E4M3 and E5M2 alike.
+function serves every element alike.
 
-Where the sign of zero goes: a negative that rounds to zero stays -0.0 (code 8). An exact -0.0
-becomes +0.0 (code 0) in E2M1, as in Transformer Engine's reference, and stays -0.0 in FP8, as in
-every cast.
+Where the sign of zero goes: a negative that rounds to zero stays -0.0 (in E2M1 code 8). An exact
+-0.0 becomes +0.0 (code 0) below 8 bits, as in Transformer Engine's reference, and stays -0.0 in FP8,
+as in every cast.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from fp4pretrain.numerics.formats import Element
-
-E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 # Zero-dimensional tensors, not Python numbers: PyTorch builds a tensor of a number at every call.
 _EXPONENT_FIELD = torch.tensor(0x7F800000, dtype=torch.int32)
@@ -44,7 +42,7 @@ def round_to_grid_(
     """
     step = torch.empty_like(y) if scratch is None else scratch
     y.clamp_(-element.max, element.max)
-    if element.packed:
+    if element.coded:
         y.add_(0.0)  # -0.0 + 0.0 = +0.0
     torch.bitwise_and(y.view(torch.int32), _EXPONENT_FIELD, out=step.view(torch.int32))
     step.clamp_(2.0**element.emin, 2.0**element.emax).mul_(2.0**-element.mantissa_bits)
@@ -63,19 +61,30 @@ def round_to_grid_(
     return y.mul_(step)
 
 
-def encode_e2m1(q: Tensor) -> Tensor:
-    """uint8 [..., n / 2]: codes sign<<3 | index of fp32 values [..., n] that lie on the E2M1 grid.
+def encode(q: Tensor, element: Element) -> Tensor:
+    """Codes of fp32 values [..., n] that lie on the element's grid.
 
-    Two codes a byte, the even element in the low nibble.
+    uint8 [..., n / 2] for 4 bits (two codes a byte, the even element in the low nibble), uint8
+    [..., n] for 6 bits, values of ``element.dtype`` [..., n] for more.
     """
-    doubled = q.abs().mul_(2.0).to(torch.uint8)  # 0 1 2 3 4 6 8 12, whose indices are 0 to 7
-    index = torch.minimum(torch.minimum(doubled, (doubled >> 1) + 2), (doubled >> 2) + 4)
-    codes = index | (torch.signbit(q).to(torch.uint8) << 3)
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    if not element.coded:
+        return q.to(element.dtype)
+    magnitudes = torch.tensor(element.magnitudes, device=q.device)
+    index = torch.bucketize(q.abs(), magnitudes, out_int32=True).to(torch.uint8)
+    codes = index | (torch.signbit(q).to(torch.uint8) << (element.bits - 1))
+    return codes[..., 0::2] | (codes[..., 1::2] << 4) if element.packed else codes
 
 
-def decode_e2m1(packed: Tensor) -> Tensor:
-    """fp32 values [..., n] of packed codes [..., n / 2]; code 8 is -0.0."""
-    values = torch.tensor((*E2M1_MAGNITUDES, *(-m for m in E2M1_MAGNITUDES)), device=packed.device)
+def decode(codes: Tensor, element: Element) -> Tensor:
+    """fp32 values [..., n] of what ``encode`` made; a sign without magnitude is -0.0."""
+    if not element.coded:
+        return codes.to(torch.float32)
+    positive = torch.tensor(element.magnitudes, device=codes.device)
+    values = torch.zeros(1 << element.bits, device=codes.device)
+    values[: len(positive)] = positive
+    half = 1 << (element.bits - 1)
+    values[half : half + len(positive)] = -positive
+    if not element.packed:
+        return values[codes.long()]
     pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=-1)
-    return pairs[packed.long()].flatten(-2)
+    return pairs[codes.long()].flatten(-2)

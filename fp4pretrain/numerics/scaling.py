@@ -1,12 +1,12 @@
-"""Scale rules: from the largest magnitude of a block to the factor it is divided by.
+"""Scale rules: from the largest magnitudes of blocks to the factors their elements are divided by.
 
 Every line below keeps the order of its fp32 operations, because kernels reproduce scales bit for
 bit: ``S_enc * fp32(1/6)`` is rounded before it meets the block's amax. Divisions are between
 tensors, never by a Python number: PyTorch turns those into a product with the reciprocal, which
 rounds twice.
 
-Not-a-number policy: a block whose amax is Inf or NaN (or, where a tensor scale exists, whose
-tensor's amax is) gets the scale NaN, so a non-finite input never becomes a finite number.
+Not-a-number policy: a block whose amax is Inf or NaN (or, where an outer scale exists, whose outer
+block's amax is) gets the scale NaN, so a non-finite input never becomes a finite number.
 
 Sources: Transformer Engine (core_nvfp4.cuh, reference_nvfp4.py); OCP MX v1.0; torchao; AMD (ROCm
 TE, AITER) for ``even``; arXiv:2506.08027 for ``rceil``; arXiv:2502.20586 for mxfp4's ``unbiased``;
@@ -20,47 +20,62 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp4pretrain.numerics.blocks import block_amax, block_view, row_slices, spread, tensor_amax
-from fp4pretrain.numerics.formats import Element, QuantSpec
+from fp4pretrain.numerics.blocks import (
+    block_amax,
+    block_view,
+    outer_amax,
+    over_blocks,
+    row_slices,
+    spread,
+    tensor_amax,
+)
+from fp4pretrain.numerics.formats import Element
 from fp4pretrain.numerics.rounding import round_to_grid_
+from fp4pretrain.numerics.spec import QuantSpec
 
 FLT_MAX = torch.finfo(torch.float32).max
 E4M3_MAX = 448.0
 
 
 @dataclass(frozen=True)
-class Nvfp4Rule:
-    """What a tensor's amax is encoded to: element ``element_max`` under block scale ``cap``."""
+class CappedRule:
+    """A rule of E4M3 block scales: an outer amax becomes element ``element_max`` under scale ``cap``."""
 
     cap: float
     element_max: float
 
     @property
-    def tensor_max(self) -> float:
-        """The scaled value of the tensor's amax: 2688 by default."""
+    def outer_max(self) -> float:
+        """The scaled value of the outer block's amax: 2688 for NVFP4's default."""
         return self.cap * self.element_max
 
 
-# 6 * 16/17: E4M3 rounds a scale down by at most 16/17, so even then no element exceeds 6.
-# Cap 256: scaling a block to 4 multiplies its scale by 1.5, and 384 is an E4M3 number.
-NVFP4_RULES = {
-    "default": Nvfp4Rule(cap=448.0, element_max=6.0),
-    "unbiased": Nvfp4Rule(cap=448.0, element_max=6.0 * 16.0 / 17.0),
-    "cap256": Nvfp4Rule(cap=256.0, element_max=6.0),
-    "four_over_six": Nvfp4Rule(cap=256.0, element_max=6.0),
-}
+def capped_rule(spec: QuantSpec) -> CappedRule:
+    """The numbers of a rule of E4M3 block scales, from the largest value of the element.
+
+    Cap 256: scaling a block to 4 in place of 6 multiplies its scale by 1.5, and 384 is an E4M3
+    number. ``unbiased``: E4M3 rounds a scale down by at most 16/17, so even then nothing clips.
+    """
+    largest = spec.row.element.max
+    return {
+        "default": CappedRule(E4M3_MAX, largest),
+        "unbiased": CappedRule(E4M3_MAX, largest * 16.0 / 17.0),
+        "cap256": CappedRule(256.0, largest),
+        "four_over_six": CappedRule(256.0, largest),
+    }[spec.scale]
 
 
 @dataclass(frozen=True)
 class BlockScales:
-    """The scales of one operand, one entry a block, [row blocks, col blocks].
+    """The scales of one operand, one entry a block of the innermost level, [row blocks, col blocks].
 
     Attributes:
         stored: what is kept: float8_e4m3fn, float8_e8m0fnu or fp32.
         encode: fp32 factor an element is multiplied with before it is rounded.
         decode: fp32 factor a rounded element is multiplied with; None where alpha says it all.
-        alpha: fp32 scalar that remains for the GEMM's result.
-        amax: fp32 scalar, the tensor's amax, where the format has a tensor scale.
+        alpha: fp32 factor that remains for the GEMM's result: a scalar, or [rows, 1].
+        amax: fp32 amaxes that the outermost scale was made from: a scalar, or one an outer block
+            [row blocks, col blocks]; None where every innermost block stands alone.
     """
 
     stored: Tensor
@@ -71,44 +86,72 @@ class BlockScales:
 
 
 def operand_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None = None) -> BlockScales:
-    """The scales of ``x`` [rows, cols] under ``spec``, by its format's type of block scale.
+    """The scales of ``x`` [rows, cols], whole blocks, by the format's type of innermost scale.
 
     Args:
-        amax: the tensor's amax where the caller knows it (tensor parallelism); it replaces x's own
-            in nvfp4 and per-tensor fp8 and is ignored by formats whose blocks stand alone.
+        amax: the outermost amaxes where the caller knows them (tensor parallelism): a scalar for a
+            tensor, [rows] for rows. They replace x's own and are ignored where blocks stand alone.
     """
     return _SCALES[spec.row.scale_type](x, spec, amax)
 
 
-def _nvfp4_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None) -> BlockScales:
-    rule = NVFP4_RULES[spec.scale]
-    block = spec.block_shape((x.shape[0], x.shape[1]))
+def spanning_amax(x: Tensor, spec: QuantSpec) -> Tensor | None:
+    """The amaxes that reach over the whole contraction axis of x [rows, cols], in fp32.
+
+    A scalar for one scale a tensor, [rows] for one a row, None for blocks that stand alone. These are
+    what tensor parallelism reduces (maximum) where that axis, or the tensor, is sharded.
+    """
+    if spec.amax_span == "block":
+        return None
+    if spec.amax_span == "tensor":
+        return tensor_amax(x)
+    return block_amax(x, (1, x.shape[1])).flatten()
+
+
+def _capped_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None) -> BlockScales:
+    """E4M3 scales of blocks under FP32 scales of outer blocks (NVFP4: of the tensor)."""
+    rule = capped_rule(spec)
+    shape = (x.shape[0], x.shape[1])
+    block, outer = spec.block_shape(shape), spec.block_shape(shape, 1)
     amax_b = block_amax(x, block)
-    amax = _tensor_amax_of(amax_b, amax)
-    encode_tensor = _tensor_encode(amax, rule.tensor_max)
+    amax = _outer_amax_of(amax_b, spec, shape, amax)
+    encode_outer = over_blocks(_encode(amax, rule.outer_max), outer, block)
     if spec.scale == "four_over_six":
-        scale_b = _four_over_six(x, amax_b, encode_tensor, spec, block)
+        scale_b = _four_over_six(x, amax_b, encode_outer, spec, block)
     else:
         inverse_max = torch.tensor(1.0 / rule.element_max, device=x.device)
-        scale_b = _clamp_e4m3(amax_b * (encode_tensor * inverse_max))
+        scale_b = _clamp_e4m3(amax_b * (encode_outer * inverse_max))
     stored = torch.where(_finite(amax_b), scale_b, torch.nan).to(torch.float8_e4m3fn)
     decode = stored.to(torch.float32)
-    return BlockScales(
-        stored=stored,
-        encode=_nvfp4_encode(decode, encode_tensor),
-        decode=decode,
-        alpha=amax / torch.tensor(rule.tensor_max, device=x.device),
-        amax=amax,
-    )
+    encode = _capped_encode(decode, encode_outer)
+    decode_outer = amax / torch.tensor(rule.outer_max, device=x.device)
+    if spec.amax_span == "block":  # the outer scale changes along the contraction axis
+        decode = decode * over_blocks(decode_outer, outer, block)
+        decode_outer = torch.ones((), device=x.device)
+    return BlockScales(stored, encode, decode, _per_row(decode_outer, outer, shape), amax)
 
 
-def _tensor_amax_of(amax_b: Tensor, given: Tensor | None) -> Tensor:
-    return tensor_amax(amax_b) if given is None else given.to(torch.float32).reshape(())
+def _outer_amax_of(
+    amax_b: Tensor, spec: QuantSpec, shape: tuple[int, int], given: Tensor | None
+) -> Tensor:
+    """Amaxes of the outer blocks: a scalar for the tensor, else [row blocks, col blocks]."""
+    if spec.amax_span == "tensor":
+        return tensor_amax(amax_b) if given is None else given.to(torch.float32).reshape(())
+    block, outer = spec.block_shape(shape), spec.block_shape(shape, 1)
+    if given is not None and spec.amax_span == "row":
+        amax_b = given.to(torch.float32)[:, None]
+        block = (1, shape[1])
+    return outer_amax(amax_b, outer, block)
 
 
-def _tensor_encode(amax: Tensor, tensor_max: float) -> Tensor:
-    """S_enc = min(tensor_max / amax, FLT_MAX); 1 where amax is 0, NaN where it is not finite."""
-    encode = (torch.tensor(tensor_max, device=amax.device) / amax).clamp(max=FLT_MAX)
+def _per_row(factor: Tensor, outer: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """A factor for the GEMM's result: the scalar, or one a row [rows, 1]."""
+    return factor if factor.dim() == 0 else over_blocks(factor, outer, (1, shape[1]))
+
+
+def _encode(amax: Tensor, largest: float) -> Tensor:
+    """S_enc = min(largest / amax, FLT_MAX); 1 where amax is 0, NaN where it is not finite."""
+    encode = (torch.tensor(largest, device=amax.device) / amax).clamp(max=FLT_MAX)
     return torch.where(_finite(amax), torch.where(amax == 0, 1.0, encode), torch.nan)
 
 
@@ -120,9 +163,9 @@ def _clamp_e4m3(scale: Tensor) -> Tensor:
     return scale.clamp(-E4M3_MAX, E4M3_MAX)  # Inf too: min(_, FLT_MAX) of the definition is implied
 
 
-def _nvfp4_encode(decode: Tensor, encode_tensor: Tensor) -> Tensor:
+def _capped_encode(decode: Tensor, encode_outer: Tensor) -> Tensor:
     """min(1 / (fp32(s_b) * S_dec), FLT_MAX): FLT_MAX where the block scale is 0."""
-    return _inverse(decode * _inverse(encode_tensor)).clamp(max=FLT_MAX)
+    return _inverse(decode * _inverse(encode_outer)).clamp(max=FLT_MAX)
 
 
 def _inverse(x: Tensor) -> Tensor:
@@ -130,35 +173,37 @@ def _inverse(x: Tensor) -> Tensor:
 
 
 def _four_over_six(
-    x: Tensor, amax_b: Tensor, encode_tensor: Tensor, spec: QuantSpec, block: tuple[int, int]
+    x: Tensor, amax_b: Tensor, encode_outer: Tensor, spec: QuantSpec, block: tuple[int, int]
 ) -> Tensor:
     """The E4M3 scale (as fp32), block to 6 or to 4, of smaller squared error; a tie goes to 6.
 
     The error of a block is sum((q * s_b - x * S_enc)^2) in fp32, summed as a tree of neighbours:
     ((e0 + e1) + (e2 + e3)) + ..., along the columns first, then (2d) along the rows.
     """
-    scale = amax_b / torch.tensor(6.0, device=x.device) * encode_tensor
+    scale = amax_b / torch.tensor(6.0, device=x.device) * encode_outer
     scale_6, scale_4 = (
         _clamp_e4m3(wanted).to(torch.float8_e4m3fn).to(torch.float32)
         for wanted in (scale, scale * 1.5)
     )
     error_6, error_4 = (
-        _squared_error(x, candidate, encode_tensor, spec, block) for candidate in (scale_6, scale_4)
+        _squared_error(x, candidate, encode_outer, spec, block) for candidate in (scale_6, scale_4)
     )
     return torch.where(error_4 < error_6, scale_4, scale_6)
 
 
 def _squared_error(
-    x: Tensor, decode: Tensor, encode_tensor: Tensor, spec: QuantSpec, block: tuple[int, int]
+    x: Tensor, decode: Tensor, encode_outer: Tensor, spec: QuantSpec, block: tuple[int, int]
 ) -> Tensor:
-    encode = _nvfp4_encode(decode, encode_tensor)
+    encode = _capped_encode(decode, encode_outer)
+    outer_b = encode_outer.expand(decode.shape)
     errors = []
     for rows in row_slices((x.shape[0], x.shape[1]), block[0], x.device):
         blocks = slice(rows.start // block[0], rows.stop // block[0])
         x_b = block_view(x[rows], block).to(torch.float32)
         y_b = (x_b * spread(encode[blocks])).contiguous()
         round_to_grid_(y_b, spec.row.element, ties=spec.ties)
-        error = y_b.mul_(spread(decode[blocks])).sub_(x_b * encode_tensor).square_()
+        scaled = x_b * spread(outer_b[blocks])
+        error = y_b.mul_(spread(decode[blocks])).sub_(scaled).square_()
         errors.append(_tree_sum(_tree_sum(error).transpose(1, 2)))
     return torch.cat(errors)
 
@@ -214,26 +259,31 @@ def e8m0_round_up(value: Tensor) -> Tensor:
     return torch.where(_finite(value), field + up, 255)
 
 
-def _fp8_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None) -> BlockScales:
+def _fp32_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None) -> BlockScales:
     """Current scaling: S = max / amax, per tensor, row or block; what is stored is 1 / S."""
-    per_tensor = spec.block == "tensor"
-    if not per_tensor:
-        amax_b = block_amax(x, spec.block_shape((x.shape[0], x.shape[1])))
+    shape = (x.shape[0], x.shape[1])
+    spans = spec.amax_span != "block"
+    if not spans:
+        amax_b = block_amax(x, spec.block_shape(shape))
     else:
-        amax = tensor_amax(x) if amax is None else _tensor_amax_of(amax, amax)
-        amax_b = amax.reshape(1, 1)
-    encode = _tensor_encode(amax_b, spec.row.element.max)
+        amax = spanning_amax(x, spec) if amax is None else amax.to(torch.float32)
+        assert amax is not None
+        amax_b = amax.reshape(-1, 1)
+    encode = _encode(amax_b, spec.row.element.max)
     if spec.scale == "pow2":
         encode = (encode.view(torch.int32) & 0x7F800000).view(torch.float32)
         encode = torch.where(_finite(amax_b), encode, torch.nan)
     stored = _inverse(encode)
+    alpha = torch.ones((), device=x.device)
+    if spans:
+        alpha = stored.reshape(()) if spec.amax_span == "tensor" else stored
     return BlockScales(
         stored=stored,
         encode=encode,
-        decode=None if per_tensor else stored,
-        alpha=stored.reshape(()) if per_tensor else torch.ones((), device=x.device),
-        amax=amax if per_tensor else None,
+        decode=None if spans else stored,
+        alpha=alpha,
+        amax=amax.reshape(()) if spec.amax_span == "tensor" and amax is not None else None,
     )
 
 
-_SCALES = {"e4m3": _nvfp4_scales, "e8m0": _mx_scales, "fp32": _fp8_scales}
+_SCALES = {"e4m3": _capped_scales, "e8m0": _mx_scales, "fp32": _fp32_scales}

@@ -88,6 +88,48 @@ def test_nvfp4(rule: str, cap: float, top: float, ties: str, seed: int) -> None:
     assert (q.dequantize().numpy() == values.astype(F) * alpha).all()
 
 
+def four_over_six_scales(x: np.ndarray, *, s_enc: np.floating, divide_first: bool) -> np.ndarray:
+    """Candidates (to 6, to 4) of every block [2, r, c / 16], in one of two orders of operations.
+
+    arXiv:2512.02010 divides the block's amax first; NVFP4's default multiplies S_enc by fp32(1/6)
+    first, which is not bit-equal.
+    """
+    amax = np.abs(x).reshape(len(x), -1, 16).max(-1)
+    scale = amax / F(6) * s_enc if divide_first else amax * (s_enc * F(1 / 6))
+    wanted = [np.minimum(scale, F(448)), np.minimum(scale * F(1.5), F(448))]
+    return np.stack([nearest_code(one, E4M3) for one in wanted])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_four_over_six(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((256, 512)) * 2.0 ** rng.integers(-2, 3, (256, 1))).astype(F)
+    amax = F(40 + seed / 3)
+    x[0, 0] = amax
+    s_enc = F(256 * 6) / amax
+    # blocks whose scale is a tie of E4M3 but for an ulp, where the order of operations decides
+    middles = ((E4M3[40:100] + E4M3[41:101]) / 2).astype(F)
+    ties = (middles * F(6) / s_enc)[rng.integers(0, 60, (128, 32))]
+    x[128:] *= (ties / 99).repeat(16, 1)
+    x[128:, ::16] = np.nextafter(ties, F(seed - 1) * F(99), dtype=F)
+    codes = four_over_six_scales(x, s_enc=s_enc, divide_first=True)
+    errors = []
+    for scale in E4M3[codes].astype(F):
+        spread = scale.repeat(16, 1)
+        with np.errstate(divide="ignore"):
+            enc = np.minimum(F(1) / (scale * (F(1) / s_enc)), FLT_MAX).repeat(16, 1)
+        q = np.copysign(E2M1[nearest_code(x * enc, E2M1)], x)
+        errors.append(((q * spread - x * s_enc) ** 2).reshape(256, -1, 16).sum(-1))
+    want = np.where(errors[1] < errors[0], codes[1], codes[0])
+    q = quantize(torch.from_numpy(x), QuantSpec("nvfp4", scale="four_over_six"))
+    got = q.scales.view(torch.uint8).numpy()
+    # errors within fp32's own rounding of each other may fall either way
+    clear = np.abs(errors[1] - errors[0]) > 1e-5 * errors[0]
+    assert clear.mean() > 0.99 and (got == want)[clear].all()
+    other = four_over_six_scales(x, s_enc=s_enc, divide_first=False)
+    assert (other != codes).any()  # so the other order of operations fails above
+
+
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "mxfp8_e5m2"])
 @pytest.mark.parametrize("rule", ["floor", "ceil", "rceil"])
 @pytest.mark.parametrize("seed", range(2))

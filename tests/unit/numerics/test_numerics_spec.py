@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
+from backend_laws import every_spec
 
 from fp4pretrain.errors import UserError
-from fp4pretrain.numerics import FORMATS, Noise, QuantSpec, emulate, quantize
+from fp4pretrain.numerics import FORMATS, Noise, QuantSpec, emulate, gemm_reference, quantize
 
 
 @pytest.mark.parametrize(
@@ -52,24 +51,39 @@ def test_default_means_the_same_as_its_name() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("cast", [quantize, emulate])
-def test_blocks_that_do_not_divide_are_refused(spec: QuantSpec, shape: tuple, cast) -> None:
-    with pytest.raises(UserError, match="^block: .*do not divide.*pad"):
-        cast(torch.ones(shape), spec)
+def test_what_blocks_do_not_divide_is_cast_as_a_part_of_the_matrix_padded_with_zeros(
+    spec: QuantSpec, shape: tuple[int, int]
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    rows, cols = spec.padded_shape(shape)
+    assert (rows, cols) != shape
+    longer = torch.zeros(rows, cols)
+    longer[: shape[0], : shape[1]] = x
+    whole, part = quantize(longer, spec), quantize(x, spec)
+    assert part.shape == shape
+    assert torch.equal(part.dequantize(), whole.dequantize()[: shape[0], : shape[1]])
+    assert torch.equal(part.codes.view(torch.uint8), whole.codes.view(torch.uint8)[: shape[0]])
+    values, alpha = emulate(x, spec)
+    assert torch.equal(values * alpha, part.dequantize())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("shape", [(0, 64), (32, 0), (0, 0)])
+def test_a_matrix_without_elements_has_a_cast_without_elements(
+    name: str, shape: tuple[int, int]
+) -> None:
+    x = torch.empty(shape)
+    for block in FORMATS[name].blocks:
+        spec = QuantSpec(name, block)
+        q, (values, alpha) = quantize(x, spec), emulate(x, spec)
+        assert q.dequantize().shape == values.shape == (values * alpha).shape == shape
+        other = quantize(torch.ones(16, shape[1]), spec)
+        assert torch.equal(gemm_reference(q, other), torch.zeros(shape[0], 16))
 
 
 def test_stochastic_rounding_without_noise_is_refused() -> None:
     with pytest.raises(ValueError, match="noise"):
         emulate(torch.ones(1, 16), QuantSpec("nvfp4", rounding="stochastic"))
-
-
-def every_spec() -> list[QuantSpec]:
-    specs = []
-    for row in FORMATS.values():
-        for fields in itertools.product(row.blocks, row.roundings, row.ties, row.scale_rules):
-            if not (fields[3] == "four_over_six" and fields[1] != "nearest"):
-                specs.append(QuantSpec(row.name, *fields))
-    return specs
 
 
 @pytest.mark.parametrize("spec", every_spec(), ids=str)
@@ -83,12 +97,13 @@ def test_emulate_is_dequantize_bit_for_bit(spec: QuantSpec, dtype: torch.dtype) 
     noise = Noise(11, 5, 32)
     q = quantize(x, spec, noise=noise)
     values, alpha = emulate(x, spec, noise=noise)
-    assert values.dtype == alpha.dtype == torch.float32 and alpha.shape == ()
+    assert values.dtype == alpha.dtype == torch.float32
+    assert alpha.shape == ((256, 1) if spec.amax_span == "row" else ())
     assert values.shape == x.shape and values.is_contiguous()
     assert torch.equal((values * alpha).view(torch.int32), q.dequantize().view(torch.int32))
     assert torch.equal(q.alpha(), alpha)
     assert torch.equal(values.bfloat16().float(), values) or not spec.exact_in_bf16
-    assert (q.amax is not None) == (spec.needs_tensor_amax)
+    assert (q.amax is not None) == (spec.amax_span == "tensor")
     element = spec.row.element
     assert q.codes.dtype == element.dtype
     assert q.codes.shape == (256, 256 // (2 if element.packed else 1))

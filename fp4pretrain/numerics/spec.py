@@ -1,0 +1,126 @@
+"""How ONE operand of ONE GEMM is cast: a frozen record that is checked when it is made.
+
+A spec that exists can be computed: it picks a row of ``FORMATS`` and says how to round to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.numerics.formats import FORMATS, ROUNDINGS, WHOLE, Block, Format, Rounding
+
+# Significant bits that a scale of each type adds to a product; a power of two adds none.
+_SCALE_BITS = {"e4m3": 4, "e8m0": 0}
+_BF16_BITS = 8
+
+
+def _check(key: str, value: str, allowed: Iterable[str], owner: str) -> None:
+    if value not in allowed:
+        raise UserError(f"{key}: {value!r} is not offered by {owner}; use {' | '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one operand is cast.
+
+    ``block`` and ``scale`` given as "default" become the format's first block and first scale rule,
+    so two specs that compute the same thing are equal.
+
+    Raises:
+        UserError: naming the field, for an unknown value or a combination that has no meaning.
+    """
+
+    format: str = "bf16"
+    block: str = "default"
+    rounding: str = "nearest"
+    ties: str = "even"
+    scale: str = "default"
+
+    def __post_init__(self) -> None:
+        _check("format", self.format, FORMATS, "fp4pretrain")
+        row = self.row
+        for key, offered in (("block", tuple(row.blocks)), ("scale", row.scale_rules)):
+            if getattr(self, key) == "default":
+                object.__setattr__(self, key, offered[0])
+            _check(key, getattr(self, key), offered, self.format)
+        _check("rounding", self.rounding, row.roundings, self.format)
+        _check("ties", self.ties, row.ties, self.format)
+        if self.scale == "four_over_six" and self.stochastic:
+            raise UserError(
+                "scale: four_over_six picks a scale by its nearest-rounding error and is for the "
+                "forward pass; use rounding=nearest, or scale=unbiased"
+            )
+
+    @property
+    def row(self) -> Format:
+        """The format's row of the table."""
+        return FORMATS[self.format]
+
+    @property
+    def rounding_row(self) -> Rounding:
+        """The rounding's row of its table."""
+        return ROUNDINGS[self.rounding]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a cast needs noise."""
+        return self.rounding_row.noise_bits > 0
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the operand is cast below BF16."""
+        return self.row.quantized
+
+    @cached_property
+    def level_blocks(self) -> tuple[Block, ...]:
+        """The block of each scale level, innermost first."""
+        return tuple(level.blocks[self.block] for level in self.row.levels)
+
+    @cached_property
+    def amax_span(self) -> str:
+        """What the outermost scale is shared by: tensor, row, or block (BF16 too).
+
+        ``tensor`` and ``row`` reach over the whole contraction axis. Where tensor parallelism shards
+        that axis, their largest magnitudes are reduced over the ranks.
+        """
+        if not self.level_blocks or self.level_blocks[-1][1] != WHOLE:
+            return "block"
+        return "tensor" if self.level_blocks[-1][0] == WHOLE else "row"
+
+    @cached_property
+    def exact_in_bf16(self) -> bool:
+        """Whether element times the scales that lie on it fits in bfloat16's 8 significant bits.
+
+        The scales that ``alpha`` carries do not count.
+        """
+        significant = self.row.element.mantissa_bits + 1
+        for level, block in zip(self.row.levels, self.level_blocks, strict=True):
+            if block[1] == WHOLE:
+                continue
+            if level.type not in _SCALE_BITS:
+                return False
+            significant += _SCALE_BITS[level.type]
+        return significant <= _BF16_BITS
+
+    @property
+    def contraction_block(self) -> int:
+        """Elements of the longest block along the contraction axis, 1 where blocks span the axis."""
+        return max((cols or 1 for _, cols in self.level_blocks), default=1)
+
+    def block_shape(self, shape: tuple[int, int], level: int = 0) -> Block:
+        """Rows and columns of one block of a level in a tensor of this shape."""
+        if not self.level_blocks:
+            return 1, 1
+        block_rows, block_cols = self.level_blocks[level]
+        return block_rows or shape[0], block_cols or shape[1]
+
+    def padded_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """``shape`` up to whole blocks of every level: what a cast computes on, zeros appended."""
+        rows, cols = shape
+        for block_rows, block_cols in self.level_blocks:
+            rows = -(-rows // (block_rows or 1)) * (block_rows or 1)
+            cols = -(-cols // (block_cols or 1)) * (block_cols or 1)
+        return rows, cols
