@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -24,33 +24,10 @@ from yaml import YAMLError
 
 from fp4pretrain.checks import check
 from fp4pretrain.errors import UserError
-from fp4pretrain.numerics import QuantSpec
-from fp4pretrain.overrides import one_line, refuse_unknown
-from fp4pretrain.precision import Dgrad, Fprop, Keep, Plan, Recipe, Rotation, Tail, Wgrad
-from fp4pretrain.presets import config_dir
-
-
-def _schema_of(frozen: Any) -> type:
-    """The same dataclass unfrozen: Hydra treats frozen ones as read-only, so no override could land.
-
-    Nested dataclasses are mirrored too and tuples become lists, the YAML spelling.
-    """
-    fields: list[tuple[str, Any, Any]] = []
-    hints = get_type_hints(frozen)
-    for f in dataclasses.fields(frozen):
-        kind: Any = hints[f.name]
-        if dataclasses.is_dataclass(kind):
-            mirror = _schema_of(kind)
-            fields.append((f.name, mirror, field(default_factory=mirror)))
-        elif getattr(kind, "__origin__", None) is tuple:
-            values = list(f.default) if f.default is not dataclasses.MISSING else []
-            item = get_args(kind)[0]
-            fields.append(
-                (f.name, list.__class_getitem__(item), field(default_factory=values.copy))
-            )
-        else:
-            fields.append((f.name, kind, field(default=f.default)))
-    return dataclasses.make_dataclass(frozen.__name__ + "Config", fields)
+from fp4pretrain.overrides import adding_rules, one_line, refuse_unknown
+from fp4pretrain.precision import Plan, Recipe
+from fp4pretrain.precision_config import PrecisionConfig, fill_rules, plan_from
+from fp4pretrain.presets import config_dir, groups
 
 
 @dataclass
@@ -222,36 +199,6 @@ class LoggingConfig:
     console: str = "auto"
 
 
-RecipeFprop = _schema_of(Fprop)
-RecipeDgrad = _schema_of(Dgrad)
-RecipeWgrad = _schema_of(Wgrad)
-KeepConfig = _schema_of(Keep)
-TailConfig = _schema_of(Tail)
-
-
-@dataclass
-class PrecisionConfig:
-    """A recipe, what it leaves out, and who computes it.
-
-    ``amax``: the per-tensor amax of an operand that tensor parallelism shards is all-reduced over
-    the tensor-parallel group (``tensor_parallel``: the single process's numbers) or taken from the
-    rank's own shard (``rank``: no collective).
-    ``mxfp4_emulation``: what carries MXFP4 to tensor cores without FP4 (Hopper): ``fp8``, an E4M3
-    under one power of two a row, at FP8's speed (metrics rows count what it could not hold exactly
-    as ``mxfp4_inexact``), or ``bf16``, exact.
-    """
-
-    name: str = "bf16"
-    fprop: RecipeFprop = field(default_factory=RecipeFprop)  # type: ignore[valid-type]
-    dgrad: RecipeDgrad = field(default_factory=RecipeDgrad)  # type: ignore[valid-type]
-    wgrad: RecipeWgrad = field(default_factory=RecipeWgrad)  # type: ignore[valid-type]
-    keep: KeepConfig = field(default_factory=KeepConfig)  # type: ignore[valid-type]
-    tail: TailConfig = field(default_factory=TailConfig)  # type: ignore[valid-type]
-    amax: str = "tensor_parallel"
-    backend: str = "auto"
-    mxfp4_emulation: str = "fp8"
-
-
 @dataclass
 class RunConfig:
     """One run. ``baseline``: null, or the recipe to train first and compare with."""
@@ -273,15 +220,27 @@ class RunConfig:
     baseline: str | None = None
 
 
+@dataclass
+class _LoosePrecision(PrecisionConfig):
+    """While Hydra composes: it cannot add a rule to a map whose values have a type."""
+
+    rules: dict[str, Any] = field(default_factory=dict)  # type: ignore[assignment]
+
+
+@dataclass
+class _LooseRun(RunConfig):
+    precision: _LoosePrecision = field(default_factory=_LoosePrecision)
+
+
 def _register() -> None:
     store = ConfigStore.instance()
-    store.store(name="schema", node=RunConfig)
+    store.store(name="schema", node=_LooseRun)
     for group, node in (
         ("model", ModelConfig),
         ("data", DataConfig),
         ("optim", OptimConfig),
         ("parallel", ParallelConfig),
-        ("precision", PrecisionConfig),
+        ("precision", _LoosePrecision),
         ("logging", LoggingConfig),
     ):
         store.store(group=group, name="schema", node=node)
@@ -301,13 +260,14 @@ def compose(overrides: list[str]) -> RunConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = hydra_compose("train", overrides=overrides)
+            composed = hydra_compose("train", overrides=adding_rules(overrides))
         # Once more through the schema: an interpolation of a whole section is not checked before.
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(one_line(error, overrides, keys=keys)) from None
     assert isinstance(config, RunConfig)
+    fill_rules(config.precision, _named_recipe)
     check(config)
     plan_of(config)
     return config
@@ -329,34 +289,18 @@ def schema_keys() -> frozenset[str]:
 
 def plan_of(config: RunConfig) -> Plan:
     """The frozen Plan that the precision section describes."""
-    p = config.precision
+    return plan_from(config.precision, config.model.num_layers)
 
-    def frozen(cls: type, node: Any, **nested: Any) -> Any:
-        values = {f.name: getattr(node, f.name) for f in dataclasses.fields(cls)}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**values | nested)
 
-    def gemm(cls: type, node: Any, name: str) -> Any:
-        specs: dict[str, Any] = {"fast_accum": node.fast_accum}
-        for f in dataclasses.fields(cls):
-            if f.name in specs:
-                continue
-            kind = Rotation if f.name == "rotation" else QuantSpec
-            try:
-                specs[f.name] = frozen(kind, getattr(node, f.name))
-            except UserError as error:
-                text = str(error).removeprefix("rotation.")
-                raise UserError(f"precision.{name}.{f.name}.{text}") from None
-        return cls(**specs)
-
-    recipe = Recipe(
-        fprop=gemm(Fprop, p.fprop, "fprop"),
-        dgrad=gemm(Dgrad, p.dgrad, "dgrad"),
-        wgrad=gemm(Wgrad, p.wgrad, "wgrad"),
-    )
-    return Plan(
-        recipe=recipe,
-        num_layers=config.model.num_layers,
-        keep=frozen(Keep, p.keep),
-        tail=frozen(Tail, p.tail),
-    )
+@cache
+def _named_recipe(name: str) -> Recipe:
+    """The recipe of a file of ``configs/precision``."""
+    offered = groups()["precision"]
+    if name not in offered:
+        raise UserError(f"{name!r} is no recipe; choose {', '.join(offered)}")
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        composed = hydra_compose("train", overrides=[f"precision={name}"])
+    plain = OmegaConf.to_container(composed.precision, resolve=True)
+    precision = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PrecisionConfig), plain))
+    assert isinstance(precision, PrecisionConfig)
+    return plan_from(precision, 1_000, rules=False).recipe

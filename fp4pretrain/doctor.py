@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fp4pretrain.ops.backend import available
+from fp4pretrain.ops.choice import available, refusals
 from fp4pretrain.precision import GEMMS, Recipe
 
 
@@ -22,10 +22,10 @@ def examine(
     rows = []
     for backend in available(mxfp4_emulation=mxfp4_emulation).values():
         for name in GEMMS:
-            gemm = recipe.gemm(name)
-            reason = backend.why_not(gemm, device)
-            text = backend.instruction(gemm, device) if reason is None else reason
-            rows.append((backend.name, name, reason is None, text))
+            reasons = refusals(backend, [recipe], device, gemms=(name,))
+            text = backend.instruction(recipe.gemm(name), device) if not reasons else reasons[0]
+            text = text.removeprefix(f"{name}: ")
+            rows.append((backend.name, name, not reasons, text))
     return rows
 
 

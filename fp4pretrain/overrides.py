@@ -20,6 +20,8 @@ from yaml import MarkedYAMLError
 from fp4pretrain.errors import UserError
 from fp4pretrain.presets import groups
 
+RULE_KEYS = ("recipe", "gemms", "blocks", "linears", "modules", "start", "stop")
+
 # A part of OmegaConf's reason -> the cure.
 _CURES = {
     "Integer": "give a whole number",
@@ -44,7 +46,8 @@ def refuse_unknown(overrides: Sequence[str], *, keys: Collection[str]) -> None:
         override = _parsed(text)
         name, _, value = text.partition("=")
         key = name.lstrip("+~")
-        if key not in keys and key not in offered and not key.startswith("data.path."):
+        free = key.startswith("data.path.") or _of_a_rule(key, keys)
+        if key not in keys and key not in offered and not free:
             raise UserError(unknown_key(key, keys))
         if name != key:
             raise UserError(
@@ -57,6 +60,47 @@ def refuse_unknown(overrides: Sequence[str], *, keys: Collection[str]) -> None:
             )
         if key in offered:
             _check_options(key, override.value(), offered[key])
+
+
+def adding_rules(overrides: Sequence[str]) -> list[str]:
+    """Overrides of rules as Hydra takes them: one a rule, which adds it or changes the file's.
+
+    ``precision.rules.a.recipe=fp8 precision.rules.a.fprop.x.block=row`` becomes
+    ``++precision.rules.a={recipe: fp8, fprop: {x: {block: row}}}``.
+    """
+    rules: dict[str, Any] = {}
+    others = []
+    for text in overrides:
+        if not text.startswith(_RULES):
+            others.append(text)
+            continue
+        key, _, value = text.removeprefix(_RULES).partition("=")
+        node = rules
+        *path, last = key.split(".")
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return others + [f"++{_RULES}{name}={_grammar(rule)}" for name, rule in rules.items()]
+
+
+def _grammar(node: Any) -> str:
+    """Nested values in Hydra's grammar; leaves are that grammar already."""
+    if not isinstance(node, dict):
+        return node
+    return "{" + ", ".join(f"{key}: {_grammar(value)}" for key, value in node.items()) + "}"
+
+
+_RULES = "precision.rules."
+
+
+def _of_a_rule(key: str, keys: Collection[str]) -> bool:
+    """Whether it is precision.rules.NAME.KEY with a key that rules have (or a GEMM's inside one)."""
+    if not key.startswith(_RULES):
+        return False
+    _, _, inside = key.removeprefix(_RULES).partition(".")
+    if inside.split(".")[0] in ("fprop", "dgrad", "wgrad"):
+        return f"precision.{inside}" in keys
+    return inside in RULE_KEYS
 
 
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:

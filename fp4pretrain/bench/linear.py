@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from fp4pretrain.bench.timing import host_microseconds, require_gpu, sustained_microseconds
-from fp4pretrain.ops.backend import Backend, Cast, choose
-from fp4pretrain.ops.keys import NoiseKeys
+from fp4pretrain.ops import Backend, Cast, Moment, Shard, choose, linear_casts
 from fp4pretrain.precision import BF16, Plan, Recipe
 
 SHAPES = ((8192, 4096, 4096), (8192, 4096, 14336), (8192, 8192, 8192))  # tokens, k, n
@@ -36,20 +35,7 @@ class LinearTiming:
 
 def casts_of(recipe: Recipe, *, step: int = 0) -> dict[str, Cast]:
     """The six casts of an unsharded linear, by "gemm.operand"."""
-    keys = NoiseKeys(seed=1, step=step, microbatch=0, layer=0, linear=0)
-    transposed = ("dgrad.w", "wgrad.dy", "wgrad.x")
-    found = {}
-    for gemm, operand, spec in recipe.operands():
-        name, rotation = f"{gemm}.{operand}", recipe.gemm(gemm).rotation
-        found[name] = Cast(
-            spec=spec,
-            transpose=name in transposed,
-            rotation_size=rotation.size if rotation.active else 0,
-            signs=keys.signs(gemm, rotation),
-            noise=keys.noise(gemm, operand) if spec.stochastic else None,
-            kept=name == "wgrad.x",
-        )
-    return found
+    return linear_casts(recipe.interned(), Moment(1, step, 0), Shard("column")).all()
 
 
 def linear_step(
@@ -102,7 +88,7 @@ def bench_linear(
         for name, (backend, recipe) in {"bf16 + main grad": (same_work, BF16), **recipes}.items():
             step, kept = linear_step(backend, recipe, (x, w, dy, main))
             us, host = sustained_microseconds(step), host_microseconds(step)
-            share = _bytes(kept) / (x.numel() * x.element_size())
+            share = kept.nbytes / (x.numel() * x.element_size())
             found.append(LinearTiming(name, backend.name, (t, k, n), us, 0.0, host, share))
         after = sustained_microseconds(plain)
         drifts["x".join(map(str, (t, k, n)))] = round(after / before, 3)
@@ -121,12 +107,6 @@ def _plain(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> Callable[[], o
         return torch.mm(x, w.t()), torch.mm(dy, w), torch.mm(dy.t(), x)
 
     return step
-
-
-def _bytes(operand: Any) -> int:
-    return sum(
-        v.numel() * v.element_size() for v in vars(operand).values() if isinstance(v, torch.Tensor)
-    )
 
 
 def table(found: dict[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from fp4pretrain.nn.clock import Clock
 from fp4pretrain.nn.linear import Binding, ColumnParallelQuantLinear, QuantLinear
 from fp4pretrain.nn.spec import block_spec
 from fp4pretrain.ops import Backend
-from fp4pretrain.precision import Plan, Recipe
-from fp4pretrain.precision.plan import LINEARS
+from fp4pretrain.precision import Plan, Progress, Recipe
+from fp4pretrain.precision.rules import HEAD, LINEARS
 
 # The vocabulary is padded to a multiple of this and of the tensor-parallel ranks.
 _VOCAB_MULTIPLE = 128
@@ -32,8 +32,8 @@ _HEAD = len(LINEARS)
 class GPT(GPTModel):
     """GPTModel whose head is a linear of ours too.
 
-    It always runs in BF16, but like the others it adds its weight gradient to the FP32 main gradient
-    (a BF16 sum there diverged at 8T tokens: arXiv:2606.15007).
+    It runs in BF16 unless a rule says otherwise, and like the others it adds its weight gradient to
+    the FP32 main gradient (a BF16 sum there diverged at 8T tokens: arXiv:2606.15007).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -47,8 +47,8 @@ class PlanBinding:
     """All quantized linears of this rank's chunks, and the plan they follow."""
 
     plan: Plan
-    linears: list[tuple[int, str, QuantLinear]]
-    progress: float = 0.0
+    linears: list[tuple[int | None, str, QuantLinear]]
+    progress: Progress = field(default_factory=Progress)
 
     def recipes(self) -> list[Recipe]:
         """The recipe of each linear now, in the order of ``linears``."""
@@ -59,12 +59,12 @@ class PlanBinding:
         for (_, _, linear), recipe in zip(self.linears, recipes, strict=True):
             linear.bound.recipe = recipe
 
-    def apply(self, progress: float) -> bool:
-        """Give every linear its recipe for this moment; True if the plan's main recipe changed."""
-        changed = self.plan.main(progress) != self.plan.main(self.progress)
+    def apply(self, progress: Progress) -> bool:
+        """Give every linear its recipe for the next step; True if any of the model has another now."""
+        switched = self.plan.switches(self.progress, progress)
         self.progress = progress
         self.set_recipes([self.plan.at(layer, name, progress) for layer, name, _ in self.linears])
-        return changed
+        return switched
 
 
 def padded_vocab(vocab_size: int, tensor: int) -> int:
@@ -142,7 +142,7 @@ def build_model(
     """This rank's model chunks (several with an interleaved pipeline), initialized and bound."""
     chunks_here = config.parallel.virtual_pipeline or 1
     chunks: list[GPT] = []
-    linears: list[tuple[int, str, QuantLinear]] = []
+    linears: list[tuple[int | None, str, QuantLinear]] = []
     for index in range(chunks_here):
         stage = index if chunks_here > 1 else None
         chunk = _build_chunk(config, transformer, stage)
@@ -156,7 +156,7 @@ def build_model(
         linears += _bind(chunk, backend=backend, clock=clock, global_amax=global_amax)
         chunks.append(chunk)
     binding = PlanBinding(plan, linears)
-    binding.apply(0.0)
+    binding.apply(Progress())
     return chunks, binding
 
 
@@ -179,9 +179,9 @@ def _build_chunk(config: RunConfig, transformer: TransformerConfig, stage: int |
 
 def _bind(
     chunk: GPT, *, backend: Backend, clock: Clock, global_amax: bool
-) -> list[tuple[int, str, QuantLinear]]:
-    """Bind every linear of a chunk; returns those the plan governs as (layer, name, linear)."""
-    found = []
+) -> list[tuple[int | None, str, QuantLinear]]:
+    """Bind every linear of a chunk; returns them as (global layer or None for the head, name, linear)."""
+    found: list[tuple[int | None, str, QuantLinear]] = []
     for layer in chunk.decoder.layers:
         for index, name in enumerate(LINEARS):
             linear = layer.get_submodule(name)
@@ -196,5 +196,7 @@ def _bind(
             )
             found.append((layer.layer_number - 1, name, linear))
     if chunk.post_process:
-        chunk.output_layer.bind(Binding(backend, clock, layer=-1, linear=_HEAD))
+        head = Binding(backend, clock, layer=-1, linear=_HEAD, global_amax=global_amax)
+        chunk.output_layer.bind(head)
+        found.append((None, HEAD, chunk.output_layer))
     return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fp4pretrain.config import RunConfig, plan_of
 from fp4pretrain.errors import UserError
+from fp4pretrain.precision.rules import LINEARS
 
 
 @dataclass(frozen=True)
@@ -95,28 +96,20 @@ def _check_pipeline(config: RunConfig) -> int:
 
 
 def _check_blocks(config: RunConfig) -> None:
-    """Blocks and rotations against the dimensions one rank holds."""
+    """Blocks and rotations against the shards that tensor parallelism makes.
+
+    One rank pads what blocks do not divide. Several must not: their shards' padding would stand where
+    one rank has elements.
+    """
     m, tensor = config.model, config.parallel.tensor
     plan = plan_of(config)
+    if tensor == 1:
+        return
     heads, groups = m.num_attention_heads, m.num_query_groups or m.num_attention_heads
     head_size = m.kv_channels or m.hidden_size // heads
-    gated = 2 if m.activation == "swiglu" else 1
-    tokens = m.seq_length * config.train.micro_batch
     up = m.ffn_hidden_size // tensor
-    shapes = [
-        (
-            "self_attention.linear_qkv",
-            "",
-            (heads + 2 * groups) * head_size // tensor,
-            m.hidden_size,
-        ),
-        ("self_attention.linear_proj", "", m.hidden_size, heads * head_size // tensor),
-        ("mlp.linear_fc1", "", gated * up, m.hidden_size),
-        ("mlp.linear_fc2", "", m.hidden_size, up),
-    ]
-    if gated == 2 and plan.recipe.quantized:
-        # The gate's and the up projection's halves are blocks apart in the whole matrix.
-        shapes.append(("mlp.linear_fc1", " (half)", up, m.hidden_size))
-    for linear, part, n, k in shapes:
-        if any(not plan.kept(layer, linear) for layer in range(m.num_layers)):
-            plan.check_shape(linear + part, tokens=tokens, n=n, k=k)
+    plan.check_shards(LINEARS[0], n=((heads + 2 * groups) * head_size // tensor,), k=None)
+    plan.check_shards(LINEARS[1], n=(), k=heads * head_size // tensor)
+    # the gate's and the up projection's halves are blocks apart in the whole matrix: each is a part
+    plan.check_shards(LINEARS[2], n=(up,), k=None)
+    plan.check_shards(LINEARS[3], n=(), k=up)

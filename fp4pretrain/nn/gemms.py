@@ -1,24 +1,29 @@
 """The three GEMMs of a linear layer as one autograd function, whatever their recipe.
 
-    forward    (gather x)  x, w -> y                   keeps for wgrad what the recipe says
+    forward    (gather x)  x, w -> y                   saves for wgrad what the recipe says
     backward   dy, w -> dx, its reduction started      then dy, x -> dw, added to the main gradient
 
 It redoes what megatron-core's own function does around its matmuls: the sequence-parallel
-all-gather (again in backward, so that only the local shard is kept), dgrad's reduction overlapped
+all-gather (again in backward, so that only the local shard is saved), dgrad's reduction overlapped
 with wgrad, accumulation into the FP32 main gradient, frozen weights.
+
+Everything that waits for the backward pass is saved through autograd, so saved-tensor hooks
+(offloading) see it, an in-place change of it is an error, and it is freed after its last use.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from fp4pretrain.nn.operands import LinearCasts, WeightCache
-from fp4pretrain.ops import Backend, cast_operands
+from fp4pretrain.nn.weights import WeightCache
+from fp4pretrain.ops import Backend, Cast, LinearCasts, Operand, cast_operands
 from fp4pretrain.parallel.bridge import plain_torch
 
 
@@ -35,9 +40,9 @@ class LinearCall:
     allreduce_dgrad: bool
     training: bool
 
-    def group_for(self, sharded: bool) -> dist.ProcessGroup | None:
-        """The group whose ranks hold the other shards of an operand."""
-        return self.tp_group if sharded and self.casts.global_amax else None
+    def cast(self, x: Tensor, casts: Sequence[Cast]) -> list[Operand]:
+        """Operands of x; scales that other ranks' elements take part in are reduced over them."""
+        return cast_operands(self.backend, x, casts, amax_group=self.tp_group)
 
 
 class QuantLinearFunction(torch.autograd.Function):
@@ -46,73 +51,69 @@ class QuantLinearFunction(torch.autograd.Function):
     @staticmethod
     @plain_torch
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        call: LinearCall,
-    ) -> torch.Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall
+    ) -> Tensor:
+        casts = call.casts
         total = _gather(x, call.tp_group)[0] if call.gather else x
         x_tk = total.reshape(-1, total.shape[-1])
-        keep = call.training and weight.requires_grad
-        keep_operand = keep and not call.gather
-        x_casts = [call.casts.fprop_x] + ([call.casts.wgrad_x] if keep_operand else [])
-        x_operands = cast_operands(
-            call.backend, x_tk, x_casts, amax_group=call.group_for(call.casts.x_sharded)
+        save = call.training and weight.requires_grad
+        save_operand = save and not call.gather
+        x_casts = [casts.fprop_x] + ([casts.wgrad_x] if save_operand else [])
+        x_operands = call.cast(x_tk, x_casts)
+        w_operand = call.weights.forward(
+            weight, casts, call.weights_version, call.cast, backward_too=call.training
         )
-        w_fprop, w_dgrad = call.weights.operands(weight, call)
         y_tn = call.backend.gemm(
             x_operands[0],
-            w_fprop,
+            w_operand,
             out_dtype=x.dtype,
-            fast_accum=call.casts.recipe.fprop.fast_accum,
+            fast_accum=casts.recipe.fprop.fast_accum,
         )
         if bias is not None:
             y_tn += bias
         ctx.call, ctx.use_bias, ctx.x_shape = call, bias is not None, x.shape
         ctx.x_dtype = x.dtype
-        ctx.w_dgrad = w_dgrad
-        ctx.wgrad_x = x_operands[1] if keep_operand else None
-        # x itself is kept only where it must be gathered again (its shard is smaller than a cast
-        # of the whole); weight for its main gradient.
-        ctx.save_for_backward(x if keep and call.gather else None, weight)
+        # x itself is saved only where it must be gathered again (its shard is smaller than a cast
+        # of the whole); weight for dgrad's cast of it and its main gradient.
+        ctx.wgrad_x = x_operands[1].hollow() if save_operand else None
+        operand = x_operands[1].tensors() if save_operand else ()
+        ctx.save_for_backward(weight, x if save and call.gather else None, *operand)
         # Not a view: megatron-core's cross entropy works on FP32 logits in place.
         return torch.ops.aten._unsafe_view(y_tn, [*total.shape[:-1], y_tn.shape[-1]])
 
     @staticmethod
     @plain_torch
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
         call: LinearCall = ctx.call
-        x, weight = ctx.saved_tensors
+        casts = call.casts
+        weight, x, *operand = ctx.saved_tensors
         need_dx, need_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        gathering = _gather(x, call.tp_group, wait=False) if x is not None and need_dw else None
         dy_tn = dy.reshape(-1, dy.shape[-1])
 
-        dy_casts = [call.casts.dgrad_dy] * need_dx + [call.casts.wgrad_dy] * need_dw
-        dy_operands = cast_operands(
-            call.backend, dy_tn, dy_casts, amax_group=call.group_for(call.casts.dy_sharded)
-        )
+        # dy's amaxes are reduced over the group that gathers x. They go first: behind the gather
+        # they would wait for all of it.
+        dy_casts = [casts.dgrad_dy] * need_dx + [casts.wgrad_dy] * need_dw
+        dy_operands = call.cast(dy_tn, dy_casts)
+        gathering = _gather(x, call.tp_group, wait=False) if x is not None and need_dw else None
         dx = dw = None
         reducing = None
         if need_dx:
+            w_operand = call.weights.backward(weight, casts, call.weights_version, call.cast)
             dx_tk = call.backend.gemm(
                 dy_operands[0],
-                ctx.w_dgrad,
+                w_operand,
                 out_dtype=ctx.x_dtype,
-                fast_accum=call.casts.recipe.dgrad.fast_accum,
+                fast_accum=casts.recipe.dgrad.fast_accum,
             )
             dx, reducing = _reduce(dx_tk, ctx.x_shape, call)
         if need_dw:
-            wgrad_x = ctx.wgrad_x
             if gathering is not None:
                 total, handle = gathering
                 handle.wait()
-                (wgrad_x,) = cast_operands(
-                    call.backend,
-                    total.reshape(-1, total.shape[-1]),
-                    [replace(call.casts.wgrad_x, kept=False)],  # its GEMM comes at once
-                    amax_group=call.group_for(call.casts.x_sharded),
-                )
+                now = replace(casts.wgrad_x, kept=False)  # its GEMM comes at once
+                (wgrad_x,) = call.cast(total.reshape(-1, total.shape[-1]), [now])
+            else:
+                wgrad_x = ctx.wgrad_x.filled(tuple(operand))
             dw = _weight_gradient(weight, dy_operands[-1], wgrad_x, call)
         db = dy_tn.sum(dim=0) if ctx.use_bias else None
         if reducing is not None:
@@ -120,16 +121,14 @@ class QuantLinearFunction(torch.autograd.Function):
         return dx, dw, db, None
 
 
-def _gather(
-    x: torch.Tensor, group: dist.ProcessGroup, *, wait: bool = True
-) -> tuple[torch.Tensor, Any]:
+def _gather(x: Tensor, group: dist.ProcessGroup, *, wait: bool = True) -> tuple[Tensor, Any]:
     """All shards of x [s / tp, b, k] along the sequence: [s, b, k], and the handle if not waited."""
     total = torch.empty((x.shape[0] * group.size(), *x.shape[1:]), dtype=x.dtype, device=x.device)
     handle = dist.all_gather_into_tensor(total, x.contiguous(), group=group, async_op=not wait)
     return total, handle
 
 
-def _reduce(dx_tk: torch.Tensor, x_shape: torch.Size, call: LinearCall) -> tuple[torch.Tensor, Any]:
+def _reduce(dx_tk: Tensor, x_shape: torch.Size, call: LinearCall) -> tuple[Tensor, Any]:
     """Start summing dx over the tensor-parallel ranks: scattered along the sequence, or in place."""
     if call.gather:
         dx = torch.empty(x_shape, dtype=dx_tk.dtype, device=dx_tk.device)
@@ -143,7 +142,7 @@ def _reduce(dx_tk: torch.Tensor, x_shape: torch.Size, call: LinearCall) -> tuple
     return dx_tk.view(x_shape), handle
 
 
-def _weight_gradient(weight: Any, dy: Any, x: Any, call: LinearCall) -> torch.Tensor | None:
+def _weight_gradient(weight: Any, dy: Any, x: Any, call: LinearCall) -> Tensor | None:
     """dw [n, k]: added to ``weight.main_grad`` (FP32) where megatron-core's DDP made one.
 
     Then the returned gradient is a dummy that DDP knows not to add (``grad_added_to_main_grad``);

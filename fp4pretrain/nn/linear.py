@@ -15,8 +15,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.nn.gemms import LinearCall, QuantLinearFunction
-from fp4pretrain.nn.operands import Shard, WeightCache, linear_casts
-from fp4pretrain.ops import Backend, NoiseKeys
+from fp4pretrain.nn.weights import WeightCache
+from fp4pretrain.ops import Backend, Moment, Shard, linear_casts
 from fp4pretrain.precision import BF16, Recipe
 
 
@@ -66,10 +66,14 @@ class QuantLinear:
         # deferred embedding gradients): the three GEMMs here replace it.
         binding = self.bound
         clock = binding.clock
-        keys = NoiseKeys(clock.seed, clock.step, clock.microbatch, binding.layer, binding.linear)
         call = LinearCall(
             casts=linear_casts(
-                binding.recipe, keys, self._shard(), global_amax=binding.global_amax
+                binding.recipe,
+                Moment(clock.seed, clock.step, clock.microbatch),
+                self._shard(),
+                layer=binding.layer,
+                linear=binding.linear,
+                global_amax=binding.global_amax,
             ),
             backend=binding.backend,
             weights=self._cache,
@@ -92,12 +96,14 @@ class ColumnParallelQuantLinear(QuantLinear, ColumnParallelLinear):
     parallel = "column"
 
     def _shard(self) -> Shard:
+        split = self.tp_group.size() > 1
         rank, local = self.tp_group.rank(), self.output_size_per_partition
         stride = getattr(self.weight, "partition_stride", 1) if self.weight is not None else 1
         if stride == 1:
-            return Shard("column", n=(rank * local, 0, 0))
+            return Shard("column", n=(rank * local, 0, 0), split=split)
         part = local // stride
-        return Shard("column", n=(rank * part, part, self.output_size // stride - part))
+        n = rank * part, part, self.output_size // stride - part
+        return Shard("column", n=n, split=split)
 
 
 class RowParallelQuantLinear(QuantLinear, RowParallelLinear):
@@ -106,4 +112,5 @@ class RowParallelQuantLinear(QuantLinear, RowParallelLinear):
     parallel = "row"
 
     def _shard(self) -> Shard:
-        return Shard("row", k=(self.tp_group.rank() * self.input_size_per_partition, 0, 0))
+        offset = self.tp_group.rank() * self.input_size_per_partition
+        return Shard("row", k=(offset, 0, 0), split=self.tp_group.size() > 1)

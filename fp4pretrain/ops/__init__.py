@@ -6,7 +6,21 @@ triton              NVIDIA, Ampere and later  exact BF16, or FP8; packed FP4 whe
 reference           any device, plain torch   element x block scale, exact
 """
 
-from fp4pretrain.ops.backend import Backend, Cast, cast_operands, choose
-from fp4pretrain.ops.keys import NoiseKeys
+from fp4pretrain.ops.backend import Backend, cast_operands
+from fp4pretrain.ops.casts import Cast, LinearCasts, Shard, linear_casts
+from fp4pretrain.ops.choice import choose
+from fp4pretrain.ops.keys import Moment, Site
+from fp4pretrain.ops.operand import Operand
 
-__all__ = ["Backend", "Cast", "NoiseKeys", "cast_operands", "choose"]
+__all__ = [
+    "Backend",
+    "Cast",
+    "LinearCasts",
+    "Moment",
+    "Operand",
+    "Shard",
+    "Site",
+    "cast_operands",
+    "choose",
+    "linear_casts",
+]

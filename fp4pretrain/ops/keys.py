@@ -1,14 +1,14 @@
 """Where randomness comes from: keys, not states.
 
-Stochastic rounding and random rotation signs are functions of
-(seed, step, microbatch, global layer, linear, GEMM, operand) and of the element's global
-coordinates. So activation recompute, a resumed run and any other layout draw the same noise.
+Stochastic rounding and random rotation signs are functions of (seed, step, microbatch) and of the site
+(global layer, linear, GEMM, operand), and of the element's global coordinates. So activation recompute,
+a resumed run and any other layout draw the same noise.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from fp4pretrain.numerics import Noise, derive_key, random_signs, signs_te
 from fp4pretrain.precision import GEMMS, OPERANDS, Rotation
@@ -22,45 +22,57 @@ _GEMM_INDEX = {name: i for i, name in enumerate(GEMMS)}
 _NO_MICROBATCH = -1
 
 
+@dataclass(frozen=True)
+class Site:
+    """The name of one cast: which operand of which GEMM of which linear.
+
+    ``layer`` counts globally from 0 (-1: the head), ``linear`` is its place among the linears of a
+    block.
+    """
+
+    layer: int
+    linear: int
+    gemm: str
+    operand: str
+
+    @cached_property
+    def path(self) -> tuple[int, int, int, int]:
+        """The integers that stand for the site in noise keys."""
+        index = OPERANDS[self.gemm].index(self.operand)
+        return self.layer, self.linear, _GEMM_INDEX[self.gemm], index
+
+
 @lru_cache(maxsize=4096)
 def _signs(key: int, size: int) -> tuple[int, ...]:
     return random_signs(key, size)
 
 
 @dataclass(frozen=True)
-class NoiseKeys:
-    """The keys of one linear at one moment. ``microbatch`` counts over all data-parallel ranks."""
+class Moment:
+    """When a cast is made: the run's seed, the step, and the microbatch counted over all
+    data-parallel ranks."""
 
     seed: int
     step: int
     microbatch: int
-    layer: int
-    linear: int
 
-    def noise(
-        self,
-        gemm: str,
-        operand: str,
-        *,
-        row: Placement = (0, 0, 0),
-        col: Placement = (0, 0, 0),
-    ) -> Noise:
+    def noise(self, site: Site, *, row: Placement = (0, 0, 0), col: Placement = (0, 0, 0)) -> Noise:
         """The noise of one operand; ``row`` and ``col`` place its shard in the whole operand."""
-        microbatch = _NO_MICROBATCH if operand == "w" else self.microbatch
-        index = _GEMM_INDEX[gemm], OPERANDS[gemm].index(operand)
-        key = derive_key(self.seed, _NOISE, self.step, microbatch, self.layer, self.linear, *index)
+        microbatch = _NO_MICROBATCH if site.operand == "w" else self.microbatch
+        key = derive_key(self.seed, _NOISE, self.step, microbatch, *site.path)
         return Noise(key, row[0], col[0], row[1], row[2], col[1], col[2])
 
-    def signs(self, gemm: str, rotation: Rotation) -> tuple[int, ...] | None:
-        """The sign vector of a GEMM's rotation (+-1, ``rotation.size`` long); None without signs."""
+    def signs(self, site: Site, rotation: Rotation) -> tuple[int, ...] | None:
+        """The sign vector of the rotation of the site's GEMM (+-1, ``rotation.size`` long); None
+        without signs. Both operands of a GEMM get the same."""
         if rotation.kind != "random_hadamard":
             return None
         if rotation.signs == "te":
             return tuple(int(s) for s in signs_te())
-        moment = {
+        drawn = {
             "never": (),
-            "layer": (self.layer, self.linear),
+            "layer": (site.layer, site.linear),
             "step": (self.step,),
-            "gemm": (self.step, self.microbatch, self.layer, self.linear, _GEMM_INDEX[gemm]),
+            "gemm": (self.step, self.microbatch, *site.path[:3]),
         }[rotation.resample]
-        return _signs(derive_key(self.seed, _SIGNS, *moment), rotation.size)
+        return _signs(derive_key(self.seed, _SIGNS, *drawn), rotation.size)

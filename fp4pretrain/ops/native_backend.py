@@ -16,9 +16,9 @@ from fp4_kernels.scaled_mm import scaled_matmul, swizzle
 from fp4_kernels.spec import Copy
 from torch import Tensor
 
-from fp4pretrain.ops.backend import Cast
+from fp4pretrain.ops.casts import Cast
 from fp4pretrain.ops.selfcheck import native_path
-from fp4pretrain.ops.triton_backend import TritonBackend, operand_specs
+from fp4pretrain.ops.triton_backend import TritonBackend
 from fp4pretrain.ops.triton_operand import TritonOperand, finished, product, target_of
 from fp4pretrain.precision import Gemm
 
@@ -34,7 +34,7 @@ class NativeBackend(TritonBackend):
         """None if this backend can run the GEMM on the device, otherwise the reason in one clause."""
         if device.type != "cuda":
             return f"FP4 tensor cores are on GPUs, not on {device.type}"
-        specs = operand_specs(gemm)
+        specs = gemm.specs
         quantized = [s for s in specs if s.format in _NATIVE]
         if not quantized:
             return super().why_not(gemm, device)
@@ -51,7 +51,7 @@ class NativeBackend(TritonBackend):
 
     def instruction(self, gemm: Gemm, device: torch.device) -> str:
         """The block-scaled instruction and who issues it, or what multiplies another GEMM."""
-        format_ = operand_specs(gemm)[0].format
+        format_ = gemm.specs[0].format
         found = instruction(device, format_) if format_ in _NATIVE else None
         if found is None:
             return super().instruction(gemm, device)

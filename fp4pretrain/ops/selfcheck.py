@@ -97,7 +97,9 @@ def _native_disagrees(path: str, format_: str, device: torch.device) -> str | No
     for dtype in (torch.float32, torch.bfloat16):
         try:
             got = _native_product(path, a, b, dtype, device).cpu().double()
-        except Exception as error:  # whatever torch, Triton or the driver raise is a refusal here
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the instruction
+        except Exception as error:  # whatever else torch, Triton or the driver raise is a refusal
             return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         # at worst 14-bit sums of 256 products; a bfloat16 rounds to 2^-9
         if not ((got - want).abs() <= magnitude * 2.0**-9 + want.abs() * 2.0**-8).all():

@@ -17,28 +17,33 @@ its GEMM comes. Nothing here waits for the GPU but ``counters``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from fp4_kernels import cublaslt
+from fp4_kernels import spec as kernel_spec
 from fp4_kernels.amax import amax as tensor_amaxes
 from fp4_kernels.amax import line_amax
-from fp4_kernels.quantize import quantize
+from fp4_kernels.quantize import Quantized, quantize
 from fp4_kernels.spec import Copy, Noise
 from torch import Tensor
 
 from fp4pretrain import numerics
-from fp4pretrain.errors import UserError
 from fp4pretrain.numerics import QuantSpec
-from fp4pretrain.ops.backend import Cast, ReduceAmax
+from fp4pretrain.ops.backend import ReduceAmax
+from fp4pretrain.ops.casts import Cast
 from fp4pretrain.ops.selfcheck import blocks_by_cublaslt
 from fp4pretrain.ops.triton_operand import TritonOperand, multiply, operand_of
-from fp4pretrain.precision import OPERANDS, Gemm, Recipe
+from fp4pretrain.precision import Gemm, Recipe
 
 _PACKED = ("nvfp4", "mxfp4")  # 0.56 and 0.53 bytes an element
+_LEAST = 16  # the kernels' unit along the contraction axis
 
 
 class TritonBackend:
@@ -67,13 +72,21 @@ class TritonBackend:
         missing = cublaslt.why_missing()
         if missing:
             return missing
-        return self._why_not_specs(operand_specs(gemm), gemm, device)
+        return self._why_not_specs(list(gemm.specs), gemm, device)
+
+    def why_not_cast(self, spec: QuantSpec, device: torch.device) -> str | None:
+        """None if the kernels make such an operand, otherwise the reason in one clause."""
+        if not spec.quantized:
+            return None
+        return kernel_spec.why_missing(
+            spec.format, block=spec.block, scale=spec.scale, rounding=spec.rounding, ties=spec.ties
+        )
 
     def instruction(self, gemm: Gemm, device: torch.device) -> str:
         """The matrix instruction that cuBLASLt has for the operands on the device."""
         major = torch.cuda.get_device_capability(device)[0]
         family = {9: "wgmma", 10: "tcgen05.mma"}.get(major, "mma.sync")
-        specs = operand_specs(gemm)
+        specs = list(gemm.specs)
         if all(_in_blocks(s) for s in specs):
             by = "cuBLASLt" if blocks_by_cublaslt(device) else "Triton"
             return f"{family} e4m3/e5m2, scaled in blocks of 128 ({by})"
@@ -116,42 +129,39 @@ class TritonBackend:
             x = x.detach()
         if x.stride(0) != 1 and x.stride(1) != 1:
             x = x.contiguous()
+        shape = (x.shape[0], x.shape[1])
         made: list[Any] = [None] * len(casts)
-        rows: list[int] = []
-        cols: list[int] = []
+        sides: list[list[int]] = [[], []]  # casts of x, and of its transpose
         copies: dict[int, Copy] = {}
+        padded = []
         for i, cast in enumerate(casts):
-            if cast.spec.quantized:
-                copies[i] = self._copy_of(cast, x.device)
-                (cols if cast.transpose else rows).append(i)
+            if not cast.spec.quantized or not x.numel():
+                made[i] = _uncast(x, cast)
+                continue
+            copies[i] = self._copy_of(cast, x.device)
+            if _padding(cast, shape) == (0, 0):
+                sides[cast.transpose].append(i)
             else:
-                v = x if x.dtype == torch.bfloat16 else x.bfloat16()
-                v = v.t() if cast.transpose else v
-                made[i] = TritonOperand(v, (v.shape[0], v.shape[1]))
-        pairs = list(zip_longest(rows, cols))
-        try:
-            amaxes = _all_amaxes(x, copies, pairs)
-            if reduce_amax is not None:
-                _reduce(
-                    amaxes, [i for i in sorted(copies) if copies[i].amax == "tensor"], reduce_amax
-                )
-            for pair in pairs:
-                self._cast_pair(x, casts, copies, amaxes, pair, made)
-        except (ValueError, RuntimeError) as error:  # torch's own complaints of a shape too
-            raise _explained(error, x, casts) from None
+                padded.append(i)
+        jobs = [_Job(x, pair, (0, 0)) for pair in zip_longest(*sides)]
+        jobs += [_padded_job(x, casts[i], i) for i in padded]
+        amaxes = [_amaxes(job, copies) for job in jobs]
+        if reduce_amax is not None:
+            _reduce(amaxes, casts, reduce_amax)
+        for job, found in zip(jobs, amaxes, strict=True):
+            self._cast_pair(job, casts, copies, found, made)
         return made
 
     def _cast_pair(
         self,
-        x: Tensor,
+        job: _Job,
         casts: Sequence[Cast],
         copies: dict[int, Copy],
         amaxes: dict[int, Tensor],
-        pair: tuple[int | None, int | None],
         made: list[Any],
     ) -> None:
-        r, c = pair
-        row, col = (None if i is None else copies[i] for i in pair)
+        x, (r, c) = job.x, job.pair
+        row, col = (None if i is None else copies[i] for i in job.pair)
         e4m3 = (row is not None and row.output == "e4m3") or (
             col is not None and col.output == "e4m3"
         )
@@ -163,16 +173,16 @@ class TritonBackend:
             col_amax=None if c is None else amaxes.get(c),
             lost=self._lost_counts(x.device) if e4m3 else None,
         )
-        for i, q in zip(pair, found, strict=True):
+        for i, q in zip(job.pair, found, strict=True):
             if i is not None and q is not None:
                 spec, lost = casts[i].spec, None
                 packed = copies[i].output == "codes" and spec.format == "mxfp4"
                 if packed and self._in_fp8(spec, x.device):
                     lost = self._lost_counts(x.device)[1]
-                made[i] = operand_of(q, spec, copies[i], lost=lost)
+                made[i] = operand_of(_cut(q, copies[i], job.cut), spec, copies[i], lost=lost)
 
     def _copy_of(self, cast: Cast, device: torch.device) -> Copy:
-        """The kernels' words for a cast; those of a kind differ in their draw."""
+        """Launch arguments for a cast, kept by everything but its noise key and signs."""
         copy = self._copies.get((cast.kind, device))
         if copy is None:
             copy = self._copies[cast.kind, device] = self._copy(cast, device)
@@ -197,6 +207,7 @@ class TritonBackend:
             cast.rotation_size,
             cast.signs,
             _noise(cast.noise),
+            cast.rotated_fp32,
         )
 
     def _lost_counts(self, device: torch.device) -> Tensor:
@@ -204,9 +215,9 @@ class TritonBackend:
             self._lost[device] = torch.zeros(2, dtype=torch.int64, device=device)
         return self._lost[device]
 
-    def counters(self, recipe: Recipe, device: torch.device) -> dict[str, int]:
+    def counters(self, recipes: Sequence[Recipe], device: torch.device) -> dict[str, int]:
         """``mxfp4_inexact``: elements that E4M3 could not hold, where MXFP4 goes to FP8. Waits."""
-        specs = [spec for _, _, spec in recipe.operands()]
+        specs = [spec for recipe in recipes for _, _, spec in recipe.operands()]
         if not any(s.format == "mxfp4" and self._in_fp8(s, device) for s in specs):
             return {}
         return {"mxfp4_inexact": int(self._lost_counts(device).sum())}
@@ -231,11 +242,6 @@ class TritonBackend:
         )
 
 
-def operand_specs(gemm: Gemm) -> list[QuantSpec]:
-    """The casts of a GEMM's two operands."""
-    return [getattr(gemm, name) for name in OPERANDS[type(gemm).__name__.lower()]]
-
-
 @cache
 def _has_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
@@ -258,47 +264,72 @@ def _in_blocks(spec: QuantSpec) -> bool:
     return spec.row.family == "fp8" and spec.block in ("1d", "2d")
 
 
-def _explained(error: Exception, x: Tensor, casts: Sequence[Cast]) -> Exception:
-    """What the kernels refused, as the reference backend says it, or in one line of our own."""
-    for cast in casts:
-        shape = (x.shape[1], x.shape[0]) if cast.transpose else (x.shape[0], x.shape[1])
-        try:
-            cast.spec.block_shape(shape)
-        except UserError as refusal:
-            return refusal
-        if cast.rotation_size and shape[1] % cast.rotation_size:
-            return UserError(
-                f"rotation.size: {cast.rotation_size} does not divide the contraction dimension "
-                f"{shape[1]}; use a smaller size or kind=none"
-            )
-        if cast.spec.quantized and shape[1] % 16:
-            return UserError(
-                f"precision.backend: Triton's kernels take contraction dimensions in multiples of "
-                f"16, not {shape[1]}; use precision.backend=reference or other sizes"
-            )
-    return error
+@dataclass(frozen=True)
+class _Job:
+    """One launch: x, the casts (row, column) it serves, and the rows each copy is cut to (0: none)."""
+
+    x: Tensor
+    pair: tuple[int | None, int | None]
+    cut: tuple[int, int]
 
 
-def _all_amaxes(
-    x: Tensor, copies: dict[int, Copy], pairs: list[tuple[int | None, int | None]]
-) -> dict[int, Tensor]:
-    """Amaxes by cast: one launch for each pair and kind."""
+def _padding(cast: Cast, shape: tuple[int, int]) -> tuple[int, int]:
+    """Zeros to append to (rows, columns) of the operand: the kernels take whole blocks of sixteen."""
+    rows, length = (shape[1], shape[0]) if cast.transpose else shape
+    tall = max((block[0] for block in cast.spec.level_blocks), default=1) or 1
+    return -rows % tall, -length % math.lcm(cast.multiple, cast.spec.contraction_block, _LEAST)
+
+
+def _padded_job(x: Tensor, cast: Cast, index: int) -> _Job:
+    """A launch of its own for a copy whose blocks do not divide x: x is copied with its zeros."""
+    rows, cols = _padding(cast, (x.shape[0], x.shape[1]))
+    if cast.transpose:
+        return _Job(F.pad(x, (0, rows, 0, cols)), (None, index), (0, x.shape[1]))
+    return _Job(F.pad(x, (0, cols, 0, rows)), (index, None), (x.shape[0], 0))
+
+
+def _cut(q: Quantized, copy: Copy, cut: tuple[int, int]) -> Quantized:
+    """The copy without rows that only pad 2d tiles, whose scales then stand one a row."""
+    rows = cut[0] or cut[1]
+    if not rows or rows == q.shape[0]:
+        return q
+    scales = q.scales
+    if scales is not None and copy.output == "codes" and scales.dtype != torch.float32:
+        tall = q.shape[0] // scales.shape[0]
+        bytes_ = scales.view(torch.uint8).repeat_interleave(tall, 0)[:rows]
+        scales = bytes_.contiguous().view(scales.dtype)
+    elif scales is not None and scales.shape[0] == q.shape[0]:
+        scales = scales[:rows]
+    return Quantized(q.out[:rows], scales, q.alpha, (rows, q.shape[1]))
+
+
+def _uncast(x: Tensor, cast: Cast) -> TritonOperand:
+    """x or its transpose in BF16, padded with zeros as its GEMM's other operand is."""
+    v = x if x.dtype == torch.bfloat16 else x.bfloat16()
+    v = v.t() if cast.transpose else v
+    padding = cast.padding(v.shape[1])
+    if padding:
+        v = F.pad(v, (0, padding))
+    return TritonOperand(v, (v.shape[0], v.shape[1]))
+
+
+def _amaxes(job: _Job, copies: dict[int, Copy]) -> dict[int, Tensor]:
+    """Amaxes by cast: one launch for each kind."""
     found: dict[int, Tensor] = {}
-    for pair in pairs:
-        kinds = ["none" if i is None else copies[i].amax for i in pair]
-        for kind in dict.fromkeys(kinds):
-            if kind == "none":
-                continue
-            wanted = [i if k == kind else None for i, k in zip(pair, kinds, strict=True)]
-            turns = [None if i is None else (copies[i].rotation, copies[i].signs) for i in wanted]
-            sides: Any
-            if kind == "tensor":
-                sides = tensor_amaxes(x, row=turns[0], col=turns[1]).unbind()
-            else:
-                sides = line_amax(x, row=turns[0], col=turns[1])
-            for i, side in zip(wanted, sides, strict=True):
-                if i is not None:
-                    found[i] = _tile_rows(side, copies[i])
+    kinds = ["none" if i is None else copies[i].amax for i in job.pair]
+    for kind in dict.fromkeys(kinds):
+        if kind == "none":
+            continue
+        wanted = [i if k == kind else None for i, k in zip(job.pair, kinds, strict=True)]
+        turns = [None if i is None else copies[i].turn for i in wanted]
+        sides: Any
+        if kind == "tensor":
+            sides = tensor_amaxes(job.x, row=turns[0], col=turns[1]).unbind()
+        else:
+            sides = line_amax(job.x, row=turns[0], col=turns[1])
+        for i, side in zip(wanted, sides, strict=True):
+            if i is not None:
+                found[i] = _tile_rows(side, copies[i])
     return found
 
 
@@ -310,8 +341,12 @@ def _tile_rows(amax: Any, copy: Copy) -> Tensor:
     return amax.view(-1, length).amax(dim=1).repeat_interleave(length)
 
 
-def _reduce(amaxes: dict[int, Tensor], tensors: list[int], reduce_amax: ReduceAmax) -> None:
-    if tensors:
-        reduced = reduce_amax(torch.stack([amaxes[i].reshape(()) for i in tensors]))
-        for i, amax in zip(tensors, reduced, strict=True):
-            amaxes[i] = amax
+def _reduce(
+    amaxes: list[dict[int, Tensor]], casts: Sequence[Cast], reduce_amax: ReduceAmax
+) -> None:
+    """Replace the amaxes of shared casts, in the order of the casts, by the whole tensor's."""
+    where = {i: found for found in amaxes for i in found if casts[i].shared}
+    order = sorted(where)
+    reduced = reduce_amax([where[i][i] for i in order])
+    for i, amax in zip(order, reduced, strict=True):
+        where[i][i] = amax

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from fp4_kernels import cublaslt
 from fp4_kernels.block_gemm import block_matmul
 from fp4_kernels.quantize import Quantized
@@ -15,12 +17,15 @@ from torch import Tensor
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.numerics import QuantSpec
+from fp4pretrain.ops.operand import Operand, dequantized
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# What cuBLASLt needs of rows and columns in FP8, and of some BF16 shapes.
+_ALIGNED = 16
 
 
 @dataclass
-class TritonOperand:
+class TritonOperand(Operand):
     """One side of a GEMM [rows, k].
 
     ``data``: BF16 or FP8 values, or (``scales`` given) packed codes. The product is multiplied by
@@ -29,6 +34,7 @@ class TritonOperand:
     ``lost``: given where packed codes go to FP8 tensor cores: int64, counts what E4M3 cannot hold.
     """
 
+    TENSORS: ClassVar[tuple[str, ...]] = ("data", "alpha", "factors", "scales", "blocks")
     data: Tensor
     shape: tuple[int, int]
     alpha: Tensor | None = None
@@ -46,6 +52,25 @@ class TritonOperand:
             return TritonOperand(unpack(self.data, self.scales), self.shape, self.alpha)
         values, factors = unpack_e4m3(self.data, self.scales, lost=self.lost)
         return TritonOperand(values, self.shape, self.alpha, factors)
+
+    def dequantize(self) -> Tensor:
+        """fp32 [rows, k]; see ``Operand.dequantize``."""
+        if self.scales is not None and self.lost is not None:  # not counted: nothing is multiplied
+            return replace(self, lost=torch.zeros_like(self.lost)).expanded().dequantize()
+        a = self.expanded()
+        values = a.data.to(torch.float32)
+        if a.blocks is not None:
+            tall = 1 if a.blocks.shape[0] == a.shape[0] else 128
+            factors = a.blocks.repeat_interleave(tall, 0)[: a.shape[0]]
+            values = values * factors.repeat_interleave(128, 1)
+        return dequantized(values, a.factors, a.alpha)
+
+    def transposed(self) -> Operand | None:
+        """BF16 values under at most one scalar: cuBLASLt reads a BF16 matrix either way."""
+        plain = self.scales is None and self.factors is None and self.blocks is None
+        if not plain or self.data.dtype != torch.bfloat16:
+            return None
+        return TritonOperand(self.data.t(), (self.shape[1], self.shape[0]), self.alpha)
 
 
 def operand_of(
@@ -75,7 +100,7 @@ def product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def target_of(
     a: TritonOperand, b: TritonOperand, out_dtype: torch.dtype, out: Tensor | None
 ) -> Tensor:
-    """Where a GEMM of a and b writes: ``out`` itself where its epilogue can add there, or a matrix."""
+    """The matrix that a GEMM of a and b writes: ``out`` where the GEMM can add to it, or a new one."""
     if out is not None and out.dtype == torch.float32 and out.stride(1) == 1:
         return out
     dtype = out_dtype if out_dtype == torch.bfloat16 and out is None else torch.float32
@@ -106,6 +131,11 @@ def multiply(
     Raises:
         UserError: where cuBLASLt has no kernel for it.
     """
+    rows, cols, k = a.shape[0], b.shape[0], a.shape[1]
+    if not rows or not cols or not k:
+        if out is not None:
+            return out
+        return torch.zeros((rows, cols), dtype=out_dtype, device=a.data.device)
     if a.blocks is not None and b.blocks is not None:
         target = target_of(a, b, out_dtype, out)
         _multiply_blocks(a, b, target, add=target is out, by_cublaslt=blocks_by_cublaslt)
@@ -118,27 +148,54 @@ def multiply(
         if out_dtype == torch.float32:
             return torch.mm(av, bv.t(), out_dtype=torch.float32)
         return torch.mm(av, bv.t()).to(out_dtype)
+    if (rows % _ALIGNED or cols % _ALIGNED or k % _ALIGNED) and _needs_alignment(av):
+        padded = _multiply_aligned(_aligned(a), _aligned(b), None, torch.float32, fast_accum)
+        result = padded[:rows, :cols]
+        return result.to(out_dtype) if out is None else out.add_(result)
+    return _multiply_aligned(a, b, out, out_dtype, fast_accum)
+
+
+def _multiply_aligned(
+    a: TritonOperand, b: TritonOperand, out: Tensor | None, out_dtype: torch.dtype, fast: bool
+) -> Tensor:
+    """The product of expanded operands by cuBLASLt."""
+    alpha, scales = product(a.alpha, b.alpha), None
     target = target_of(a, b, out_dtype, out)
-    scales = None
     if a.factors is not None or b.factors is not None:
         scales = (_factors(a, alpha), _factors(b, None))
         alpha = None
     try:
         cublaslt.matmul(
-            av,
-            bv,
+            a.data,
+            b.data,
             target,
             alpha=alpha,
             accumulate=target is out,
             scales=scales,
-            fast_accum=fast_accum and av.dtype in _FP8,
+            fast_accum=fast and a.data.dtype in _FP8,
         )
     except cublaslt.CublasError as error:
         raise UserError(
             f"precision.backend: cuBLASLt cannot multiply {list(a.shape)} by {list(b.shape)} "
-            f"({error}); use precision.backend=reference or sizes in multiples of 16"
+            f"({error}); use precision.backend=reference"
         ) from None
     return finished(target, out_dtype, out)
+
+
+def _needs_alignment(values: Tensor) -> bool:
+    """FP8 always; BF16 of odd sizes is padded too, so that every layout of them has a kernel."""
+    return values.is_cuda or values.dtype in _FP8
+
+
+def _aligned(a: TritonOperand) -> TritonOperand:
+    """The operand with zeros appended to rows and columns up to what cuBLASLt needs."""
+    more = (0, -a.shape[1] % _ALIGNED, 0, -a.shape[0] % _ALIGNED)
+    data = a.data
+    if any(more):
+        bits = data.view(torch.uint8) if data.dtype in _FP8 else data
+        data = F.pad(bits, more).view(data.dtype)
+    factors = None if a.factors is None else F.pad(a.factors, (0, more[3]))
+    return TritonOperand(data.contiguous(), (data.shape[0], data.shape[1]), a.alpha, factors)
 
 
 def _multiply_blocks(

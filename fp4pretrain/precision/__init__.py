@@ -1,6 +1,6 @@
 """What a GEMM computes (Recipe) and which linear computes it when (Plan): no tensors here."""
 
-from fp4pretrain.precision.plan import Keep, Plan, Tail
+from fp4pretrain.precision.plan import Plan
 from fp4pretrain.precision.recipe import (
     BF16,
     GEMMS,
@@ -12,6 +12,8 @@ from fp4pretrain.precision.recipe import (
     Rotation,
     Wgrad,
 )
+from fp4pretrain.precision.rules import Keep, Rule, Tail
+from fp4pretrain.precision.when import Point, Progress, parse_point
 
 __all__ = [
     "BF16",
@@ -22,8 +24,12 @@ __all__ = [
     "Gemm",
     "Keep",
     "Plan",
+    "Point",
+    "Progress",
     "Recipe",
     "Rotation",
+    "Rule",
     "Tail",
     "Wgrad",
+    "parse_point",
 ]

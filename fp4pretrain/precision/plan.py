@@ -1,180 +1,184 @@
-"""The plan: which linear of which layer computes by which recipe, and from when on.
+"""The plan: which linear computes by which recipe, and when.
 
-Layers are counted globally (0 is the model's first block on every pipeline layout), so a plan is
-the same text on one process and on a thousand.
+A plan is one recipe for the linears of all blocks, BF16 for the head, and an ordered list of rules.
+For each GEMM of a linear the last rule that covers it and is active wins. The order is: ``keep``, the
+rules of the YAML in their order, ``tail``. Layers are counted globally (0 is the model's first block
+on every pipeline layout), so a plan is the same text on one process and on a thousand.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from itertools import product
 
 from fp4pretrain.errors import UserError
-from fp4pretrain.precision.recipe import BF16, GEMMS, OPERANDS, Recipe, text_table
-
-LINEARS = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
+from fp4pretrain.precision.recipe import BF16, OPERANDS, Gemm, Recipe, text_table
+from fp4pretrain.precision.rules import (
+    BLOCK_LINEARS,
+    HEAD,
+    LINEARS,
+    Keep,
+    Rule,
+    Tail,
 )
-
-
-@dataclass(frozen=True)
-class Keep:
-    """What stays in BF16.
-
-    ``first_blocks`` and ``last_blocks``: a number of blocks (2) or a fraction of all blocks
-    (0.13, rounded to the nearest block), so that one recipe serves 4 layers and 62;
-    ``modules``: shell patterns on global names such as ``layers.3.mlp.linear_fc2`` or
-    ``*.linear_qkv``.
-    """
-
-    first_blocks: float = 0
-    last_blocks: float = 0
-    modules: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for key in ("first_blocks", "last_blocks"):
-            value = getattr(self, key)
-            if not 0 <= value < math.inf or (value >= 1 and value != int(value)):
-                raise UserError(
-                    f"precision.keep.{key}: {value} is neither a number of blocks (0, 1, 2, ...) "
-                    "nor a fraction of them (0 to 1)"
-                )
-
-    def blocks(self, num_layers: int) -> set[int]:
-        """The global indices of the blocks kept whole."""
-
-        def count(value: float) -> int:
-            return math.floor(value * num_layers + 0.5) if value < 1 else int(value)
-
-        first, last = count(self.first_blocks), count(self.last_blocks)
-        return {i for i in range(num_layers) if i < first or i >= num_layers - last}
-
-
-@dataclass(frozen=True)
-class Tail:
-    """The late switch: from ``at`` (a fraction of the run) the named GEMMs run in BF16."""
-
-    at: float | None = None
-    to_bf16: tuple[str, ...] = ("fprop",)
-
-    def __post_init__(self) -> None:
-        if self.at is not None and not 0 <= self.at <= 1:
-            raise UserError(f"precision.tail.at: {self.at} is no fraction of the run; use 0 to 1")
-        if self.at is not None and not self.to_bf16:
-            raise UserError(
-                "precision.tail.to_bf16: nothing would be switched; name fprop, dgrad, wgrad, or "
-                "set precision.tail.at=null"
-            )
-        for gemm in self.to_bf16:
-            if gemm not in GEMMS:
-                raise UserError(
-                    f"precision.tail.to_bf16: {gemm!r} is no GEMM; use fprop, dgrad, wgrad"
-                )
+from fp4pretrain.precision.when import Progress
 
 
 @dataclass(frozen=True)
 class Plan:
-    """(global layer, linear, progress) -> Recipe. Raises UserError for a plan that cannot be meant."""
+    """(global layer, linear, progress) -> Recipe. Raises UserError for a plan that cannot be meant.
+
+    ``ordered`` has all rules, those of ``keep`` and ``tail`` included; the last that matches wins.
+    """
 
     recipe: Recipe
     num_layers: int
     keep: Keep = field(default_factory=Keep)
     tail: Tail = field(default_factory=Tail)
+    rules: tuple[Rule, ...] = ()
+    ordered: tuple[Rule, ...] = field(init=False, compare=False, repr=False)
+    _resolved: dict = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        names = [self.name(layer, linear) for layer in range(self.num_layers) for linear in LINEARS]
-        for pattern in self.keep.modules:
-            if not any(fnmatchcase(name, pattern) for name in names):
+        object.__setattr__(self, "recipe", self.recipe.interned())
+        ordered = *self.keep.rules(self.num_layers), *self.rules, *self.tail.rules()
+        object.__setattr__(self, "ordered", ordered)
+        for rule in self.ordered:
+            if not any(rule.covers(*place, self.num_layers) for place in self.linears()):
                 raise UserError(
-                    f"precision.keep.modules: {pattern!r} matches no linear; names look like "
-                    f"{names[0]} (layers 0 to {self.num_layers - 1})"
+                    f"{rule.key}: it matches no linear ({rule.where_and_when()}); names look like "
+                    f"layers.0.{LINEARS[0]} (layers 0 to {self.num_layers - 1}) and {HEAD}"
                 )
-        if self.recipe.quantized and all(
-            self.kept(layer, linear) for layer in range(self.num_layers) for linear in LINEARS
-        ):
+        if self.recipe.quantized and not self.ever_quantized:
             raise UserError(
                 f"precision.keep: it keeps all {self.num_layers} blocks in BF16, so nothing is "
                 "quantized; keep fewer blocks or use precision=bf16"
             )
 
-    @staticmethod
-    def name(layer: int, linear: str) -> str:
-        """The global name that patterns match: ``layers.{layer}.{linear}``."""
-        return f"layers.{layer}.{linear}"
+    def linears(self) -> Iterator[tuple[int | None, str]]:
+        """(global layer, linear) of every linear the plan governs; the head last, without a layer."""
+        for layer in range(self.num_layers):
+            for linear in LINEARS:
+                yield layer, linear
+        yield None, HEAD
 
-    def kept(self, layer: int, linear: str) -> bool:
-        """Whether this linear stays in BF16 for the whole run."""
-        name = self.name(layer, linear)
-        return layer in self.keep.blocks(self.num_layers) or any(
-            fnmatchcase(name, pattern) for pattern in self.keep.modules
+    def at(self, layer: int | None, linear: str, progress: Progress) -> Recipe:
+        """The recipe of one linear for the next step; equal recipes are one object."""
+        return self._with(layer, linear, self._active(progress))
+
+    def switches(self, before: Progress, now: Progress) -> bool:
+        """Whether any linear of the model has another recipe now than before."""
+        then, active = self._active(before), self._active(now)
+        if then == active:
+            return False
+        return any(
+            self._with(*place, then) is not self._with(*place, active) for place in self.linears()
         )
 
-    def at(self, layer: int, linear: str, progress: float) -> Recipe:
-        """The recipe of one linear at ``progress`` (0 at the first step, 1 at the end)."""
-        if self.kept(layer, linear):
-            return BF16
-        return self.main(progress)
+    def _active(self, progress: Progress) -> tuple[bool, ...]:
+        return tuple([rule.active(progress) for rule in self.ordered])
 
-    def main(self, progress: float) -> Recipe:
-        """The recipe of the linears that are not kept."""
-        if self.tail.at is not None and progress >= self.tail.at:
-            return self.recipe.to_bf16(self.tail.to_bf16)
-        return self.recipe
+    def _with(self, layer: int | None, linear: str, active: tuple[bool, ...]) -> Recipe:
+        key = layer, linear, active
+        found = self._resolved.get(key)
+        if found is None:
+            found = BF16 if linear == HEAD else self.recipe
+            for rule, holds in zip(self.ordered, active, strict=True):
+                if holds and rule.covers(layer, linear, self.num_layers):
+                    found = found.replaced(rule.gemms, rule.recipe)
+            found = self._resolved[key] = found.interned()
+        return found
 
-    def check_shape(self, linear: str, *, tokens: int, n: int, k: int) -> None:
-        """Raises UserError when a block or rotation does not divide a LOCAL dimension.
+    def recipes_of(self, layer: int | None, linear: str) -> list[Recipe]:
+        """Every recipe that this linear can ever follow, the one without timed rules first."""
+        choices = []
+        for rule in self.ordered:
+            switches = rule.timed and rule.covers(layer, linear, self.num_layers)
+            choices.append((False, True) if switches else (not rule.timed,))
+        return list(dict.fromkeys(self._with(layer, linear, one) for one in product(*choices)))
 
-        ``tokens`` of one microbatch after gathering, ``n`` output and ``k`` input features held by
-        one tensor-parallel rank.
+    def recipes(self) -> list[Recipe]:
+        """Every recipe that can ever run, the head's included."""
+        return list(dict.fromkeys(r for place in self.linears() for r in self.recipes_of(*place)))
+
+    @property
+    def ever_quantized(self) -> bool:
+        """Whether any linear is ever cast below BF16."""
+        return any(recipe.quantized for recipe in self.recipes())
+
+    def warnings(self) -> list[str]:
+        """What the papers found harmful in any recipe of the plan."""
+        return list(dict.fromkeys(text for recipe in self.recipes() for text in recipe.warnings()))
+
+    def check_shards(self, linear: str, *, n: tuple[int, ...], k: int | None) -> None:
+        """Refuse tensor-parallel shards that end inside a block or a rotation.
+
+        Such a shard would be padded with zeros where one process has its neighbour's elements, so
+        another layout would compute other numbers.
+
+        Args:
+            n: lengths of the parts of the output features that one rank holds, () if it holds all.
+            k: input features that one rank holds, None if it holds all.
+
+        Raises:
+            UserError: naming the key and the cure.
         """
-        contracted = {"fprop": k, "dgrad": n, "wgrad": tokens}
-        w_rows = {"fprop": n, "dgrad": k}
-        names = {"fprop": "input features", "dgrad": "output features", "wgrad": "tokens"}
-        for gemm in GEMMS:
-            size, what = contracted[gemm], names[gemm]
-            for operand in OPERANDS[gemm]:
-                spec = self.recipe.operand(gemm, operand)
-                rows, cols = spec.row.blocks[spec.block]
-                key = f"precision.{gemm}.{operand}.block"
-                if spec.quantized and cols and size % cols:
-                    raise UserError(
-                        f"{key}: {spec.format} blocks of {cols} do not divide {linear}'s {size} "
-                        f"{what} on a rank; change the model's size, train.micro_batch or "
-                        "parallel.tensor"
-                    )
-                if operand == "w" and rows > 1 and w_rows[gemm] % rows:
-                    raise UserError(
-                        f"{key}: 2d tiles of {rows} do not divide {linear}'s {w_rows[gemm]} rows on "
-                        "a rank; use block: 1d or change the model's size"
-                    )
-            rotation = self.recipe.gemm(gemm).rotation
-            if rotation.active and size % rotation.size:
-                raise UserError(
-                    f"precision.{gemm}.rotation.size: {rotation.size} does not divide {linear}'s "
-                    f"{size} {what} on a rank; use a smaller size"
-                )
+        for layer in range(self.num_layers):
+            for recipe in self.recipes_of(layer, linear):
+                for length in n:
+                    _check_shard(recipe, linear, length, contracted="dgrad", tiled="fprop")
+                if k is not None:
+                    _check_shard(recipe, linear, k, contracted="fprop", tiled="dgrad")
 
     def __str__(self) -> str:
-        kept = sorted(self.keep.blocks(self.num_layers))
+        start = self._active(Progress())
         rows = []
         for layer in range(self.num_layers):
-            cells = ["BF16" if self.kept(layer, name) else "recipe" for name in LINEARS]
+            cells = [self._label(self._with(layer, name, start)) for name in LINEARS]
             rows.append((str(layer), *cells))
-        header = ("layer", *(name.split("_")[-1] for name in LINEARS))
-        quantized = sum(not self.kept(i, n) for i in range(self.num_layers) for n in LINEARS)
-        total = self.num_layers * len(LINEARS)
-        lines = [
-            str(self.recipe),
-            "",
-            f"{quantized} of {total} linears follow the recipe; "
-            f"blocks kept in BF16: {', '.join(map(str, kept)) or 'none'}; "
-            "embedding, head, norms and attention products are never quantized",
-        ]
-        if self.tail.at is not None:
-            switched = self.recipe.to_bf16(self.tail.to_bf16)
-            lines += ["", f"from {self.tail.at:.0%} of the run on:", str(switched)]
+        quantized = sum(self._with(i, n, start).quantized for i, n in self.linears())
+        lines = [str(self.recipe), "", f"{quantized} of {self.num_layers * len(LINEARS)} linears "]
+        lines[-1] += (
+            "of the blocks are quantized at the start; embedding, norms and attention products "
+            f"never are; head: {self._label(self._with(None, HEAD, start))}"
+        )
+        for rule in self.ordered:
+            lines.append(f"rule {rule.name}: {rule.where_and_when()}: {_rule_text(rule)}")
+        header = ("layer", *BLOCK_LINEARS)
         return "\n".join([*lines, "", text_table(header, rows)])
+
+    def _label(self, recipe: Recipe) -> str:
+        if recipe == self.recipe:
+            return "recipe"
+        return recipe.label()
+
+
+def _rule_text(rule: Rule) -> str:
+    """What a rule's GEMMs compute: BF16, or rows of a table."""
+    chosen = BF16.replaced(rule.gemms, rule.recipe)
+    if not chosen.quantized:
+        return "BF16"
+    rows = [row for row in chosen.rows() if row[0] in rule.gemms]
+    return "\n" + text_table(Recipe.HEADER, rows)
+
+
+def _check_shard(recipe: Recipe, linear: str, length: int, *, contracted: str, tiled: str) -> None:
+    gemm: Gemm = recipe.gemm(contracted)
+    multiple = gemm.contraction_multiple
+    if length % multiple:
+        key = f"precision.{contracted}.{OPERANDS[contracted][0]}.block"
+        if gemm.rotation.active and length % gemm.rotation.size:
+            key = f"precision.{contracted}.rotation.size"
+        raise UserError(
+            f"{key}: a rank holds {length} features of {linear}, which blocks of {multiple} do not "
+            "divide, so another layout would compute other numbers; change parallel.tensor or the "
+            "model's sizes"
+        )
+    rows = math.lcm(*(r or 1 for r, _ in recipe.operand(tiled, "w").level_blocks))
+    if length % rows:
+        raise UserError(
+            f"precision.{tiled}.w.block: a rank holds {length} rows of {linear}'s weight, which 2d "
+            f"tiles of {rows} do not divide; use block: 1d, or change parallel.tensor"
+        )

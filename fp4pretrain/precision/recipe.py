@@ -14,7 +14,9 @@ tensor cores, and FP8 in blocks of 128, have FP32 sums alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 from fp4pretrain.errors import UserError
@@ -28,6 +30,7 @@ ROTATION_KINDS = ("none", "hadamard", "random_hadamard")
 ROTATION_SIZES = (16, 32, 64, 128)
 RESAMPLE = ("never", "layer", "step", "gemm")
 SIGNS = ("seed", "te")
+ROTATED_DTYPES = ("bf16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,23 @@ class Rotation:
     ``kind`` none, hadamard (no signs) or random_hadamard; ``size`` 16 to 128; ``resample``: the
     random signs are one vector for the run (never), one a linear (layer), or drawn anew each step
     or for each GEMM of each microbatch (gemm: arXiv:2502.20586); ``signs`` seed, or te for
-    Transformer Engine's fixed vector of 16 (arXiv:2509.25149's implementation).
+    Transformer Engine's fixed vector of 16 (arXiv:2509.25149's implementation); ``dtype``: what the
+    rotated operand is rounded to before its amax is taken, bf16 (Transformer Engine) or fp32 (not
+    at all: arXiv:2605.09825).
     """
 
     kind: str = "none"
     size: int = 16
     resample: str = "never"
     signs: str = "seed"
+    dtype: str = "bf16"
 
     def __post_init__(self) -> None:
         _one_of("rotation.kind", self.kind, ROTATION_KINDS)
         _one_of("rotation.size", self.size, ROTATION_SIZES)
         _one_of("rotation.resample", self.resample, RESAMPLE)
         _one_of("rotation.signs", self.signs, SIGNS)
+        _one_of("rotation.dtype", self.dtype, ROTATED_DTYPES)
         if self.signs == "te" and (self.size != 16 or self.resample != "never"):
             raise UserError(
                 "rotation.signs: te is one fixed vector of 16 signs; use size: 16 and "
@@ -63,13 +70,35 @@ class Rotation:
     def __str__(self) -> str:
         if not self.active:
             return "-"
+        held = ", fp32" if self.dtype == "fp32" else ""
         if self.kind == "hadamard":
-            return f"H{self.size}"
-        return f"random H{self.size}, {self.signs} signs, resample {self.resample}"
+            return f"H{self.size}{held}"
+        return f"random H{self.size}, {self.signs} signs, resample {self.resample}{held}"
+
+
+class _Gemm:
+    """What the three GEMMs share."""
+
+    rotation: Rotation
+
+    @cached_property
+    def specs(self) -> tuple[QuantSpec, QuantSpec]:
+        """The casts of the two operands, in the order of OPERANDS."""
+        first, second = OPERANDS[type(self).__name__.lower()]
+        return getattr(self, first), getattr(self, second)
+
+    @cached_property
+    def contraction_multiple(self) -> int:
+        """Both operands are cast as if padded with zeros to this multiple of the contraction axis.
+
+        The least common multiple of their blocks and of the rotation; 1 in BF16.
+        """
+        sizes = [spec.contraction_block for spec in self.specs]
+        return math.lcm(*sizes, self.rotation.size if self.rotation.active else 1)
 
 
 @dataclass(frozen=True)
-class Fprop:
+class Fprop(_Gemm):
     """y = x @ w.T"""
 
     x: QuantSpec = field(default_factory=QuantSpec)
@@ -79,7 +108,7 @@ class Fprop:
 
 
 @dataclass(frozen=True)
-class Dgrad:
+class Dgrad(_Gemm):
     """dx = dy @ w"""
 
     dy: QuantSpec = field(default_factory=QuantSpec)
@@ -89,7 +118,7 @@ class Dgrad:
 
 
 @dataclass(frozen=True)
-class Wgrad:
+class Wgrad(_Gemm):
     """dw = dy.T @ x"""
 
     dy: QuantSpec = field(default_factory=QuantSpec)
@@ -140,10 +169,22 @@ class Recipe:
         """The six rows: (gemm, operand, spec)."""
         return [(g, o, self.operand(g, o)) for g in GEMMS for o in OPERANDS[g]]
 
-    def to_bf16(self, gemms: tuple[str, ...]) -> Recipe:
-        """This recipe with the named GEMMs in BF16 (the late switch of arXiv:2509.25149, app. D)."""
-        plain: dict[str, Any] = {g: type(self.gemm(g))() for g in gemms}
-        return replace(self, **plain)
+    def replaced(self, gemms: tuple[str, ...], other: Recipe) -> Recipe:
+        """This recipe with the named GEMMs of ``other``."""
+        taken: dict[str, Any] = {g: other.gemm(g) for g in gemms}
+        return replace(self, **taken)
+
+    def interned(self) -> Recipe:
+        """The one object that stands for all equal recipes: what is kept by identity is found again."""
+        return _INTERNED.setdefault(self, self)
+
+    def label(self) -> str:
+        """A word for a table cell: BF16, or the formats of the three GEMMs where they differ."""
+        found = []
+        for gemm in GEMMS:
+            formats = dict.fromkeys(s.format for s in self.gemm(gemm).specs)
+            found.append("+".join(formats))
+        return "BF16" if not self.quantized else "/".join(dict.fromkeys(found))
 
     def warnings(self) -> list[str]:
         """What the papers found harmful: allowed, since it may be the experiment, but said."""
@@ -249,4 +290,5 @@ def _one_of(key: str, value: object, allowed: tuple) -> None:
         raise UserError(f"{key}: {value!r} is none of {', '.join(map(str, allowed))}; choose one")
 
 
-BF16 = Recipe()
+_INTERNED: dict[Recipe, Recipe] = {}
+BF16 = Recipe().interned()

@@ -111,7 +111,7 @@ def _announce(trainer: Trainer, path: Path, start: Path | None) -> None:
     if start is not None:
         console.print(f"continuing from {start} (step {trainer.step})")
     console.print(str(trainer.binding.plan))
-    for warning in trainer.binding.plan.recipe.warnings():
+    for warning in trainer.binding.plan.warnings():
         console.print(f"[yellow]warning[/yellow] {warning}")
 
 

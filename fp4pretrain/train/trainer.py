@@ -26,6 +26,7 @@ from fp4pretrain.model.layout import Layout
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.ops import Backend, choose
 from fp4pretrain.parallel.groups import World
+from fp4pretrain.precision import Progress
 from fp4pretrain.train.optimizer import build_optimizer, build_schedule
 
 Batch = dict[str, torch.Tensor]
@@ -67,9 +68,9 @@ class Trainer:
         return (self.consumed_samples - self.skipped_samples) * self.config.model.seq_length
 
     @property
-    def progress(self) -> float:
-        """The part of the run that is done: 0 at the first step."""
-        return self.step / self.config.train.steps
+    def progress(self) -> Progress:
+        """How far the run is, for the plan."""
+        return Progress(self.step, self.config.train.steps, self.tokens)
 
     def batches(self, dataset: Any, consumed_samples: int) -> list[Iterator[Batch] | None]:
         """This rank's microbatches for each of its model chunks, None for chunks that read none.
@@ -112,7 +113,13 @@ def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
     train_data, valid_data = _datasets(config, world)
     plan = plan_of(config)
     p = config.precision
-    backend, choice = choose(p.backend, plan, world.device, mxfp4_emulation=p.mxfp4_emulation)
+    backend, choice = choose(
+        p.backend,
+        plan,
+        world.device,
+        mxfp4_emulation=p.mxfp4_emulation,
+        group=dist.group.WORLD,
+    )
     clock = Clock(config.seed)
     transformer = model_config(config)
     gpts, binding = build_model(config, plan, backend=backend, clock=clock, transformer=transformer)

@@ -11,7 +11,8 @@ from interpreted import BLOCK_GEMMS, check_block_gemm
 
 from fp4pretrain.bench.linear import casts_of
 from fp4pretrain.numerics import QuantSpec, quantize
-from fp4pretrain.ops.backend import Cast, refusals
+from fp4pretrain.ops import Cast
+from fp4pretrain.ops.choice import refusals
 from fp4pretrain.ops.native_backend import NativeBackend
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.ops.selfcheck import blocks_by_cublaslt
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_it_computes_what_the_reference_does(name: str) -> None:
-    reasons = refusals(TritonBackend(), RECIPES[name], torch.device("cuda", 0))
+    reasons = refusals(TritonBackend(), [RECIPES[name]], torch.device("cuda", 0))
     if reasons:
         # A refusal is an answer, but on Hopper everything runs: a skip there would hide a loss.
         assert torch.cuda.get_device_capability() != (9, 0), reasons
@@ -120,7 +121,7 @@ def test_cublaslt_and_triton_agree_on_blocks_of_128(block: str, dtype: torch.dty
 def test_native_products_are_the_reference_s(name: str) -> None:
     device, recipe = torch.device("cuda", 0), RECIPES[name]
     native, reference = NativeBackend(), ReferenceBackend()
-    reasons = refusals(native, recipe, device)
+    reasons = refusals(native, [recipe], device)
     if reasons:
         assert torch.cuda.get_device_capability()[0] not in (10, 12), reasons
         pytest.skip(reasons[0])  # no such instruction: with one, the line above fails

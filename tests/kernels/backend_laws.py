@@ -9,13 +9,14 @@ at four, after which it goes to FP32. BF16 results add half an ulp, 2^-9.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 
 from fp4pretrain.bench.linear import casts_of
-from fp4pretrain.numerics import QuantSpec
-from fp4pretrain.ops.backend import Backend, Cast
+from fp4pretrain.numerics import FORMATS, QuantSpec
+from fp4pretrain.ops import Backend, Cast, Moment, Shard, linear_casts
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.ops.triton_backend import TritonBackend, TritonOperand
 from fp4pretrain.precision import OPERANDS, Dgrad, Fprop, Recipe, Rotation, Wgrad
@@ -38,7 +39,7 @@ def _recipe(spec: dict[str, Any], fast: tuple = (), **changes: dict[str, Any]) -
 
 
 SR = dict(rounding="stochastic")
-H16 = dict(kind="hadamard", size=16)
+H16 = dict(kind="hadamard", size=16, dtype="fp32")
 RECIPES = {
     "bf16": Recipe(),
     # arXiv:2509.25149
@@ -71,6 +72,16 @@ RECIPES = {
 }  # fmt: skip
 
 
+def every_spec() -> list[QuantSpec]:
+    """All casts that the table of formats offers."""
+    found = []
+    for row in FORMATS.values():
+        for fields in itertools.product(row.blocks, row.roundings, row.ties, row.scale_rules):
+            if not (fields[3] == "four_over_six" and fields[1] != "nearest"):
+                found.append(QuantSpec(row.name, *fields))
+    return found
+
+
 def check_recipe(
     name: str,
     shape: tuple[int, int, int] = (512, 256, 384),
@@ -101,14 +112,14 @@ def check_recipe(
         both = [casts[first], casts[second]]
         for operand, a, b in zip(
             (first, second),
-            mine.quantize(tensor, both, lambda amax: amax),
+            mine.quantize(tensor, both),
             reference.quantize(tensor, both),
             strict=True,
         ):
             made[operand] = a
             bad += _operands_differ(operand, a, b)
-    if any(mine.counters(recipe, x.device).values()):
-        bad.append(f"lost exactness: {mine.counters(recipe, x.device)}")
+    if any(mine.counters([recipe], x.device).values()):
+        bad.append(f"lost exactness: {mine.counters([recipe], x.device)}")
     for gemm, operands in OPERANDS.items():
         left, right = (made[f"{gemm}.{operand}"] for operand in operands)
         fast = recipe.gemm(gemm).fast_accum
@@ -143,22 +154,68 @@ def plain_values(a: TritonOperand) -> torch.Tensor:
     a = a.expanded()
     values = a.data.float()
     if a.blocks is not None:
-        tall, long = (length // n for length, n in zip(a.shape, a.blocks.shape, strict=True))
-        return values * a.blocks.repeat_interleave(tall, 0).repeat_interleave(long, 1)
+        tall = 1 if a.blocks.shape[0] == a.shape[0] else 128
+        factors = a.blocks.repeat_interleave(tall, 0)[: a.shape[0]]
+        return values * factors.repeat_interleave(128, 1)
     return values if a.factors is None else values * a.factors[:, None]
 
 
-def _operands_differ(name: str, a: TritonOperand, b: Any) -> list[str]:
-    bad = []
-    wrong = int((plain_values(a) != b.values.float()).sum())
-    # The reference adds noise in fp32, which can round up to the next digit below 2^-25 of it
-    if wrong > 1e-6 * b.values.numel():
-        bad.append(f"{name}: {wrong} of {b.values.numel()} values differ")
-    one = torch.ones((), device=b.values.device)
-    alphas = [one if v is None else v for v in (a.alpha, b.alpha)]
-    if not torch.equal(alphas[0], alphas[1]):
-        bad.append(f"{name}: alpha {alphas[0].item()}, not {alphas[1].item()}")
+def check_operands(
+    name: str,
+    shape: tuple[int, int, int],
+    *,
+    parallel: str,
+    backend: TritonBackend,
+    device: str = "cpu",
+) -> list[str]:
+    """Operands of a shard of a linear, column or row parallel: what differs from the reference's.
+
+    The shard is not the first, so noise has offsets (a row and a column one, which must not change
+    places) and gaps; and its amaxes are replaced by larger ones of the whole tensor.
+    """
+    t, k, n = shape
+    g = torch.Generator().manual_seed(7)
+    tensors = {
+        key: (torch.randn(size, generator=g) * 3).bfloat16().to(device)
+        for key, size in (("x", (t, k)), ("w", (n, k)), ("dy", (t, n)))
+    }
+    shard = {
+        "column": Shard("column", n=(96, 32, 160), split=True),
+        "row": Shard("row", k=(128, 0, 0), split=True),
+    }[parallel]
+    bad: list[str] = []
+    casts = linear_casts(RECIPES[name].interned(), Moment(1, 2, 3), shard, layer=4, linear=1)
+    for key, tensor in tensors.items():
+        mine: list[torch.Tensor] = []
+        theirs: list[torch.Tensor] = []
+        both = [c for where, c in casts.all().items() if where.endswith(f".{key}")]
+        made = backend.quantize(tensor, both, lambda a, seen=mine: _larger(a, seen))
+        want = ReferenceBackend().quantize(tensor, both, lambda a, seen=theirs: _larger(a, seen))
+        same = len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
+        bad += [] if same else [f"{key}: other amaxes are shared"]
+        for cast, a, b in zip(both, made, want, strict=True):
+            bad += _operands_differ(str(cast.site), a, b)
     return bad
+
+
+def _larger(amaxes: Any, seen: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What an all-reduce gives where another rank has 1.75 times as much."""
+    seen += [a.clone() for a in amaxes]
+    return [a * 1.75 for a in amaxes]
+
+
+def _operands_differ(name: str, a: TritonOperand, b: Any) -> list[str]:
+    mine, theirs = a.dequantize(), b.dequantize()
+    cols = min(
+        mine.shape[1], theirs.shape[1]
+    )  # the kernels pad to 16 at least, the reference to blocks
+    if mine[:, cols:].any() or theirs[:, cols:].any() or mine.shape[0] != theirs.shape[0]:
+        return [f"{name}: {list(mine.shape)}, not {list(theirs.shape)}"]
+    wrong = int((mine[:, :cols] != theirs[:, :cols]).sum())
+    # The reference adds noise in fp32, which can round up to the next digit below 2^-25 of it
+    if wrong > 1e-6 * theirs.numel():
+        return [f"{name}: {wrong} of {theirs.numel()} values differ"]
+    return []
 
 
 def _products_differ(

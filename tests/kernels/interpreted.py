@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from backend_laws import plain_values
+from backend_laws import check_operands, every_spec
 from fp4_kernels import amax as amax_kernels
 from fp4_kernels.block_gemm import TILE, block_matmul
 from fp4_kernels.native import native_matmul
@@ -47,6 +47,8 @@ COPIES: dict[str, Copy] = {
     "mxfp4 2d": Copy("mxfp4", block="2d", scale="even"),
     "mxfp4 H32 unbiased SR": Copy("mxfp4", rotation=32, scale="unbiased", **SR),
     "mxfp4 H64 signs": Copy("mxfp4", rotation=64, signs=TE * 4),
+    "mxfp4 H16 in fp32": Copy("mxfp4", rotation=16, scale="even", rotated_fp32=True),
+    "nvfp4 H32 in fp32": Copy("nvfp4", rotation=32, rotated_fp32=True),
     "mxfp8 rceil": Copy("mxfp8", scale="rceil"),
     "mxfp8_e5m2 2d": Copy("mxfp8_e5m2", block="2d"),
     **{f"fp8_e4m3 {b}": Copy("fp8_e4m3", b) for b in ("tensor", "row", "1d", "2d")},
@@ -84,7 +86,7 @@ def sample(kind: str, shape: tuple[int, int], seed: int) -> torch.Tensor:
 
 def amaxes(x: torch.Tensor, copy: Copy) -> tuple:
     """(row, col) amaxes as ``copy`` needs them, from the kernels."""
-    turn = (copy.rotation, copy.signs)
+    turn = copy.turn
     if copy.amax == "none":
         return None, None
     measure = amax_kernels.amax if copy.amax == "tensor" else amax_kernels.line_amax
@@ -128,7 +130,9 @@ def check_copy(copy: Copy, kind: str, *, device: str = "cpu", times: int = 1) ->
     bad = same_alone(x, copy, amax, made)
     for name, source, got, value in zip(("row", "col"), (x, x.t()), made, values, strict=True):
         if copy.rotation:
-            source = numerics.rotate(source, size=copy.rotation, signs=copy.signs)
+            source = numerics.rotate(
+                source, size=copy.rotation, signs=copy.signs, round_bf16=not copy.rotated_fp32
+            )
         bad += check_one(name, copy, source.contiguous(), got, value)
     return bad
 
@@ -208,7 +212,7 @@ def check_line_amax(kind: str, signed: str, *, device: str = "cpu") -> list[str]
     """The largest magnitude of every row and column, both rotated by 16; edges that hang over tiles."""
     x = sample(kind, (80, 144), 4).to(device)
     signs = numerics.signs_te() if signed == "signed" else None
-    got = amax_kernels.line_amax(x, row=(16, signs), col=(16, signs))
+    got = amax_kernels.line_amax(x, row=(16, signs, False), col=(16, signs, False))
     turn = None if signs is None else torch.tensor(signs, device=device)
     bad = []
     for name, source, found in zip(("row", "col"), (x, x.t()), got, strict=True):
@@ -222,7 +226,7 @@ def check_amaxes(row: str, col: str, *, device: str = "cpu") -> list[str]:
     """Amaxes of x rotated by ``row`` and of its transpose by ``col``: of the whole and of each line."""
     x = sample("plain", (256, 384) if device == "cuda" else (128, 256), 5).to(device)
     sizes = int(row), int(col)
-    turns = tuple((size, None) for size in sizes)
+    turns = tuple((size, None, False) for size in sizes)
     whole = amax_kernels.amax(x, row=turns[0], col=turns[1])
     lines = amax_kernels.line_amax(x, row=turns[0], col=turns[1])
     bad = []
@@ -315,7 +319,53 @@ def check_kept(format_: str, carrier: str) -> list[str]:
     in_fp8 = kept.expanded().data.dtype == torch.float8_e4m3fn
     if in_fp8 != (format_ == "mxfp4" and carrier == "fp8"):
         bad.append(f"expanded to {kept.expanded().data.dtype}")
-    return bad + differ("kept", plain_values(kept), want.values)
+    return bad + differ("kept", kept.dequantize(), want.dequantize())
+
+
+def check_seam(name: str, parallel: str, shape: str, carrier: str) -> list[str]:
+    """The backend's operands of a sharded linear, as a run makes them, beside the reference's."""
+    triton_backend._has_fp8_rows = lambda _: True  # as on Hopper
+    sizes = tuple(int(n) for n in shape.split("x"))
+    backend = TritonBackend(mxfp4_emulation=carrier)
+    return check_operands(name.replace("_", " "), sizes, parallel=parallel, backend=backend)
+
+
+SEAM_CASES = (
+    "seam nvfp4 column 32x64x96 fp8",
+    "seam mxfp4_unbiased row 32x64x64 fp8",
+    "seam mxfp4 column 32x64x96 fp8",
+    "seam mxfp4_2d row 32x64x64 fp8",
+    "seam mxfp8 column 32x64x96 fp8",
+    "seam fp8 row 32x64x64 fp8",
+    "seam fp8_row column 32x64x96 fp8",
+    "seam fp8_row row 32x64x96 fp8",
+    "seam fp8_block column 128x128x256 fp8",
+    # sizes that blocks, tiles and rotations do not divide
+    "seam nvfp4 column 30x72x104 fp8",
+    "seam mxfp4_2d column 40x72x104 bf16",
+    "seam mxfp4_unbiased column 50x88x72 bf16",
+    "seam fp8 column 30x40x72 fp8",
+)
+
+
+def check_registry(part: str) -> list[str]:
+    """Every cast that the backend says it makes is the reference's; what it does not make it refuses
+    in one clause. Generated from the table of formats: a new row is asked for here at once."""
+    triton_backend._has_fp8_rows = lambda _: True  # as on Hopper
+    g = torch.Generator().manual_seed(2)
+    x = (torch.randn(32, 256, generator=g) * 2).bfloat16()
+    noise = numerics.Noise(3, 5, 32)
+    bad = []
+    for spec in every_spec()[int(part) :: 2]:
+        reason = TritonBackend().why_not_cast(spec, x.device)
+        if reason is not None:
+            bad += [f"{spec}: no clause: {reason!r}"] if "\n" in reason or not reason else []
+            continue
+        cast = Cast(spec, multiple=16, noise=noise if spec.stochastic else None)
+        (mine,), (want,) = (b.quantize(x, [cast]) for b in (TritonBackend(), ReferenceBackend()))
+        wrong = int((mine.dequantize() != want.dequantize()).sum())
+        bad += [f"{spec}: {wrong} values differ"] if wrong else []
+    return bad
 
 
 def line_case(name: str) -> tuple[str, str]:
@@ -334,6 +384,8 @@ def cases() -> dict[str, Callable[[], list[str]]]:
     found |= {name: partial(check_line_amax, *line_case(name)) for name in LINE_CASES}
     found |= {name: partial(check_amaxes, *name.split()[1:]) for name in AMAX_CASES}
     found |= {name: partial(check_kept, *name.split()[1:]) for name in KEPT_CASES}
+    found |= {name: partial(check_seam, *name.split()[1:]) for name in SEAM_CASES}
+    found |= {f"registry {part}": partial(check_registry, part) for part in "01"}
     found["block linear"] = check_block_linear
     found |= {name: partial(check_block_gemm, *name.split()[2:]) for name in BLOCK_GEMMS}
     found["native mxfp8"] = partial(check_native, False, "mxfp8")

@@ -27,7 +27,7 @@ class Evaluation(Hook):
             return
         with self._logging.throughput.paused():
             losses = {"val_loss": evaluate(trainer)}
-            if train.eval_bf16 and trainer.binding.plan.recipe.quantized:
+            if train.eval_bf16 and trainer.binding.plan.ever_quantized:
                 losses["val_loss_bf16"] = evaluate(trainer, bf16=True)
         self._logging.write(
             {"event": "eval", "step": trainer.step, "tokens": trainer.tokens, **losses}

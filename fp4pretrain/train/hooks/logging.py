@@ -63,7 +63,7 @@ class Logging(Hook):
 
 def _counters(trainer: Trainer) -> dict[str, int]:
     """What the backend counted since the run (re)started, summed over all ranks."""
-    counted = trainer.backend.counters(trainer.binding.plan.recipe, trainer.world.device)
+    counted = trainer.backend.counters(trainer.binding.plan.recipes(), trainer.world.device)
     if not counted:
         return {}
     total = torch.tensor(list(counted.values()), device=trainer.world.device)

@@ -6,6 +6,7 @@ import pytest
 
 from fp4pretrain.config import compose, plan_of
 from fp4pretrain.model.layout import check_layout
+from fp4pretrain.precision import Progress
 from fp4pretrain.presets import groups
 
 PRESETS = [(group, option) for group, options in groups().items() for option in options]
@@ -53,7 +54,7 @@ def test_experiments_state_their_papers_numbers() -> None:
         0.1,
     )
     plan = plan_of(quartet)
-    assert not any(plan.kept(layer, "mlp.linear_fc1") for layer in range(6))
+    assert all(plan.at(i, "mlp.linear_fc1", Progress()).quantized for i in range(6))
 
     b = compose(["experiment=paper_b_345m"])
     assert b.train.steps * b.train.global_batch * b.model.seq_length == pytest.approx(
@@ -62,7 +63,7 @@ def test_experiments_state_their_papers_numbers() -> None:
     assert (b.precision.name, b.optim.lr, b.optim.min_lr) == ("mxfp4_rht_sr", 1.5e-4, 1e-5)
 
     late = plan_of(compose(["experiment=late_switch"]))
-    before, after = late.main(0.81), late.main(0.82)
+    before, after = (late.at(5, "mlp.linear_fc1", Progress(s, 100)) for s in (81, 82))
     assert before.fprop.x.format == "nvfp4"
     assert after.fprop.x.format == "bf16"
     assert after.wgrad == before.wgrad

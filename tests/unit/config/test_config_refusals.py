@@ -131,7 +131,7 @@ REFUSED = [
     ("precision.keep.first_blocks=nan", "precision.keep.first_blocks", r"nan is neither"),
     ("precision.keep.last_blocks=inf", "precision.keep.last_blocks", r"inf is neither"),
     ("precision.keep.last_blocks=1.5", "precision.keep.last_blocks", r"1.5 is neither"),
-    ("precision.tail.at=2", "precision.tail.at", r"2.0 is no fraction.*use 0 to 1"),
+    ("precision.tail.at=2", "precision.tail.at", r"2 is no fraction.*0 to 1"),
     ("precision.tail.at=nan", "precision.tail.at", r"nan is no fraction"),
     # combinations
     ("model.num_query_groups=3", "model.num_query_groups", r"3 does not divide .*=4; change"),
@@ -143,7 +143,7 @@ REFUSED = [
     ),
     ("precision.fprop.x.format=mxfp4", "precision.fprop", r"x is mxfp4 and w is nvfp4.*one family"),
     ("precision.fprop.x.block=2d", "precision.fprop.x.block", r"2d is for w.*use 1d"),
-    ("precision.keep.modules=[nope]", "precision.keep.modules", r"'nope' matches no linear; names"),
+    ("precision.keep.modules=[nope]", "precision.keep.modules", r"matches no linear .*nope.*names"),
     ("precision.keep.first_blocks=4", "precision.keep", r"keeps all 4 blocks.*keep fewer"),
     ("precision.tail.to_bf16=[wgrat]", "precision.tail.to_bf16", r"'wgrat' is no GEMM; use fprop"),
     ("precision.tail={at: 0.5, to_bf16: []}", "precision.tail.to_bf16", r"nothing would be .*name"),

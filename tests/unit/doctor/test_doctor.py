@@ -12,7 +12,7 @@ from fp4pretrain.cli import main
 from fp4pretrain.config import compose, plan_of
 from fp4pretrain.doctor import examine
 from fp4pretrain.ops import triton_backend
-from fp4pretrain.ops.backend import available
+from fp4pretrain.ops.choice import available
 from fp4pretrain.precision import GEMMS, Recipe
 from fp4pretrain.presets import groups
 

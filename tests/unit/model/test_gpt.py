@@ -14,7 +14,7 @@ from fp4pretrain.model import build_model, model_config
 from fp4pretrain.model.build import GPT, PlanBinding, padded_vocab
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.ops.reference import ReferenceBackend
-from fp4pretrain.precision import BF16
+from fp4pretrain.precision import BF16, Progress
 
 SMALL = [
     "model=tiny",
@@ -121,27 +121,30 @@ def test_every_recipe_trains_the_same_model_from_the_same_loss(recipe: str) -> N
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
 
 
-def test_each_linear_follows_the_plan_and_the_head_never() -> None:
+def test_each_linear_follows_the_plan_and_the_head_only_where_a_rule_says_so() -> None:
     gpt, binding, config = build(
         "precision=nvfp4",
         "precision.keep.first_blocks=1",
         "precision.keep.last_blocks=0",
         "precision.tail.at=0.5",
+        "precision.rules.head.recipe=fp8",
+        "precision.rules.head.linears=[head]",
+        "precision.rules.head.start=0.9",
     )
     plan = plan_of(config)
     names = [(layer, name) for layer, name, _ in binding.linears]
-    assert names == [(i, n) for i in range(2) for n in (
-        "self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1",
-        "mlp.linear_fc2",
-    )]  # fmt: skip
+    assert names == list(plan.linears())
     places = {(x.bound.layer, x.bound.linear) for _, _, x in binding.linears}
-    head = gpt.output_layer.bound
-    assert len(places | {(head.layer, head.linear)}) == 9  # so no two share noise
-    for progress, changed in ((0.0, False), (0.4, False), (0.5, True), (0.9, False), (0.4, True)):
-        assert binding.apply(progress) == changed
-        assert binding.recipes() == [BF16] * 4 + [plan.main(progress)] * 4
-        assert head.recipe == BF16
-    assert plan.main(0.4) != plan.main(0.5)
+    assert len(places) == 9  # so no two share noise
+    late = plan.recipe.replaced(("fprop",), BF16)
+    fp8 = plan_of(compose(["precision=fp8"])).recipe
+    steps = ((0, False, plan.recipe), (4, False, plan.recipe), (5, True, late), (8, False, late),
+             (9, True, late), (4, True, plan.recipe))  # fmt: skip
+    for step, changed, recipe in steps:
+        assert binding.apply(Progress(step, 10)) == changed
+        head = fp8 if step == 9 else BF16
+        assert binding.recipes() == [BF16] * 4 + [recipe] * 4 + [head]
+        assert gpt.output_layer.bound.recipe == head
 
 
 def gradients(*overrides: str, ddp: bool) -> dict[str, torch.Tensor]:

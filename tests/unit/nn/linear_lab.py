@@ -8,13 +8,14 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from fp4pretrain.config import compose, plan_of
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.nn.linear import Binding, ColumnParallelQuantLinear, RowParallelQuantLinear
 from fp4pretrain.numerics import quantize, rotate
-from fp4pretrain.ops import Cast, NoiseKeys
+from fp4pretrain.ops import Cast, Moment, Site
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.precision import Recipe
 
@@ -55,11 +56,13 @@ def build(
     bias: bool = False,
     backend: Any = None,
     clock: Clock | None = None,
+    n: int = N,
+    k: int = K,
 ) -> Any:
-    """A bound linear [N, K] with random BF16 weights, ``kind`` column or row."""
+    """A bound linear [n, k] with random BF16 weights, ``kind`` column or row."""
     config = TransformerConfig(
         num_layers=1,
-        hidden_size=K,
+        hidden_size=k,
         num_attention_heads=1,
         params_dtype=torch.bfloat16,
         bf16=True,
@@ -70,13 +73,13 @@ def build(
     )
     linear: Any
     if kind == "column":
-        linear = ColumnParallelQuantLinear(K, N, gather_output=False, **common)
+        linear = ColumnParallelQuantLinear(k, n, gather_output=False, **common)
     else:
-        linear = RowParallelQuantLinear(K, N, input_is_parallel=True, is_expert=False, **common)
+        linear = RowParallelQuantLinear(k, n, input_is_parallel=True, is_expert=False, **common)
     with torch.no_grad():
-        linear.weight.copy_(with_outliers(N, K, scale=0.05))
+        linear.weight.copy_(with_outliers(n, k, scale=0.05))
         if bias:
-            linear.bias.copy_(torch.randn(N))
+            linear.bias.copy_(torch.randn(n))
     linear.bind(
         Binding(
             backend or ReferenceBackend(),
@@ -102,8 +105,8 @@ def draw() -> tuple[torch.Tensor, torch.Tensor]:
     return with_outliers(S, B, K).requires_grad_(), with_outliers(S, B, N, scale=1e-3)
 
 
-def keys(step: int = 0, microbatch: int = 0) -> NoiseKeys:
-    return NoiseKeys(SEED, step, microbatch, LAYER, LINEAR)
+def at(step: int = 0, microbatch: int = 0) -> Moment:
+    return Moment(SEED, step, microbatch)
 
 
 # How each operand lies, its contraction axis last.
@@ -118,7 +121,7 @@ ORIENTED = {
 
 
 def operand(
-    recipe: Recipe, gemm: str, name: str, tensor: torch.Tensor, moment: NoiseKeys, *, cast: bool
+    recipe: Recipe, gemm: str, name: str, tensor: torch.Tensor, moment: Moment, *, cast: bool
 ) -> torch.Tensor:
     """One operand in float64, contraction axis last: the very operand, or (``cast`` false) exact.
 
@@ -128,10 +131,17 @@ def operand(
     if not cast:
         return oriented.double()
     spec, rotation = recipe.operand(gemm, name), recipe.gemm(gemm).rotation
+    site = Site(LAYER, LINEAR, gemm, name)
+    multiple = recipe.gemm(gemm).contraction_multiple
+    oriented = F.pad(oriented, (0, -oriented.shape[1] % multiple))
     if rotation.active:
-        signs = moment.signs(gemm, rotation)
-        oriented = rotate(oriented.contiguous(), size=rotation.size, signs=signs)
-    noise = moment.noise(gemm, name) if spec.stochastic else None
+        oriented = rotate(
+            oriented.contiguous(),
+            size=rotation.size,
+            signs=moment.signs(site, rotation),
+            round_bf16=rotation.dtype == "bf16",
+        )
+    noise = moment.noise(site) if spec.stochastic else None
     return quantize(oriented.contiguous(), spec, noise=noise).dequantize(torch.float64)
 
 
@@ -141,11 +151,11 @@ def products(
     w: torch.Tensor,
     dy: torch.Tensor,
     *,
-    moment: NoiseKeys | None = None,
+    moment: Moment | None = None,
     cast: bool = True,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Float64 y [T, N], dx [T, K], dw [N, K], each with its sum of |a| |b| (for error bounds)."""
-    moment = moment or keys()
+    moment = moment or at()
     out = {}
     for result, gemm, (a, a_name), (b, b_name) in (
         ("y", "fprop", (x, "x"), (w, "w")),
@@ -163,7 +173,8 @@ def run(linear: Any, x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tenso
     x.grad = linear.weight.grad = None
     y, _ = linear(x)
     y.backward(dy)
-    found = {"y": y.detach().reshape(T, N), "dx": x.grad.reshape(T, K), "dw": linear.weight.grad}
+    found = {"y": y.detach().flatten(0, -2), "dx": x.grad.flatten(0, -2)}
+    found["dw"] = linear.weight.grad
     if linear.bias is not None:
         found["db"], linear.bias.grad = linear.bias.grad, None
     return found

@@ -8,14 +8,16 @@ from __future__ import annotations
 import pytest
 import torch
 from linear_lab import (
+    LAYER,
+    LINEAR,
     B,
     K,
     N,
     S,
     T,
+    at,
     build,
     draw,
-    keys,
     operand,
     products,
     recipe_of,
@@ -25,6 +27,7 @@ from linear_lab import (
 
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.numerics import QuantSpec
+from fp4pretrain.ops import Site
 from fp4pretrain.precision import Dgrad, Fprop, Recipe, Rotation, Wgrad
 from fp4pretrain.presets import groups
 
@@ -152,11 +155,13 @@ def _mean_errors(recipe: Recipe, draws: int, *, fair: Recipe) -> dict[int, dict[
 def _expected_operand(recipe: Recipe, gemm: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
     spec, rotation = recipe.operand(gemm, name), recipe.gemm(gemm).rotation
     if not spec.stochastic:
-        exact = operand(recipe, gemm, name, tensor, keys(), cast=True)
+        exact = operand(recipe, gemm, name, tensor, at(), cast=True)
     else:
-        exact = operand(recipe, gemm, name, tensor, keys(), cast=False)
+        exact = operand(recipe, gemm, name, tensor, at(), cast=False)
         if rotation.active and rotation.resample == "never":  # to meet a nearest, rotated partner
-            exact = _rotated(exact, keys().signs(gemm, rotation), rotation.size)
+            exact = _rotated(
+                exact, at().signs(Site(LAYER, LINEAR, gemm, name), rotation), rotation.size
+            )
     return exact
 
 
@@ -225,3 +230,33 @@ def test_evaluation_computes_what_training_computes_and_keeps_nothing(kind: str)
         z, _ = linear(x)
     assert y.requires_grad and not z.requires_grad
     assert torch.equal(y, z)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("kind", ["column", "row"])
+def test_sizes_that_blocks_and_rotations_do_not_divide_are_padded_exactly(
+    name: str, kind: str
+) -> None:
+    """30 tokens, 40 output features, 72 input features: products of the padded operands, cut."""
+    recipe = recipe_of(name)
+    linear = build(kind, recipe, n=40, k=72)
+    x, dy = with_outliers(15, 2, 72).requires_grad_(), with_outliers(15, 2, 40, scale=1e-3)
+    found = run(linear, x, dy)
+    truth = products(recipe, x, linear.weight, dy)
+    for result, shape, k in (("y", (30, 40), 72), ("dx", (30, 72), 40), ("dw", (40, 72), 30)):
+        exact, magnitude = truth[result]
+        limit = (BF16_ROUNDING * exact.abs() + fp32_sum(k) * magnitude) * (1 + BF16_ROUNDING)
+        assert found[result].shape == exact.shape == shape
+        assert ((found[result].double() - exact).abs() <= limit).all(), result
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_microbatch_without_tokens_leaves_gradients_of_zeros(name: str) -> None:
+    """What an expert that no token chose will send."""
+    linear = build("column", recipe_of(name))
+    x = torch.empty(0, 2, K, dtype=torch.bfloat16, requires_grad=True)
+    y, _ = linear(x)
+    assert y.shape == (0, 2, N)
+    y.backward(torch.empty(0, 2, N, dtype=torch.bfloat16))
+    assert x.grad is not None and x.grad.shape == x.shape
+    assert linear.weight.grad.shape == (N, K) and not linear.weight.grad.any()

@@ -9,7 +9,7 @@ import torch
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.numerics import QuantSpec
-from fp4pretrain.ops import Cast, backend, cast_operands, choose
+from fp4pretrain.ops import Cast, backend, cast_operands, choice, choose
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.precision import Dgrad, Fprop, Gemm, Plan, Recipe, Rotation, Wgrad
 
@@ -30,17 +30,17 @@ class Picky(ReferenceBackend):
 @pytest.fixture
 def two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        backend,
+        choice,
         "available",
         lambda **_: {"picky": Picky(), "reference": ReferenceBackend()},
     )
 
 
 def test_the_reference_is_there_last_and_runs_everything() -> None:
-    found = backend.available()
+    found = choice.available()
     assert list(found)[-1] == "reference"
     assert all(name == b.name for name, b in found.items())
-    assert backend.refusals(found["reference"], PLAN.recipe, CPU) == []
+    assert choice.refusals(found["reference"], PLAN.recipes(), CPU) == []
 
 
 def test_a_named_backend_is_taken_and_said() -> None:
@@ -72,7 +72,7 @@ def test_an_unknown_backend_raises_and_lists_those_that_are_here(two: None) -> N
 
 
 def test_no_backend_at_all_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "available", lambda **_: {"picky": Picky()})
+    monkeypatch.setattr(choice, "available", lambda **_: {"picky": Picky()})
     with pytest.raises(UserError, match=r"^precision\.backend: none can run .*picky"):
         choose("auto", PLAN, CPU)
 
@@ -108,14 +108,18 @@ def test_tensor_amaxes_are_reduced_in_one_call_in_the_order_of_the_casts(
     x = torch.zeros(32, 32, dtype=torch.bfloat16)
     x[0, 0] = 8.0  # H16 spreads it: 8 / sqrt(16) = 2
     casts = [
-        Cast(NV),
-        Cast(MX),
-        Cast(E4M3, transpose=True, rotation_size=16),
-        Cast(QuantSpec()),
+        Cast(NV, shared=True),
+        Cast(MX, shared=True),
+        Cast(E4M3, transpose=True, rotation_size=16, shared=True),
+        Cast(QuantSpec(), shared=True),
+        Cast(NV),  # another tensor's scale: this rank's own
+        Cast(QuantSpec("fp8_e4m3", "row"), shared=True),
     ]
     operands = cast_operands(ReferenceBackend(), x, casts, amax_group=TwoRanks())
     (given,) = reductions
-    assert given.tolist() == [8.0, 2.0]
+    assert given.tolist() == [8.0, 2.0, 8.0, *[0.0] * 31]
+    assert operands[4].alpha == torch.tensor(8.0) / torch.tensor(2688.0)
+    assert (operands[5].alpha == 1 / (torch.tensor(448.0) / torch.tensor(100.0))).all()
     assert operands[0].alpha == torch.tensor(100.0) / torch.tensor(2688.0)
     assert operands[2].alpha == 1 / (torch.tensor(448.0) / torch.tensor(100.0))
     assert operands[1].alpha == 1.0
@@ -123,7 +127,12 @@ def test_tensor_amaxes_are_reduced_in_one_call_in_the_order_of_the_casts(
 
 @pytest.mark.parametrize(
     "casts, group",
-    [([Cast(NV)], OneRank()), ([Cast(NV)], None), ([Cast(MX), Cast(QuantSpec())], TwoRanks())],
+    [
+        ([Cast(NV, shared=True)], OneRank()),
+        ([Cast(NV, shared=True)], None),
+        ([Cast(NV)], TwoRanks()),
+        ([Cast(MX, shared=True), Cast(QuantSpec(), shared=True)], TwoRanks()),
+    ],
 )
 def test_nothing_is_reduced_where_nothing_is_shared(
     casts: list[Cast], group: Any, reductions: list[torch.Tensor]

@@ -6,18 +6,19 @@ both parallel kinds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
-from fp4pretrain.nn.operands import LinearCasts, Shard, linear_casts
 from fp4pretrain.numerics import QuantSpec
-from fp4pretrain.ops import Cast, NoiseKeys
+from fp4pretrain.ops import Cast, LinearCasts, Moment, Shard, Site, linear_casts
 from fp4pretrain.ops.reference import EmulatedOperand, ReferenceBackend
 from fp4pretrain.precision import Dgrad, Fprop, Recipe, Rotation, Wgrad
 
 T, N, K = 64, 256, 128
-KEYS = NoiseKeys(seed=1, step=2, microbatch=3, layer=4, linear=2)
+MOMENT = Moment(seed=1, step=2, microbatch=3)
+PLACE = dict(layer=4, linear=2)
 BACKEND = ReferenceBackend()
 
 
@@ -36,6 +37,7 @@ RECIPES = {
     ),
     "nvfp4, rotated": everywhere(SR, rotation=Rotation("random_hadamard", 32, "step")),
     "fp8, one scale a tensor": everywhere(QuantSpec("fp8_e4m3")),
+    "fp8, one scale a row": everywhere(QuantSpec("fp8_e4m3", "row")),
 }
 
 
@@ -50,7 +52,9 @@ def shards(parallel: str, ranks: int, stride: int) -> list[tuple[Shard, torch.Te
     found = []
     for rank in range(ranks):
         place = (rank * part, part if stride > 1 else 0, size // stride - part if stride > 1 else 0)
-        shard = Shard("column", n=place) if parallel == "column" else Shard("row", k=place)
+        shard = Shard("column", n=place, split=True)
+        if parallel == "row":
+            shard = Shard("row", k=place, split=True)
         found.append((shard, index[:, rank].reshape(-1)))
     return found
 
@@ -86,16 +90,16 @@ def cast_shards(
     parts: Sequence[torch.Tensor], casts: Sequence[Sequence[Cast]]
 ) -> list[list[EmulatedOperand]]:
     """What the ranks get when their amaxes are all-reduced: first all amaxes, then the casts."""
-    seen: list[torch.Tensor] = []
+    seen: list[Sequence[torch.Tensor]] = []
 
-    def note(amax: torch.Tensor) -> torch.Tensor:
-        seen.append(amax)
-        return amax
+    def note(amaxes: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        seen.append(amaxes)
+        return amaxes
 
     for x, c in zip(parts, casts, strict=True):
         BACKEND.quantize(x, c, note)
-    whole = torch.stack(seen).amax(0) if seen else torch.empty(0)
-    return [BACKEND.quantize(x, c, lambda amax: whole) for x, c in zip(parts, casts, strict=True)]
+    whole = [torch.stack(same).amax(0) for same in zip(*seen, strict=True)]
+    return [BACKEND.quantize(x, c, lambda _: whole) for x, c in zip(parts, casts, strict=True)]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -105,17 +109,16 @@ def test_shards_cast_apart_are_the_whole_cast_once(
     name: str, parallel: str, stride: int, ranks: int
 ) -> None:
     recipe = RECIPES[name]
-    whole_casts = linear_casts(recipe, KEYS, Shard(parallel), global_amax=True)
-    assert whole_casts.x_sharded == (parallel == "row")
-    assert whole_casts.dy_sharded == (parallel == "column")
+    whole_casts = linear_casts(recipe, MOMENT, Shard(parallel), **PLACE)
     placed = shards(parallel, ranks, stride)
-    rank_casts = [linear_casts(recipe, KEYS, shard, global_amax=True) for shard, _ in placed]
+    rank_casts = [linear_casts(recipe, MOMENT, shard, **PLACE) for shard, _ in placed]
     for tensor, x in tensors().items():
         axis = split_axis(parallel, tensor)
         whole = BACKEND.quantize(x, casts_of(whole_casts, tensor))
         if axis is None:  # every rank holds it whole, and draws the same
             for casts in rank_casts:
                 assert casts_of(casts, tensor) == casts_of(whole_casts, tensor)
+                assert not any(c.shared for c in casts_of(casts, tensor))
             continue
         parts = [x.index_select(axis, held) for _, held in placed]
         made = cast_shards(parts, [casts_of(c, tensor) for c in rank_casts])
@@ -124,17 +127,20 @@ def test_shards_cast_apart_are_the_whole_cast_once(
             for (_, held), operands in zip(placed, made, strict=True):
                 expected = operand.values.index_select(1 - axis if transposed else axis, held)
                 assert torch.equal(operands[number].values, expected), (tensor, number)
-                assert torch.equal(operands[number].alpha, operand.alpha)
+                alpha = operand.alpha
+                if alpha.dim() and transposed == (axis == 1):  # one a row, and rows are sharded
+                    alpha = alpha.index_select(0, held)
+                assert torch.equal(operands[number].alpha, alpha)
 
 
 def test_without_its_placement_a_shard_draws_other_noise() -> None:
     """So the law can fail: rank 1 placed at 0 is wrong for every sharded stochastic operand."""
     recipe, ((_, _), (_, held)) = RECIPES["nvfp4 8 bits"], shards("column", 2, 1)
-    at_zero = linear_casts(recipe, KEYS, Shard("column"), global_amax=True)
+    at_zero = linear_casts(recipe, MOMENT, Shard("column", split=True), **PLACE)
     for tensor in ("w", "dy"):
         x, axis = tensors()[tensor], split_axis("column", tensor)
         whole = BACKEND.quantize(x, casts_of(at_zero, tensor))
-        amax = torch.full((2,), 37.0)
+        amax = [torch.tensor(37.0)] * 2
         part = BACKEND.quantize(
             x.index_select(axis, held), casts_of(at_zero, tensor), lambda _, a=amax: a
         )
@@ -149,11 +155,11 @@ def test_every_operand_of_every_moment_has_a_stream_of_its_own() -> None:
         (1, 0, 0, 0, 0), (2, 0, 0, 0, 0), (1, 1, 0, 0, 0), (1, 0, 1, 0, 0), (1, 0, 0, 1, 0),
         (1, 0, 0, 0, 1),
     ]:  # fmt: skip
-        keys = NoiseKeys(seed, step, microbatch, layer, linear)
+        moment = Moment(seed, step, microbatch)
         for gemm, operands in (("fprop", "x w"), ("dgrad", "dy w"), ("wgrad", "dy x")):
             for operand in operands.split():
                 place = (seed, step, microbatch, layer, linear, gemm, operand)
-                seen[place] = keys.noise(gemm, operand).key
+                seen[place] = moment.noise(Site(layer, linear, gemm, operand)).key
     # A weight is cast once a step, so its two operands draw the same in the second microbatch.
     shared = [p for p in seen if p[2] == 1 and p[-1] == "w"]
     assert len(shared) == 2
@@ -173,20 +179,26 @@ def test_every_operand_of_every_moment_has_a_stream_of_its_own() -> None:
 )
 def test_signs_are_redrawn_as_often_as_the_rotation_says(resample: str, same: set[str]) -> None:
     rotation = Rotation("random_hadamard", 64, resample)
-    base = dict(seed=1, step=2, microbatch=3, layer=4, linear=1)
-    signs = NoiseKeys(**base).signs("wgrad", rotation)
+    base = dict(seed=1, step=2, microbatch=3, layer=4, linear=1, gemm="wgrad", operand="dy")
+
+    def drawn(**changes: Any) -> tuple[int, ...] | None:
+        at = base | changes
+        moment = Moment(*(at[key] for key in ("seed", "step", "microbatch")))
+        return moment.signs(Site(at["layer"], at["linear"], at["gemm"], at["operand"]), rotation)
+
+    signs = drawn()
     assert signs is not None and len(signs) == 64 and set(signs) == {-1, 1}
-    assert signs == NoiseKeys(**base).signs("wgrad", rotation)
+    assert signs == drawn() == drawn(operand="x")  # both operands of a GEMM
     for key in ("step", "microbatch", "layer", "linear"):
-        other = NoiseKeys(**base | {key: 7}).signs("wgrad", rotation)
-        assert (other == signs) == (key in same), key
-    assert (NoiseKeys(**base).signs("dgrad", rotation) == signs) == ("gemm" in same)
-    assert NoiseKeys(**base | {"seed": 9}).signs("wgrad", rotation) != signs
+        assert (drawn(**{key: 7}) == signs) == (key in same), key
+    assert (drawn(gemm="dgrad") == signs) == ("gemm" in same)
+    assert drawn(seed=9) != signs
 
 
 def test_fixed_and_absent_signs() -> None:
-    assert KEYS.signs("wgrad", Rotation()) is None
-    assert KEYS.signs("wgrad", Rotation("hadamard", 16)) is None
-    te = KEYS.signs("wgrad", Rotation("random_hadamard", 16, signs="te"))
+    site = Site(0, 0, "wgrad", "x")
+    assert MOMENT.signs(site, Rotation()) is None
+    assert MOMENT.signs(site, Rotation("hadamard", 16)) is None
+    te = MOMENT.signs(site, Rotation("random_hadamard", 16, signs="te"))
     # Transformer Engine's: numerics.md
     assert te == (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)

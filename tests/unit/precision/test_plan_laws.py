@@ -8,7 +8,20 @@ import pytest
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.numerics import QuantSpec
-from fp4pretrain.precision import BF16, Dgrad, Fprop, Keep, Plan, Recipe, Rotation, Tail, Wgrad
+from fp4pretrain.precision import (
+    BF16,
+    Dgrad,
+    Fprop,
+    Keep,
+    Plan,
+    Progress,
+    Recipe,
+    Rotation,
+    Rule,
+    Tail,
+    Wgrad,
+    parse_point,
+)
 
 LINEARS = (
     "self_attention.linear_qkv",
@@ -26,7 +39,7 @@ NVFP4 = Recipe(Fprop(NV, NV_2D), Dgrad(NV_SR, NV_2D), Wgrad(NV_SR, NV, H16))
 
 def kept(keep: Keep, layers: int) -> set[tuple[int, str]]:
     plan = Plan(NVFP4, layers, keep)
-    return {(i, name) for i in range(layers) for name in LINEARS if plan.kept(i, name)}
+    return {(i, n) for i in range(layers) for n in LINEARS if plan.at(i, n, Progress()) is BF16}
 
 
 def blocks(*indices: int) -> set[tuple[int, str]]:
@@ -78,10 +91,11 @@ def test_blocks_and_patterns_add_up() -> None:
 
 def test_a_kept_linear_is_bf16_throughout_and_the_others_follow_the_recipe() -> None:
     plan = Plan(NVFP4, 4, Keep(0, 1), Tail(0.5, ("fprop",)))
-    for progress in (0.0, 0.49, 0.5, 1.0):
-        assert plan.at(3, LINEARS[0], progress) == BF16
-        expected = Recipe(dgrad=NVFP4.dgrad, wgrad=NVFP4.wgrad) if progress >= 0.5 else NVFP4
-        assert plan.at(0, LINEARS[0], progress) == plan.main(progress) == expected
+    for step in (0, 49, 50, 100):
+        assert plan.at(3, LINEARS[0], Progress(step, 100)) == BF16
+        expected = Recipe(dgrad=NVFP4.dgrad, wgrad=NVFP4.wgrad) if step >= 50 else NVFP4
+        assert plan.at(0, LINEARS[0], Progress(step, 100)) == expected
+    assert plan.recipes() == [NVFP4, Recipe(dgrad=NVFP4.dgrad, wgrad=NVFP4.wgrad), BF16]
 
 
 @pytest.mark.parametrize("at", [0.0, 0.1, 0.3, 0.82, 1.0])
@@ -90,9 +104,10 @@ def test_the_switch_comes_with_exactly_the_step_that_reaches_it(at: float, steps
     """The first switched step is ceil(at * steps), whatever floating point makes of step / steps."""
     plan = Plan(NVFP4, 4, tail=Tail(at))
     first = math.ceil(round(at * 100) * steps / 100)  # exact: at has two digits, steps is small
-    assert plan.main(first / steps) == NVFP4.to_bf16(("fprop",))
+    switched = Recipe(dgrad=NVFP4.dgrad, wgrad=NVFP4.wgrad)
+    assert plan.at(0, LINEARS[0], Progress(first, steps)) == switched
     if first:
-        assert plan.main((first - 1) / steps) == NVFP4
+        assert plan.at(0, LINEARS[0], Progress(first - 1, steps)) == NVFP4
 
 
 @pytest.mark.parametrize(
@@ -106,7 +121,7 @@ def test_the_switch_comes_with_exactly_the_step_that_reaches_it(at: float, steps
 def test_the_late_switch_takes_whole_gemms_rotation_included(
     gemms: tuple[str, ...], quantized: set[str]
 ) -> None:
-    late = Plan(NVFP4, 4, tail=Tail(0.8, gemms)).main(0.9)
+    late = Plan(NVFP4, 4, tail=Tail(0.8, gemms)).at(0, LINEARS[0], Progress(9, 10))
     assert {g for g, _, spec in late.operands() if spec.quantized} == quantized
     for gemm in ("fprop", "dgrad", "wgrad"):
         expected = getattr(NVFP4 if gemm in quantized else BF16, gemm)
@@ -129,6 +144,24 @@ def test_the_late_switch_takes_whole_gemms_rotation_included(
         (lambda: Plan(NVFP4, 4, Keep(modules=("*",))), "precision.keep", "keep fewer"),
         (lambda: Plan(NVFP4, 4, Keep(modules=("*.qkv",))), "precision.keep.modules", "layers.0."),
         (lambda: Plan(NVFP4, 4, Keep(modules=("layers.4.*",))), "precision.keep.modules", "to 3"),
+        (
+            lambda: Plan(NVFP4, 4, rules=(Rule("a", BF16, blocks="4:"),)),
+            "precision.rules.a",
+            "to 3",
+        ),
+        (lambda: Rule("a", BF16, gemms=()), "precision.rules.a.gemms", "fprop, dgrad, wgrad"),
+        (lambda: Rule("a", BF16, linears=("mlp",)), "precision.rules.a.linears", "head"),
+        (lambda: Rule("a", BF16, blocks="last"), "precision.rules.a.blocks", "-4:"),
+        (
+            lambda: Rule("a", BF16, start=parse_point("s", 0.5), stop=parse_point("s", 0.5)),
+            "precision.rules.a.stop",
+            "raise",
+        ),
+        (
+            lambda: parse_point("precision.rules.a.start", "2 weeks"),
+            "precision.rules.a.start",
+            "2B tokens",
+        ),
         (lambda: Recipe(Fprop(NV, MX)), "precision.fprop", "one family"),
         (lambda: Recipe(dgrad=Dgrad(E4M3, MX)), "precision.dgrad", "one family"),
         (lambda: Recipe(Fprop(x=NV_2D)), "precision.fprop.x.block", "use 1d"),
@@ -176,61 +209,91 @@ def test_what_the_papers_found_harmful_is_said(recipe: Recipe, keys: list[str]) 
     assert not any("\n" in line for line in said)
 
 
-FITS = dict(tokens=128, n=256, k=384)
-
-
 @pytest.mark.parametrize(
-    "recipe, change, key",
+    "recipe, shard, key",
     [
-        # contraction: fprop k, dgrad n, wgrad tokens
-        (Recipe(Fprop(x=NV)), dict(k=24), "precision.fprop.x.block"),
-        (Recipe(Fprop(w=MX)), dict(k=48), "precision.fprop.w.block"),
-        (Recipe(dgrad=Dgrad(dy=NV)), dict(n=24), "precision.dgrad.dy.block"),
-        (Recipe(dgrad=Dgrad(w=NV)), dict(n=24), "precision.dgrad.w.block"),
-        (Recipe(wgrad=Wgrad(dy=MX)), dict(tokens=48), "precision.wgrad.dy.block"),
-        (Recipe(wgrad=Wgrad(x=NV)), dict(tokens=40), "precision.wgrad.x.block"),
-        # a tile is as tall as it is wide
-        (Recipe(Fprop(w=NV_2D)), dict(n=24), "precision.fprop.w.block"),
-        (Recipe(dgrad=Dgrad(w=NV_2D)), dict(k=24), "precision.dgrad.w.block"),
-        (Recipe(Fprop(w=QuantSpec("fp8_e4m3", block="2d"))), dict(n=192), "precision.fprop.w"),
-        # rotations
-        (Recipe(Fprop(x=NV, rotation=Rotation("hadamard", 64))), dict(k=96), "fprop.rotation.size"),
-        (Recipe(dgrad=Dgrad(dy=NV, rotation=Rotation("hadamard", 64))), dict(n=32), "dgrad.rot"),
-        (Recipe(wgrad=Wgrad(x=NV, rotation=Rotation("hadamard", 128))), dict(tokens=64), "wgrad.r"),
+        # what column parallelism splits: dgrad contracts over n, tiles of w lie along n
+        (Recipe(dgrad=Dgrad(dy=NV)), dict(n=(24,), k=None), "precision.dgrad.dy.block"),
+        (Recipe(dgrad=Dgrad(w=NV)), dict(n=(64, 24), k=None), "precision.dgrad.dy.block"),
+        (Recipe(Fprop(w=NV_2D)), dict(n=(24,), k=None), "precision.fprop.w.block"),
+        (Recipe(dgrad=Dgrad(dy=NV, rotation=Rotation("hadamard", 64))), dict(n=(32,), k=None),
+         "precision.dgrad.rotation.size"),
+        # what row parallelism splits: fprop contracts over k
+        (Recipe(Fprop(x=NV)), dict(n=(), k=24), "precision.fprop.x.block"),
+        (Recipe(Fprop(w=MX)), dict(n=(), k=48), "precision.fprop.x.block"),
+        (Recipe(dgrad=Dgrad(w=NV_2D)), dict(n=(), k=24), "precision.dgrad.w.block"),
     ],
-)
-def test_blocks_and_rotations_divide_what_a_rank_holds(
-    recipe: Recipe, change: dict[str, int], key: str
-) -> None:
+)  # fmt: skip
+def test_a_shard_that_ends_inside_a_block_is_refused(recipe: Recipe, shard: dict, key: str) -> None:
     plan = Plan(recipe, 4)
-    plan.check_shape("mlp.linear_fc1", **FITS)
+    plan.check_shards("mlp.linear_fc1", n=(128, 256), k=384)
     with pytest.raises(UserError) as refusal:
-        plan.check_shape("mlp.linear_fc1", **FITS | change)
+        plan.check_shards("mlp.linear_fc1", **shard)
     text = str(refusal.value)
-    assert key in text.split(":")[0]
-    assert "mlp.linear_fc1" in text and str(*change.values()) in text and "\n" not in text
+    assert text.startswith(key + ":")
+    assert "mlp.linear_fc1" in text and "parallel.tensor" in text and "\n" not in text
 
 
-@pytest.mark.parametrize("sizes", [dict(tokens=1), dict(n=1), dict(k=1)])
-def test_a_dimension_that_no_block_lies_along_is_free(sizes: dict[str, int]) -> None:
-    (name,) = sizes
-    recipe = {
-        "tokens": Recipe(Fprop(NV, NV_2D), Dgrad(NV, NV_2D)),
-        "n": Recipe(Fprop(NV, NV), wgrad=Wgrad(NV, NV)),
-        "k": Recipe(dgrad=Dgrad(NV, NV), wgrad=Wgrad(NV, NV)),
-    }[name]
-    Plan(recipe, 4).check_shape("mlp.linear_fc1", **FITS | sizes)
+def test_what_no_block_lies_along_may_be_split_anywhere() -> None:
+    per_tensor = Recipe(Fprop(E4M3, E4M3), Dgrad(E4M3, E4M3), Wgrad(E4M3, E4M3))
+    Plan(per_tensor, 4).check_shards("mlp.linear_fc1", n=(5,), k=3)
+    # blocks along tokens alone: tokens are not split
+    Plan(Recipe(wgrad=Wgrad(NV, NV)), 4).check_shards("mlp.linear_fc1", n=(5,), k=3)
 
 
-def test_per_tensor_scales_fit_any_shape() -> None:
-    recipe = Recipe(Fprop(E4M3, E4M3), Dgrad(E4M3, E4M3), Wgrad(E4M3, E4M3))
-    Plan(recipe, 4).check_shape("mlp.linear_fc1", tokens=7, n=5, k=3)
+FP8_ALL = Recipe(Fprop(E4M3, E4M3), Dgrad(E4M3, E4M3), Wgrad(E4M3, E4M3))
+
+
+def test_the_last_rule_that_matches_wins_gemm_by_gemm() -> None:
+    """keep, then the rules in their order, then tail; what a rule does not name it leaves alone."""
+    rules = (
+        Rule("fc2", FP8_ALL, gemms=("fprop", "dgrad"), linears=("fc2",), blocks="-2:"),
+        Rule("late", BF16, gemms=("dgrad",), linears=("fc2",), start=parse_point("k", 0.5)),
+        Rule("head", FP8_ALL, gemms=("wgrad",), linears=("head",)),
+    )
+    plan = Plan(NVFP4, 4, Keep(last_blocks=1), Tail(0.8, ("fprop",)), rules)
+
+    def formats(layer: int | None, linear: str, step: int) -> list[str]:
+        recipe = plan.at(layer, linear, Progress(step, 10))
+        return [recipe.gemm(g).specs[0].format for g in ("fprop", "dgrad", "wgrad")]
+
+    assert formats(0, LINEARS[3], 0) == ["nvfp4", "nvfp4", "nvfp4"]
+    assert formats(2, LINEARS[3], 0) == ["fp8_e4m3", "fp8_e4m3", "nvfp4"]
+    assert formats(3, LINEARS[3], 0) == ["fp8_e4m3", "fp8_e4m3", "bf16"]  # over keep
+    assert formats(2, LINEARS[3], 5) == ["fp8_e4m3", "bf16", "nvfp4"]
+    assert formats(2, LINEARS[3], 8) == ["bf16", "bf16", "nvfp4"]  # tail comes last
+    assert formats(2, LINEARS[2], 8) == ["bf16", "nvfp4", "nvfp4"]
+    assert formats(None, "output_layer", 0) == ["bf16", "bf16", "fp8_e4m3"]
+    running = {plan.at(*place, Progress(s, 10)) for place in plan.linears() for s in range(11)}
+    assert running <= set(plan.recipes())
+    assert all(recipe is recipe.interned() for recipe in running)
+
+
+@pytest.mark.parametrize("blocks, expected", [
+    ("3", {3}), ("-1", {5}), ("0:2", {0, 1}), ("-2:", {4, 5}), (":", set(range(6))), ("9:", set()),
+])  # fmt: skip
+def test_blocks_are_python_s_slices(blocks: str, expected: set[int]) -> None:
+    rule = Rule("r", FP8_ALL, blocks=blocks)
+    assert {i for i in range(6) if rule.covers(i, LINEARS[0], 6)} == expected
+    assert not rule.covers(None, "output_layer", 6)
+
+
+@pytest.mark.parametrize("value, progress, reached", [
+    (0.5, Progress(5, 10, 0), True), (0.5, Progress(4, 10, 0), False),
+    ("300 steps", Progress(300, 1000, 0), True), ("300 steps", Progress(299, 1000, 0), False),
+    ("2M tokens", Progress(1, 10, 2_000_000), True), ("1.5B tokens", Progress(9, 9, 10), False),
+    ("0.25", Progress(1, 4, 0), True),
+])  # fmt: skip
+def test_a_moment_is_a_fraction_a_step_or_tokens(value, progress: Progress, reached: bool) -> None:
+    point = parse_point("key", value)
+    assert point is not None and point.reached(progress) == reached
 
 
 def test_the_printed_plan_counts_and_names_what_is_kept() -> None:
     text = str(Plan(NVFP4, 4, Keep(0, 1, ("layers.0.mlp.linear_fc2",)), Tail(0.82)))
-    assert "11 of 16 linears follow the recipe; blocks kept in BF16: 3;" in text
-    assert "from 82% of the run on:" in text
+    assert "11 of 16 linears of the blocks are quantized at the start" in text
+    assert "rule keep.last_blocks: blocks 3:" in text
+    assert "rule tail: all blocks, qkv/proj/fc1/fc2, fprop, from 0.82 of the run: BF16" in text
     rows = [line.split() for line in text.splitlines()[-4:]]
     assert rows == [
         ["0", "recipe", "recipe", "recipe", "BF16"],

@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 
 from fp4pretrain.config import compose, plan_of
-from fp4pretrain.precision import BF16, Keep, Plan, Recipe, Rotation, Tail
+from fp4pretrain.precision import BF16, Keep, Plan, Progress, Recipe, Rotation, Tail
 from fp4pretrain.presets import groups
 
 NONE = Rotation()
@@ -26,7 +26,7 @@ MX_SR = ("mxfp4", (1, 32), "stochastic", "unbiased")
 MX_EVEN = ("mxfp4", (1, 32), "nearest", "even")
 
 RHT64 = Rotation("random_hadamard", 64, "gemm", "seed")
-H16 = Rotation("hadamard", 16)
+H16 = Rotation("hadamard", 16, dtype="fp32")
 RHT_TE = Rotation("random_hadamard", 16, "never", "te")
 
 # fprop x, w, rotation; dgrad dy, w, rotation; wgrad dy, x, rotation
@@ -87,9 +87,9 @@ def test_a_recipe_is_its_papers(name: str) -> None:
 def test_only_the_nvfp4_recipe_keeps_blocks_and_nothing_switches_late(name: str) -> None:
     plan = shipped(name)
     assert plan.tail.at is None
-    kept = plan.keep.blocks(62)
     # arXiv:2509.25149: the first 2 and the last 8 of 62 blocks
-    assert kept == ({0, 1, *range(54, 62)} if name == "nvfp4" else set())
+    kept = [rule.blocks for rule in plan.keep.rules(62)]
+    assert kept == (["0:2", "54:"] if name == "nvfp4" else [])
     assert plan.keep.modules == ()
 
 
@@ -97,7 +97,8 @@ def test_only_the_nvfp4_recipe_keeps_blocks_and_nothing_switches_late(name: str)
 def test_nvfp4_keeps_the_papers_share_at_every_depth(layers: int, first: int, last: int) -> None:
     plan = shipped("nvfp4", f"model.num_layers={layers}")
     expected = {*range(first), *range(layers - last, layers)}
-    assert {i for i in range(layers) if plan.kept(i, "mlp.linear_fc1")} == expected
+    found = {i for i in range(layers) if plan.at(i, "mlp.linear_fc1", Progress()) is BF16}
+    assert found == expected
 
 
 @pytest.mark.parametrize("name", sorted(TRUTH))

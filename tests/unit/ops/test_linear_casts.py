@@ -7,9 +7,7 @@ from dataclasses import replace
 import pytest
 
 from fp4pretrain.config import compose, plan_of
-from fp4pretrain.nn import operands
-from fp4pretrain.nn.operands import Shard, linear_casts
-from fp4pretrain.ops import NoiseKeys
+from fp4pretrain.ops import Moment, Shard, casts, linear_casts
 
 RECIPES = {
     "nvfp4": ["precision=nvfp4"],
@@ -27,31 +25,26 @@ def test_prepared_casts_are_those_made_from_nothing(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = plan_of(compose(RECIPES[name])).recipe
-    monkeypatch.setattr(operands, "_PREPARED", {})
+    monkeypatch.setattr(casts, "_PREPARED", {})
     seen = set()
     for shard in SHARDS:
         for step, microbatch, layer in (*MOMENTS, *MOMENTS):
-            keys = NoiseKeys(5, step, microbatch, layer, 1)
-            casts = linear_casts(recipe, keys, shard, global_amax=True)
-            operands_before = dict(operands._PREPARED)
-            fresh = operands._linear_casts(recipe, keys, shard, global_amax=True)
-            assert casts == fresh
-            assert operands_before == operands._PREPARED
-            seen.add(casts)
+            moment = Moment(5, step, microbatch)
+            made = linear_casts(recipe, moment, shard, layer=layer, linear=1)
+            fresh = casts._prepare(recipe, moment, shard, (layer, 1), global_amax=True).casts
+            assert made == fresh
+            seen.add(made)
     # one entry a linear and shard, however many moments
-    assert len(operands._PREPARED) == len(SHARDS) * len({layer for *_, layer in MOMENTS})
+    assert len(casts._PREPARED) == len(SHARDS) * len({layer for *_, layer in MOMENTS})
     draws = len(MOMENTS) if name != "no draws" else 1
     assert len(seen) == len(SHARDS) * draws or name == "no draws"
 
 
 def test_draws_of_a_cast_are_of_one_kind_and_equal_a_replaced_one() -> None:
     recipe = plan_of(compose(["precision=mxfp4_rht_sr"])).recipe
-    casts = [
-        linear_casts(recipe, NoiseKeys(1, step, 0, 0, 0), SHARDS[0], global_amax=True).wgrad_dy
-        for step in range(3)
-    ]
-    assert len(set(casts)) == 3
-    assert len({cast.kind for cast in casts}) == 1
-    first, last = casts[0], casts[-1]
+    drawn = [linear_casts(recipe, Moment(1, step, 0), SHARDS[0]).wgrad_dy for step in range(3)]
+    assert len(set(drawn)) == 3
+    assert len({cast.kind for cast in drawn}) == 1
+    first, last = drawn[0], drawn[-1]
     assert first.drawn(last.noise, last.signs) == last
     assert replace(first, transpose=False).kind != first.kind

@@ -1,0 +1,67 @@
+"""The casts of a linear's weight, made once a step and used by every microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fp4pretrain.ops import Cast, LinearCasts, Operand
+
+Make = Callable[[Tensor, Sequence[Cast]], list[Operand]]
+
+
+class WeightCache:
+    """Operands of one weight [n, k]: fprop's, and dgrad's of its transpose.
+
+    Stale is impossible by three keys: the clock's ``weights_version``, which the trainer advances after
+    each optimizer step and load; the weight's memory and PyTorch's own version of it, which any
+    in-place edit advances; and the casts themselves (a switched recipe or freshly drawn signs are
+    another cast). Casts to BF16 are not held: they are the weight. Where dgrad's operand is fprop's
+    transposed (2d tiles) and the backend can read it so, there is one.
+
+    What changes every microbatch (``resample: gemm``) is made in the backward pass that needs it and
+    not held: microbatches in flight would each hold their own.
+    """
+
+    def __init__(self) -> None:
+        self._moment: tuple[int, int, int] | None = None
+        self._held: dict[Cast, Operand] = {}
+
+    def forward(
+        self, weight: Tensor, casts: LinearCasts, version: int, make: Make, *, backward_too: bool
+    ) -> Operand:
+        """fprop's w. ``backward_too``: dgrad's will be asked for, so both come from one read."""
+        wanted = [casts.fprop_w]
+        if backward_too and not casts.w_redrawn and not casts.w_shared:
+            wanted.append(casts.dgrad_w)
+        return self._get(weight, casts, version, make, wanted)[casts.fprop_w]
+
+    def backward(self, weight: Tensor, casts: LinearCasts, version: int, make: Make) -> Operand:
+        """dgrad's w: the operand of the transposed weight [k, n]."""
+        if casts.w_redrawn:
+            return make(weight.detach(), [casts.dgrad_w])[0]
+        if casts.w_shared:
+            fprop = self._get(weight, casts, version, make, [casts.fprop_w])[casts.fprop_w]
+            # padding lies along the other axis of a transpose, so only whole blocks are shared
+            if fprop.shape == tuple(weight.shape) and not casts.dgrad_w.padding(weight.shape[0]):
+                turned = fprop.transposed()
+                if turned is not None:
+                    return turned
+        return self._get(weight, casts, version, make, [casts.dgrad_w])[casts.dgrad_w]
+
+    def _get(
+        self, weight: Tensor, casts: LinearCasts, version: int, make: Make, wanted: list[Cast]
+    ) -> dict[Cast, Any]:
+        moment = version, weight.data_ptr(), weight._version
+        if moment != self._moment:
+            self._moment, self._held = moment, {}
+        found = self._held
+        missing = [cast for cast in dict.fromkeys(wanted) if cast not in found]
+        if missing:
+            made = make(weight.detach(), missing)
+            found = found | dict(zip(missing, made, strict=True))
+            current = casts.fprop_w, casts.dgrad_w
+            self._held = {c: o for c, o in found.items() if c in current and c.spec.quantized}
+        return found
