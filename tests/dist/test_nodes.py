@@ -18,7 +18,7 @@ STEPS = 10
 RUN = (
     "model.num_layers=2 model.hidden_size=64 model.num_attention_heads=2 model.num_query_groups=2 "
     "model.ffn_hidden_size=128 model.seq_length=64 train.micro_batch=2 train.global_batch=8 "
-    f"train.steps={STEPS} train.eval_interval=4 train.eval_batches=1 checkpoint.interval=3 "
+    f"train.steps={STEPS} train.eval_interval=4 data.valid_tokens=256 checkpoint.interval=3 "
     "optim.params_dtype=fp32 precision=nvfp4 logging.wandb.mode=disabled logging.console=quiet "
     "data.mock=true"
 ).split()

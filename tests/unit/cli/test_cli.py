@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[3]
 TINY = [
     *("model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=2"),
     *("model.num_query_groups=2", "model.ffn_hidden_size=128", "model.seq_length=64"),
-    *("train.micro_batch=1", "train.global_batch=2", "train.steps=2", "train.eval_batches=1"),
+    *("train.micro_batch=1", "train.global_batch=2", "train.steps=2", "data.valid_tokens=256"),
     *("data=mock", "logging=quiet", "parallel.device=cpu"),
 ]
 
