@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
@@ -332,7 +332,7 @@ def compose(overrides: list[str]) -> RunConfig:
     assert isinstance(config, RunConfig)
     given = {text.partition("=")[0] for text in overrides}
     config.precision.name = recipe_name(
-        OmegaConf.to_container(composed.precision),
+        asdict(config.precision),
         option=choices["precision"],
         experiment=choices["experiment"],
         plain=lambda override: _plain_recipe(override, keys),

@@ -35,7 +35,7 @@ HARMLESS = {
     "resume_with": "what was allowed to differ; what did is in the history",
     "baseline": "another run, trained before this one",
     "logging": "who is told, not what",
-    "profile": "watches",
+    "profile": "watches steps and changes none",
     "checkpoint": "copies the state and leaves it alone",
     "guard": "acts in trouble only; what it did is in the rows, and its limits are raised to go on",
     "parallel": "another layout or device adds in another order and computes the same",

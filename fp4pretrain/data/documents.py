@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,6 @@ def _hash(index: DatasetIndex, begin: int, end: int) -> NDArray[np.uint64]:
     data = tokens.data.cast("B")
     digests = b"".join(
         hashlib.blake2b(data[4 * low : 4 * high], digest_size=8).digest()
-        for low, high in zip(marks[:-1], marks[1:], strict=True)
+        for low, high in pairwise(marks)
     )
     return np.frombuffer(digests, dtype="<u8")

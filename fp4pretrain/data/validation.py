@@ -2,8 +2,8 @@
 
 Neither seed nor length, batch size nor layout enters. The documents lie in the order of their hashes,
 which is random and nobody's choice, and are cut into sequences of seq_length; where there are more
-tokens than `data.valid_tokens`, evenly spaced sequences stand for all. The last sequence may be shorter: the rest
-of it is masked, so that every token counts once.
+tokens than `data.valid_tokens`, evenly spaced sequences stand for all. The last sequence may be
+shorter: the rest of it is masked, so that every token counts once.
 """
 
 from __future__ import annotations

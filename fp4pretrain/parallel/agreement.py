@@ -9,12 +9,12 @@ a device, and serves ranks that cannot form a group. ``agree`` is for the time a
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -56,10 +56,11 @@ class Meeting:
         where ``judge``, which the main rank asks of all payloads, finds one: rank -> line."""
         self._count += 1
         key = f"agreement/{self._count}"
-        self.store.set(f"{key}/{self.rank}", pickle.dumps(say(problem, payload)))
+        self.store.set(f"{key}/{self.rank}", json.dumps(asdict(say(problem, payload))))
         if self.rank == 0:
-            self.store.set(f"{key}/verdict", pickle.dumps(self._verdict(key, judge)))
-        found, main = pickle.loads(self.store.get(f"{key}/verdict"))
+            self.store.set(f"{key}/verdict", json.dumps(self._verdict(key, judge)))
+        said, main = json.loads(self.store.get(f"{key}/verdict"))
+        found = {int(number): Said(**one) for number, one in said.items()}
         self.store.set(f"{key}/{self.rank}/read", "1")
         if found and self.rank == 0:  # it may host the store: it leaves last
             with suppress(Exception):  # a rank that is gone has read enough
@@ -70,22 +71,24 @@ class Meeting:
 
     def _verdict(
         self, key: str, judge: Callable[[Sequence[Any]], Mapping[int, str]]
-    ) -> tuple[dict[int, Said], Any]:
-        """What is wrong, by rank (the main rank's place among them tells its node), and its payload."""
+    ) -> tuple[dict[int, dict[str, Any]], Any]:
+        """What is wrong, by rank (the main rank is always among them, for its node), and the main
+        rank's payload."""
         said = []
         for other in range(self.size):
             try:
-                said.append(pickle.loads(self.store.get(f"{key}/{other}")))
+                said.append(Said(**json.loads(self.store.get(f"{key}/{other}"))))
             except Exception as error:  # torch has no class of its own for a store's timeout
                 line = f"launch: rank {other} of {self.size} did not come ({type(error).__name__})"
-                return {0: Said(say(None).node, "", f"{line}; look at its node's output")}, None
+                late = UserError(f"{line}; look at its node's output")
+                return {0: asdict(say(late))}, None
         troubled = {number: one for number, one in enumerate(said) if one.problem is not None}
         if not troubled:
             wrong = judge([one.payload for one in said])
-            troubled = {n: Said(said[n].node, said[n].host, line) for n, line in wrong.items()}
+            troubled = {n: replace(said[n], problem=line) for n, line in wrong.items()}
         if troubled:
-            troubled.setdefault(0, Said(said[0].node, said[0].host, None))
-        slim = {n: Said(one.node, one.host, one.problem) for n, one in troubled.items()}
+            troubled.setdefault(0, said[0])
+        slim = {n: asdict(replace(one, payload=None)) for n, one in troubled.items()}
         return slim, said[0].payload
 
 

@@ -145,7 +145,8 @@ def _placed(config: RunConfig, varied: list[str]) -> RunConfig:
     runs/nvfp4-seed1234-lr_0.001; beside a baseline, run_dir=runs/demo is runs/demo-nvfp4. The recipe's
     own name says in what it differs from its file. Names need no quotes in a shell or an override.
     """
-    place, shown = str(run_path(config)), ("precision", "seed")
+    place = str(run_path(config))
+    shown: tuple[str, ...] = ("precision", "seed")
     if config.run_dir is not None or config.name is not None:
         shown = ("run_dir", "name")
         if config.baseline is not None:

@@ -42,8 +42,12 @@ def changes(
     if data is not None:
         differing |= _different(_digests(stored["data"]), _digests(data))
     longer = _same_past(stored, config, step=found["step"])
-    for key, (was, now) in differing.items():
-        if fingerprint.covered(key, config.resume_with) or (longer and key in _LENGTH):
+    named = list(config.resume_with)
+    if "seed" in named and config.data.seed is None:
+        named.append("data.seed")  # which then is the run's seed
+    for key in sorted(differing, key=lambda key: (key != "seed", key)):
+        was, now = differing[key]
+        if fingerprint.covered(key, named) or (longer and key in _LENGTH):
             continue
         name = "precision" if key.startswith("precision") else key
         why = ""
@@ -82,7 +86,7 @@ def _same_past(stored: Mapping[str, Any], config: RunConfig, *, step: int) -> bo
         return False
     ends = [one["train.steps"] for one in (then, now)]
     stable = min(one["train.steps"] - one["optim.decay"] for one in (then, now))
-    at = config.precision.tail.at
+    at = plan_of(config).tail.at
     switch = min(ends) * at if at is not None else float("inf")
     # update n (from 0) has the full rate up to n = stable, and its recipe is that of progress n / steps
     return step <= stable + 1 and step - 1 < switch

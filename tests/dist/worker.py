@@ -43,7 +43,7 @@ def first_steps(overrides: list[str], out: str, *, steps: int, device: str) -> d
         return update()
 
     trainer.optimizer.step = capture_then_update
-    iterators = trainer.batches(trainer.train_data, 0)
+    iterators = trainer.batches(0)
     rows = []
     for step in range(steps):
         trainer.binding.apply(trainer.progress)

@@ -32,7 +32,7 @@ def _same(one: dict[Any, torch.Tensor], other: dict[Any, torch.Tensor]) -> bool:
 
 
 def _train(trainer: Trainer, steps: int = 1) -> None:
-    iterators = trainer.batches(trainer.train_data, trainer.consumed_samples)
+    iterators = trainer.batches(trainer.consumed_samples)
     for _ in range(steps):
         train_step(trainer, iterators)
 
