@@ -155,8 +155,8 @@ def _placed(config: RunConfig, varied: list[str]) -> RunConfig:
         key, _, value = override.partition("=")
         if not within(key, shown):
             place += f"-{shortest(key, schema_keys())}_{word(value)}"
-    folder, _, last = place.rpartition("/")
-    place = f"{folder}/{shortened(last)}" if folder else shortened(last)
+            folder, slash, last = place.rpartition("/")
+            place = folder + slash + shortened(last)
     return replace(config, run_dir=place, baseline=None)
 
 

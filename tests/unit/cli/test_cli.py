@@ -299,7 +299,7 @@ def test_only_the_main_rank_speaks(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as caught:
-        cli.main(["train", "modle=tiny"])
+        cli.main(["data", "inspect", "nowhere"])
     assert caught.value.code == 2
     assert capsys.readouterr().err == ""
 

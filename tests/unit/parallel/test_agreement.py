@@ -75,9 +75,7 @@ def test_other_code_and_other_numbers_of_runs_are_told_apart() -> None:
 
 def test_a_rank_s_own_mistake_stops_all_at_once() -> None:
     problem = UserError("data.path: nowhere.idx is missing")
-    found = meet(
-        3, lambda m: m.agree(problem if m.rank == 2 else None, None, judge=lambda _: {})
-    )
+    found = meet(3, lambda m: m.agree(problem if m.rank == 2 else None, None, judge=lambda _: {}))
     assert [str(one).split(" (")[0] for one in found] == [str(problem)] * 3
 
 

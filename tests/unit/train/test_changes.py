@@ -30,14 +30,14 @@ def stored(*overrides: str, step: int = 100) -> dict[str, Any]:
 
 
 def resumed(*overrides: str, step: int = 100, **now: Any) -> dict[str, Any]:
-    return changes(
-        Path("ckpt"), stored(step=step), compose([*BASE, *overrides]), data=data(**now)
-    )
+    return changes(Path("ckpt"), stored(step=step), compose([*BASE, *overrides]), data=data(**now))
 
 
 def test_the_same_run_goes_on_without_a_word() -> None:
     assert resumed() == {}
-    assert resumed("guard.max_rollbacks=9", "parallel.tensor=2", "precision.backend=reference") == {}
+    assert (
+        resumed("guard.max_rollbacks=9", "parallel.tensor=2", "precision.backend=reference") == {}
+    )
     assert resumed("train.eval_interval=7", "run_dir=moved", "precision.name=x") == {}
 
 
