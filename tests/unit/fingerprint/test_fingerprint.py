@@ -90,9 +90,8 @@ def digests(config: RunConfig) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_every_key_is_in_the_fingerprint_or_harmless_for_a_reason(
-    base: RunConfig, key: str
-) -> None:
+def test_every_key_is_in_the_fingerprint_or_harmless_for_a_reason(key: str) -> None:
+    base = base_for(key)
     harmless = fingerprint.within(key, fingerprint.HARMLESS)
     content = key in BY_CONTENT and key != "data.seed"
     try:
