@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -30,30 +30,8 @@ from fp4pretrain.numerics import QuantSpec
 from fp4pretrain.overrides import one_line, refuse_unknown
 from fp4pretrain.precision import Dgrad, Fprop, Keep, Plan, Recipe, Rotation, Tail, Wgrad
 from fp4pretrain.presets import config_dir
+from fp4pretrain.schema import mutable
 from fp4pretrain.units import tokens_of
-
-
-def _schema_of(frozen: Any) -> type:
-    """The same dataclass unfrozen: Hydra treats frozen ones as read-only, so no override could land.
-
-    Nested dataclasses are mirrored too and tuples become lists, the YAML spelling.
-    """
-    fields: list[tuple[str, Any, Any]] = []
-    hints = get_type_hints(frozen)
-    for f in dataclasses.fields(frozen):
-        kind: Any = hints[f.name]
-        if dataclasses.is_dataclass(kind):
-            mirror = _schema_of(kind)
-            fields.append((f.name, mirror, field(default_factory=mirror)))
-        elif getattr(kind, "__origin__", None) is tuple:
-            values = list(f.default) if f.default is not dataclasses.MISSING else []
-            item = get_args(kind)[0]
-            fields.append(
-                (f.name, list.__class_getitem__(item), field(default_factory=values.copy))
-            )
-        else:
-            fields.append((f.name, kind, field(default=f.default)))
-    return dataclasses.make_dataclass(frozen.__name__ + "Config", fields)
 
 
 @dataclass
@@ -244,11 +222,11 @@ class LoggingConfig:
     console: str = "auto"
 
 
-RecipeFprop = _schema_of(Fprop)
-RecipeDgrad = _schema_of(Dgrad)
-RecipeWgrad = _schema_of(Wgrad)
-KeepConfig = _schema_of(Keep)
-TailConfig = _schema_of(Tail)
+RecipeFprop = mutable(Fprop)
+RecipeDgrad = mutable(Dgrad)
+RecipeWgrad = mutable(Wgrad)
+KeepConfig = mutable(Keep)
+TailConfig = mutable(Tail)
 
 
 @dataclass
@@ -304,16 +282,8 @@ class RunConfig:
 def _register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
-    for group, node in (
-        ("model", ModelConfig),
-        ("data", DataConfig),
-        ("optim", OptimConfig),
-        ("parallel", ParallelConfig),
-        ("train", TrainConfig),
-        ("precision", PrecisionConfig),
-        ("logging", LoggingConfig),
-    ):
-        store.store(group=group, name="schema", node=node)
+    for group in ("model", "data", "optim", "parallel", "train", "precision", "logging"):
+        store.store(group=group, name="schema", node=type(getattr(RunConfig(), group)))
 
 
 _register()
