@@ -350,12 +350,9 @@ def test_trains_help_lists_every_option_of_every_group(capsys: pytest.CaptureFix
         assert {path.parent.name, path.stem} <= words
 
 
-def test_a_finished_run_that_is_resumed_says_so(
-    trained: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_that_is_resumed_says_so(trained: Path) -> None:
     before = (trained / "metrics.jsonl").read_text()
-    cli.main(["train", *TINY, f"run_dir={trained}", "resume=auto"])
-    said = capsys.readouterr().out
+    said = _process(["train", *TINY, f"run_dir={trained}", "resume=auto"]).stdout
     assert f"{trained} is finished: step 2 of train.steps=2; nothing is left to train" in said
     assert (trained / "metrics.jsonl").read_text() == before
 
@@ -372,23 +369,23 @@ def test_a_run_without_its_checkpoints_begins_again_only_when_asked(
     line = _refused(capsys, "train", *TINY, f"run_dir={run}", "resume=auto")
     assert re.match(r"resume: .* has rows in .* but no checkpoint .* resume=restart", line)
     assert (run / "metrics.jsonl").read_text() == rows
-    cli.main(["train", *TINY, f"run_dir={run}", "resume=restart"])
-    assert "starting at step 1; the rows of the earlier attempt are kept" in capsys.readouterr().out
+    said = _process(["train", *TINY, f"run_dir={run}", "resume=restart"]).stdout
+    assert "starting at step 1; the rows of the earlier attempt are kept" in said
     assert (run / "metrics.1.jsonl").read_text() == rows
     steps = [json.loads(one)["step"] for one in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 2]
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again_by_itself(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path
 ) -> None:
     """As a launcher's restart needs it."""
     run = tmp_path / "run"
     shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints", ".lock"))
     history = json.loads((run / "history.json").read_text()) | {"saved_step": None}
     (run / "history.json").write_text(json.dumps(history))
-    cli.main(["train", *TINY, f"run_dir={run}", "resume=auto"])
-    assert "starting at step 1" in capsys.readouterr().out
+    said = _process(["train", *TINY, f"run_dir={run}", "resume=auto"]).stdout
+    assert "starting at step 1" in said
     assert (run / "metrics.1.jsonl").is_file()
 
 
