@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.presets import groups
+from fp4pretrain.units import steps_of
 
 if TYPE_CHECKING:
-    from fp4pretrain.config import ModelConfig, OptimConfig, RunConfig
+    from fp4pretrain.config import ModelConfig, RunConfig
 
 CHOICES = {
     "model.activation": ("swiglu", "gelu", "squared_relu"),
@@ -47,13 +48,13 @@ POSITIVE = (
     "model.vocab_size",
     "model.norm_epsilon",
     "model.rotary_base",
+    "model.attention_softcap",
     "optim.lr",
     "optim.eps",
     "train.steps",
     "train.micro_batch",
     "train.global_batch",
     "train.log_interval",
-    "train.eval_batches",
     "parallel.tensor",
     "parallel.pipeline",
     "parallel.virtual_pipeline",
@@ -66,6 +67,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "model.init_std",
+    "model.z_loss",
     "optim.min_lr",
     "optim.weight_decay",
     "optim.clip",
@@ -79,7 +81,6 @@ NOT_NEGATIVE = (
     "profile.start",
     "profile.steps",
 )
-FRACTIONS = ("optim.warmup", "optim.decay")
 BELOW_ONE = ("optim.beta1", "optim.beta2", "model.attention_dropout", "model.hidden_dropout")
 # Optional words: null says "none", an empty one says nothing.
 NOT_EMPTY = ("name", "run_dir", "resume", "precision.name", "data.tokenizer", "data.cache_dir")
@@ -104,10 +105,9 @@ def check(config: RunConfig) -> None:
             raise UserError(f"{key}: {value(key)!r} is unknown; choose {', '.join(allowed)}")
     require(POSITIVE, 5e-324, _LARGE, "a number above 0 and below 2^31")
     require(NOT_NEGATIVE, 0, _LARGE, "0 or a number above, below 2^31")
-    require(FRACTIONS, 0, 1 + 2**-52, "a fraction, 0 to 1")
     require(BELOW_ONE, 0, 1, "a number from 0 to below 1")
     require(("parallel.timeout_minutes",), 0.1, 10_001, "minutes from 0.1 to 10000 (a week)")
-    require(("seed",), 0, _SEEDS, "a whole number from 0 to 2^32 - 1")
+    require(("seed", "data.seed"), 0, _SEEDS, "a whole number from 0 to 2^32 - 1")
     for key in NOT_EMPTY:
         if value(key) == "":
             raise UserError(f"{key}: it is empty; give a name, or leave {key} out")
@@ -119,8 +119,9 @@ def check(config: RunConfig) -> None:
     if config.baseline is not None and config.baseline not in offered:
         raise UserError(f"baseline: {config.baseline!r} is no recipe; choose {', '.join(offered)}")
     _check_model(config.model)
-    _check_schedule(config.optim, config.train.steps)
+    _check_schedule(config)
     _check_data_path(config.data.path)
+    _check_data_valid(config.data.valid)
     if 0 < config.guard.hang_timeout < 1:
         raise UserError(
             f"guard.hang_timeout: {config.guard.hang_timeout} is shorter than steps are; give "
@@ -158,16 +159,37 @@ def _check_model(m: ModelConfig) -> None:
         )
 
 
-def _check_schedule(o: OptimConfig, steps: int) -> None:
+def _check_schedule(config: RunConfig) -> None:
+    o, steps = config.optim, config.train.steps
     if o.min_lr > o.lr:
         raise UserError(f"optim.min_lr: {o.min_lr} is above optim.lr={o.lr}; lower it")
-    warmup, decay = round(o.warmup * steps), round(o.decay * steps)
+    warmup, decay = schedule_steps(config)
     if warmup >= steps:
         raise UserError(f"optim.warmup: it takes all {steps} steps; use a smaller fraction")
     if o.schedule == "wsd" and warmup + decay > steps:
         raise UserError(
             f"optim.decay: it begins before the warmup ends ({warmup} + {decay} of {steps} steps); "
             "lower optim.warmup or optim.decay"
+        )
+
+
+def schedule_steps(config: RunConfig) -> tuple[int, int]:
+    """Steps of warmup and of decay. Raises UserError for what is neither fraction, steps nor tokens."""
+    t = config.train
+    size = {"steps": t.steps, "tokens_a_step": t.global_batch * config.model.seq_length}
+    return (
+        steps_of(config.optim.warmup, key="optim.warmup", **size),
+        steps_of(config.optim.decay, key="optim.decay", **size),
+    )
+
+
+def _check_data_valid(valid: Any) -> None:
+    """null, a prefix, or ``{name: prefix}``; files are for ``data``."""
+    if valid is None or (isinstance(valid, str) and valid):
+        return
+    if not isinstance(valid, Mapping):
+        raise UserError(
+            f"data.valid: {valid!r} names no dataset; give null, some/prefix, or {{name: some/prefix}}"
         )
 
 

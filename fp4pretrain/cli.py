@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _take_rest(arguments, rest)
         arguments.work(arguments)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        main = int(os.environ.get("RANK", "0")) == 0
+        if main if error.shown is None else error.shown:
             print(f"fp4pretrain: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
 
@@ -24,15 +24,24 @@ from yaml import YAMLError
 
 from fp4pretrain.checks import check
 from fp4pretrain.errors import UserError
+from fp4pretrain.fingerprint import check_names
+from fp4pretrain.naming import recipe_name
 from fp4pretrain.overrides import adding_rules, one_line, refuse_unknown
 from fp4pretrain.precision import Plan, Recipe
 from fp4pretrain.precision_config import PrecisionConfig, fill_rules, plan_from
 from fp4pretrain.presets import config_dir, groups
+from fp4pretrain.units import tokens_of
 
 
 @dataclass
 class ModelConfig:
-    """A dense GPT. Sizes are global (before tensor parallelism)."""
+    """A dense GPT. Sizes are global (before tensor parallelism).
+
+    ``qk_norm``: queries and keys are normalized for each head (arXiv:2010.04245, 2302.05442).
+    ``z_loss``: this times the squared logarithm of the softmax's denominator joins what is minimized
+    (arXiv:2204.02311, 1e-4 there), never what is logged. ``attention_softcap``: scores s become
+    cap * tanh(s / cap) (arXiv:2408.00118, 50 there); null is off.
+    """
 
     num_layers: int = 4
     hidden_size: int = 256
@@ -52,16 +61,28 @@ class ModelConfig:
     init_std: float = 0.02
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    qk_norm: bool = False
+    z_loss: float = 0.0
+    attention_softcap: float | None = None
 
 
 @dataclass
 class DataConfig:
     """What to train on. ``path``: null for the running Python's standard library, a prefix of an
-    indexed dataset, or ``{name: {prefix: ..., weight: ...}}`` for a blend."""
+    indexed dataset, or ``{name: {prefix: ..., weight: ...}}`` for a blend.
+
+    ``split``: shares of training, validation and test; a hash of its content puts a document on one
+    side. ``valid``: other text to validate on, a prefix or ``{name: prefix}``, the first of them in
+    ``val_loss``. ``valid_tokens``: so many tokens of a validation set are read (null: all).
+    ``seed`` decides the order of the training data; null is the run's ``seed``.
+    """
 
     path: Any = None
     tokenizer: str = "byte"
     split: str = "0.98,0.02,0"
+    valid: Any = None
+    valid_tokens: Any = 4_000_000
+    seed: int | None = None
     cache_dir: str | None = None
     mock: bool = False
 
@@ -70,15 +91,15 @@ class DataConfig:
 class OptimConfig:
     """AdamW with FP32 masters; ``schedule`` wsd (warmup, stable, decay) or cosine.
 
-    ``warmup`` and ``decay`` are fractions of the run's steps; ``params_dtype`` is what the GEMMs
-    read (bf16, or fp32 to separate effects).
+    ``warmup`` and ``decay`` are fractions of the run (0.1), steps (200) or tokens (2M);
+    ``params_dtype`` is what the GEMMs read (bf16, or fp32 to separate effects).
     """
 
     lr: float = 1e-3
     min_lr: float = 1e-5
     schedule: str = "wsd"
-    warmup: float = 0.05
-    decay: float = 0.2
+    warmup: Any = 0.1
+    decay: Any = 0.2
     decay_shape: str = "linear"
     beta1: float = 0.9
     beta2: float = 0.95
@@ -110,14 +131,17 @@ class ParallelConfig:
 
 @dataclass
 class TrainConfig:
-    """Lengths in optimizer steps; ``micro_batch`` and ``global_batch`` in sequences."""
+    """Lengths in optimizer steps; ``micro_batch`` and ``global_batch`` in sequences.
+
+    ``tokens`` (100M) sets ``steps`` to as many as it takes.
+    """
 
     steps: int = 200
+    tokens: Any = None
     micro_batch: int = 8
     global_batch: int = 16
     log_interval: int = 1
     eval_interval: int = 50
-    eval_batches: int = 8
     eval_bf16: bool = True
 
 
@@ -127,7 +151,6 @@ class CheckpointConfig:
 
     ``keep_last`` complete ones are kept, and those whose step ``keep_every`` divides (0: none).
     ``asynchronous``: files are written while training goes on, from a copy in host memory.
-    ``allow_recipe_change``: a checkpoint of another ``precision`` may be resumed in this one.
     """
 
     interval: int = 0
@@ -135,7 +158,6 @@ class CheckpointConfig:
     keep_every: int = 0
     at_end: bool = True
     asynchronous: bool = True
-    allow_recipe_change: bool = False
 
 
 @dataclass
@@ -201,7 +223,12 @@ class LoggingConfig:
 
 @dataclass
 class RunConfig:
-    """One run. ``baseline``: null, or the recipe to train first and compare with."""
+    """One run. ``baseline``: null, or the recipe to train first and compare with.
+
+    ``seed``: initial weights, rounding noise and dropout. ``resume``: null, ``auto``, a checkpoint, or
+    ``restart``: from the beginning in a folder whose checkpoints are gone. ``resume_with``: keys or
+    sections that may differ from the checkpoint's run, such as ``[optim.lr,precision]``.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -217,6 +244,7 @@ class RunConfig:
     name: str | None = None
     run_dir: str | None = None
     resume: str | None = None
+    resume_with: list[str] = field(default_factory=list)
     baseline: str | None = None
 
 
@@ -235,15 +263,8 @@ class _LooseRun(RunConfig):
 def _register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=_LooseRun)
-    for group, node in (
-        ("model", ModelConfig),
-        ("data", DataConfig),
-        ("optim", OptimConfig),
-        ("parallel", ParallelConfig),
-        ("precision", _LoosePrecision),
-        ("logging", LoggingConfig),
-    ):
-        store.store(group=group, name="schema", node=node)
+    for group in ("model", "data", "optim", "parallel", "train", "precision", "logging"):
+        store.store(group=group, name="schema", node=type(getattr(_LooseRun(), group)))
 
 
 _register()
@@ -257,20 +278,58 @@ def compose(overrides: list[str]) -> RunConfig:
     """
     keys = schema_keys()
     refuse_unknown(overrides, keys=keys)
+    composed, choices = _composed(tuple(overrides), keys)
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, RunConfig)
+    given = {text.partition("=")[0] for text in overrides}
+    config.precision.name = recipe_name(
+        asdict(config.precision),
+        option=choices["precision"],
+        experiment=choices["experiment"],
+        plain=lambda override: _plain_recipe(override, keys),
+        given=given,
+    )
+    fill_rules(config.precision, _named_recipe)
+    if config.train.tokens is not None:
+        if "train.steps" in given and "train.tokens" in given:
+            raise UserError("train.tokens: train.steps says another length; give one of them")
+        total = tokens_of(config.train.tokens, key="train.tokens")
+        a_step = config.train.global_batch * config.model.seq_length
+        config.train.steps = -(-total // max(1, a_step))
+    if config.data.valid_tokens is not None:
+        config.data.valid_tokens = tokens_of(config.data.valid_tokens, key="data.valid_tokens")
+    check(config)
+    check_names(config.resume_with, keys)
+    plan_of(config)
+    return config
+
+
+def _composed(overrides: tuple[str, ...], keys: frozenset[str]) -> tuple[Any, dict[str, Any]]:
+    """The composed config under the schema, and the option chosen of every group."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = hydra_compose("train", overrides=adding_rules(overrides))
+            composed = hydra_compose(
+                "train", overrides=adding_rules(overrides), return_hydra_config=True
+            )
+        choices = dict(composed.hydra.runtime.choices)
+        sections = [f.name for f in dataclasses.fields(RunConfig)]
+        composed = OmegaConf.masked_copy(composed, sections)
         # Once more through the schema: an interpolation of a whole section is not checked before.
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), plain))
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
+        OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise UserError(one_line(error, overrides, keys=keys)) from None
-    assert isinstance(config, RunConfig)
-    fill_rules(config.precision, _named_recipe)
-    check(config)
-    plan_of(config)
-    return config
+        raise UserError(one_line(error, list(overrides), keys=keys)) from None
+    return merged, choices
+
+
+@cache
+def _plain_recipe(override: str, keys: frozenset[str]) -> dict[str, Any]:
+    """The precision section of a recipe's or experiment's file as it stands."""
+    composed, _ = _composed((override,), keys)
+    section: dict[str, Any] = OmegaConf.to_container(composed.precision)  # type: ignore[assignment]
+    return section
 
 
 @cache

@@ -8,4 +8,11 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in what the user asked for: ``"key: what is wrong; how to cure it"``."""
+    """A mistake in what the user asked for: ``"key: what is wrong; how to cure it"``.
+
+    ``shown``: whether this rank prints it; None leaves it to the main rank.
+    """
+
+    def __init__(self, line: str = "", *, shown: bool | None = None) -> None:
+        super().__init__(line)
+        self.shown = shown

@@ -37,6 +37,14 @@ _CURES = {
     "nterpolation": "write the value itself",
 }
 
+# Keys that are gone -> what does their work.
+_REPLACED = {
+    "train.eval_batches": "an evaluation reads the whole validation set; its size is data.valid_tokens",
+    "checkpoint.allow_recipe_change": "name what may differ: resume_with=[precision]",
+}
+# Maps whose keys are names of the user's.
+_NAMED = ("data.path.", "data.valid.")
+
 
 def refuse_unknown(overrides: Sequence[str], *, keys: Collection[str]) -> None:
     """Raises UserError for an override that cannot be read, or sets no key of ``keys``, or names an
@@ -46,7 +54,7 @@ def refuse_unknown(overrides: Sequence[str], *, keys: Collection[str]) -> None:
         override = _parsed(text)
         name, _, value = text.partition("=")
         key = name.lstrip("+~")
-        free = key.startswith("data.path.") or _of_a_rule(key, keys)
+        free = key.startswith(_NAMED) or _of_a_rule(key, keys)
         if key not in keys and key not in offered and not free:
             raise UserError(unknown_key(key, keys))
         if name != key:
@@ -127,7 +135,9 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def unknown_key(key: str, keys: Collection[str]) -> str:
-    """The line for a key that does not exist, with the nearest that does."""
+    """The line for a key that does not exist, with the nearest that does, or what replaced it."""
+    if key in _REPLACED:
+        return f"{key}: no such key any more; {_REPLACED[key]}"
     near = get_close_matches(key, sorted(keys), n=1)
     meant = f"did you mean {near[0]}? " if near else ""
     return f"{_name(key)}: no such key; {meant}`fp4pretrain train --cfg` prints all keys"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.numerics import QuantSpec
@@ -28,36 +28,13 @@ from fp4pretrain.precision import (
     parse_point,
 )
 from fp4pretrain.precision.rules import BLOCK_LINEARS
+from fp4pretrain.schema import mutable
 
-
-def _schema_of(frozen: Any) -> type:
-    """The same dataclass unfrozen: Hydra treats frozen ones as read-only, so no override could land.
-
-    Nested dataclasses are mirrored too and tuples become lists, the YAML spelling.
-    """
-    fields: list[tuple[str, Any, Any]] = []
-    hints = get_type_hints(frozen)
-    for f in dataclasses.fields(frozen):
-        kind: Any = hints[f.name]
-        if dataclasses.is_dataclass(kind):
-            mirror = _schema_of(kind)
-            fields.append((f.name, mirror, field(default_factory=mirror)))
-        elif getattr(kind, "__origin__", None) is tuple:
-            values = list(f.default) if f.default is not dataclasses.MISSING else []
-            item = get_args(kind)[0]
-            fields.append(
-                (f.name, list.__class_getitem__(item), field(default_factory=values.copy))
-            )
-        else:
-            fields.append((f.name, kind, field(default=f.default)))
-    return dataclasses.make_dataclass(frozen.__name__ + "Config", fields)
-
-
-RecipeFprop = _schema_of(Fprop)
-RecipeDgrad = _schema_of(Dgrad)
-RecipeWgrad = _schema_of(Wgrad)
-KeepConfig = _schema_of(Keep)
-TailConfig = _schema_of(Tail)
+RecipeFprop = mutable(Fprop)
+RecipeDgrad = mutable(Dgrad)
+RecipeWgrad = mutable(Wgrad)
+KeepConfig = mutable(Keep)
+TailConfig = mutable(Tail)
 
 
 @dataclass

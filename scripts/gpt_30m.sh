@@ -13,8 +13,8 @@ for seed in ${SEEDS:-1 2}; do
     for recipe in "${recipes[@]}"; do
         "$python" -m fp4pretrain train model=gpt_30m model.vocab_size=257 precision="$recipe" \
             seed="$seed" train.micro_batch=64 train.global_batch=64 train.steps=500 \
-            train.eval_interval=100 train.eval_batches=4 train.log_interval=5 \
-            optim.lr=1.2e-3 optim.min_lr=1.2e-5 checkpoint.at_end=false \
+            train.eval_interval=100 data.valid_tokens=131072 train.log_interval=5 \
+            optim=wsd optim.warmup=0.05 optim.lr=1.2e-3 optim.min_lr=1.2e-5 checkpoint.at_end=false \
             logging.wandb.mode=disabled logging.console=lines \
             run_dir="$folder/$recipe-seed$seed" "$@" | tail -n 1
     done

@@ -22,7 +22,7 @@ from typing import Any
 BATCH = 32
 RUN = (
     "model=gpt_1_3b data.mock=true train.micro_batch=8 train.steps=11 train.eval_interval=0 "
-    "train.eval_batches=1 train.eval_bf16=false profile.start=5 profile.steps=1 "
+    "data.valid_tokens=256 train.eval_bf16=false profile.start=5 profile.steps=1 "
     "checkpoint.at_end=false logging.wandb.mode=disabled logging.console=lines"
 ).split()
 LAYOUTS: dict[str, tuple[int, int, list[str]]] = {  # ranks, batches of BATCH, overrides

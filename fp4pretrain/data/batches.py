@@ -7,6 +7,7 @@ m * dp_size + r. So one rank reading two microbatches sees what two ranks see re
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,10 +17,9 @@ _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 class MicrobatchSampler(torch.utils.data.Sampler[list[int]]):
-    """Sample numbers of each microbatch of one rank; a last slice that is not full is dropped.
+    """Sample numbers of each microbatch of one rank, without end.
 
     Args:
-        samples: length of the dataset.
         consumed_samples: how many of them ALL ranks together have read before.
         micro_batch: samples a microbatch.
         dp_rank: this rank's place in its data-parallel group.
@@ -28,25 +28,40 @@ class MicrobatchSampler(torch.utils.data.Sampler[list[int]]):
 
     def __init__(
         self,
-        samples: int,
         *,
         consumed_samples: int,
         micro_batch: int,
         dp_rank: int,
         dp_size: int,
     ) -> None:
-        self.samples = samples
         self.consumed_samples = consumed_samples
         self.micro_batch = micro_batch
         self.first = dp_rank * micro_batch
         self.slice = dp_size * micro_batch
 
-    def __len__(self) -> int:
-        return max(0, self.samples - self.consumed_samples) // self.slice
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in itertools.count():
+            begin = self.consumed_samples + number * self.slice + self.first
+            yield list(range(begin, begin + self.micro_batch))
+
+
+class EvaluationSampler(torch.utils.data.Sampler[list[int]]):
+    """Sample numbers of one rank's microbatches of a validation set, each sample once over all ranks.
+
+    Microbatch m holds samples m * micro_batch on, whatever the number of ranks, so what a recipe
+    scales by a whole microbatch is the same on every layout. Every rank gets ``microbatches``; numbers
+    past the last sample stand for nothing, see `batches`.
+    """
+
+    def __init__(
+        self, *, micro_batch: int, microbatches: int, dp_rank: int = 0, dp_size: int = 1
+    ) -> None:
+        self.micro_batch = micro_batch
+        self.numbers = range(dp_rank, microbatches * dp_size, dp_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for number in range(len(self)):
-            begin = self.consumed_samples + number * self.slice + self.first
+        for number in self.numbers:
+            begin = number * self.micro_batch
             yield list(range(begin, begin + self.micro_batch))
 
 
@@ -59,7 +74,7 @@ def batches(
     dp_size: int = 1,
     num_workers: int = 0,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Microbatches of one rank from `consumed_samples` on, until the dataset ends.
+    """Microbatches of one rank from `consumed_samples` on; training data has no end.
 
     Args:
         dataset: one of `build_datasets`.
@@ -74,12 +89,42 @@ def batches(
         in pinned memory where there is a GPU to copy them to.
     """
     sampler = MicrobatchSampler(
-        len(dataset),  # type: ignore[arg-type]
         consumed_samples=consumed_samples,
         micro_batch=micro_batch,
         dp_rank=dp_rank,
         dp_size=dp_size,
     )
+    yield from _loaded(dataset, sampler, num_workers=num_workers)
+
+
+def evaluation_batches(
+    dataset: torch.utils.data.Dataset[dict[str, Any]], sampler: EvaluationSampler
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Microbatches of a validation set, as `batches` yields them.
+
+    Rows past the last sample repeat that one with a loss_mask of zeros.
+    """
+    yield from _loaded(_Padded(dataset), sampler)
+
+
+class _Padded(torch.utils.data.Dataset[dict[str, Any]]):
+    def __init__(self, dataset: torch.utils.data.Dataset[dict[str, Any]]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        last = len(self._dataset) - 1  # type: ignore[arg-type]
+        sample = self._dataset[min(number, last)]
+        if number > last:
+            sample = {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])}
+        return sample
+
+
+def _loaded(
+    dataset: torch.utils.data.Dataset[dict[str, Any]],
+    sampler: torch.utils.data.Sampler[list[int]],
+    *,
+    num_workers: int = 0,
+) -> Iterator[dict[str, torch.Tensor]]:
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -1,76 +1,72 @@
-"""A DataSpec made into megatron-core datasets: GPTDataset, and BlendedDataset over several.
+"""A DataSpec made into what a run reads: training samples without end, and named validation sets.
 
-GPTDataset needs three indices a split: the shuffled documents, where each sample begins in them,
-and the shuffled samples. They are built by one rank and mapped from disk by all. megatron-core
-names its cache files by the dataset's PATH and writes them in place; so a dataset rebuilt under the
-same name would meet old indices, and two runs of a sweep could read each other's half-written ones.
-Here the indices of a run live in one folder, named by everything they depend on, made aside and
-renamed: it is either absent or whole.
-
-The order of samples is a function of (datasets, tokenizer, split, seq_length, seed, samples). As in
-Megatron-LM it does depend on the number of samples asked for, because several epochs are shuffled
-together: resume a run with the train.steps it was begun with.
+One process hashes the documents of each dataset into the cache, once; the others wait and map the same
+files. What is cached lies in folders named by all that decides their content, made aside and renamed:
+a dataset that is built anew under its old name meets no old files, and of runs that start together
+none reads another's half-written ones.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import logging
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fp4pretrain.data.build import stdlib_corpus
-from fp4pretrain.data.indexed import folder_aside, read_index, unwritable
+from fp4pretrain.data.documents import Documents, open_documents
+from fp4pretrain.data.order import Blend, TrainingSamples
 from fp4pretrain.data.spec import (
     DataSpec,
     Part,
-    Samples,
     check_dataset,
     parse_split,
     parts_of,
-    split_documents,
+    valid_parts_of,
     validate,
 )
+from fp4pretrain.data.stream import Sample
 from fp4pretrain.data.tokenizers import Tokenizer, load_tokenizer
+from fp4pretrain.data.validation import HeldOut, ValidationSet
 from fp4pretrain.errors import UserError
 
-if TYPE_CHECKING:
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+# The name of the validation set of a run that names none.
+HELD_OUT = "validation"
 
-Sample: TypeAlias = dict[str, Any]
-Dataset: TypeAlias = torch.utils.data.Dataset[Sample]
-
-# A member of a blend is built a little longer than its share, since the interleaving may run ahead
-# of a weight by a sample or two (megatron-core's mid_level_dataset_surplus).
-_SURPLUS = 1.005
+_VALIDATION_SEED = 0  # of mock tokens: every run's validation set is the same
 
 
 class RandomTokens(torch.utils.data.Dataset[Sample]):
     """Uniform random tokens, for benchmarks: no files, and sample i is a function of (seed, i).
 
-    Samples are those of a GPTDataset: tokens, labels, position_ids int64 [seq], loss_mask fp32
-    [seq].
+    Samples are those of text: tokens, labels, position_ids int64 [seq], loss_mask fp32 [seq].
+    ``samples``: how many there are; None is no end.
     """
 
     def __init__(
-        self, samples: int, *, seq_length: int, vocab_size: int, seed: int, stream: int
+        self, samples: int | None, *, seq_length: int, vocab_size: int, seed: int, stream: int
     ) -> None:
         self.samples = samples
         self.seq_length = seq_length
         self.vocab_size = vocab_size
         self._key = [seed % 2**64, stream]
+        facts = ["random tokens", samples, seq_length, vocab_size, *self._key]
+        self.digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
     def __len__(self) -> int:
+        if self.samples is None:
+            raise TypeError("random tokens for training have no end")
         return self.samples
+
+    @property
+    def tokens(self) -> int:
+        """How many are predicted."""
+        return len(self) * self.seq_length
 
     def __getitem__(self, index: int) -> Sample:
         # Drawing moves the counter's lowest word, so the sample's number stands in the highest.
@@ -85,183 +81,174 @@ class RandomTokens(torch.utils.data.Dataset[Sample]):
         }
 
 
-def build_datasets(
-    spec: DataSpec,
-    *,
-    samples: Samples,
-    is_builder: bool,
-    barrier: Callable[[], None],
-) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
-    """Training, validation and test datasets; None where no sample is asked for.
-
-    Call it on every rank. One process builds what is not in the cache; the others wait at `barrier`
-    and map the same files. torch.distributed may be initialized or not; it is not used.
-
-    Args:
-        spec: the run's data.
-        samples: how many samples of seq_length tokens each split must serve at least, epochs
-            repeating as needed.
-        is_builder: true on exactly one process: global rank 0.
-        barrier: returns when every rank has called it. Called twice, unless `spec.mock`.
-
-    Raises:
-        UserError: as `validate`, or a cache folder that not all ranks share.
-    """
-    validate(spec, samples=samples)
-    tokenizer = load_tokenizer(spec.tokenizer)
-    if spec.mock:
-        train, valid, test = _mock(spec, tokenizer, samples)
-        return train, valid, test
-    parts = parts_of(spec)
-    if not parts and is_builder:
-        stdlib_corpus(spec.cache, tokenizer, build=True)
-    barrier()
-    if not parts:
-        prefix = stdlib_corpus(spec.cache, tokenizer, build=False)
-        parts = [Part("data.path", prefix, 1.0)]
-        check_dataset(
-            spec, read_index(prefix), key="data.path", tokenizer=tokenizer, samples=samples
-        )
-    folder = _index_folder(spec, parts, tokenizer=tokenizer, samples=samples)
-    config = _gpt_config(spec, parts, tokenizer=tokenizer)
-    members = [_Member.of(part, spec.split) for part in parts]
-    if is_builder and not folder.is_dir():
-        _build_indices(members, config, samples=samples, folder=folder)
-    barrier()
-    if not folder.is_dir():
-        raise UserError(
-            f"data.cache_dir: {folder} is not visible on every rank; set data.cache_dir to a "
-            "folder that all nodes share"
-        )
-    config.path_to_cache = str(folder)
-    train, valid, test = _open(members, config, samples=samples)
-    return train, valid, test
+Training: TypeAlias = TrainingSamples | Blend | RandomTokens
+Validation: TypeAlias = ValidationSet | RandomTokens
 
 
 @dataclass(frozen=True)
-class _Member:
-    """One dataset of a blend, with the documents of its three splits."""
+class RunData:
+    """What a run reads.
 
-    prefix: str
-    weight: float
-    splits: tuple[range, ...]
+    ``train`` has no end: sample n is the n-th that the run reads. ``valid``: the validation sets by
+    name, the main one first. ``digest``: of the training text and its order.
+    """
 
-    @classmethod
-    def of(cls, part: Part, split: str) -> _Member:
-        documents = read_index(part.prefix, key=part.key).documents
-        return cls(part.prefix, part.weight, tuple(split_documents(split, documents)))
+    train: Training
+    valid: Mapping[str, Validation]
+    digest: str
 
 
-def _mock(spec: DataSpec, tokenizer: Tokenizer, samples: Samples) -> list[Dataset | None]:
-    vocab_size = spec.vocab_size if spec.vocab_size is not None else tokenizer.vocab_size
-    datasets: list[Dataset | None] = [
-        RandomTokens(
-            count, seq_length=spec.seq_length, vocab_size=vocab_size, seed=spec.seed, stream=stream
-        )
-        for stream, count in enumerate(samples)
+def build_datasets(
+    spec: DataSpec,
+    *,
+    samples: int,
+    is_builder: bool,
+    agree: Callable[[UserError | None], None],
+) -> RunData:
+    """Training samples and validation sets. Call it on every rank; torch.distributed is not used.
+
+    Args:
+        spec: the run's data.
+        samples: how many training samples the run is going to read: their order is prepared here,
+            that of more when they are read.
+        is_builder: true on exactly one process: global rank 0.
+        agree: called twice on every rank, with the rank's own error or None. It waits for all
+            ranks, and raises on all where any has an error.
+
+    Raises:
+        UserError: as `validate`, and for a split that leaves too little text or a cache folder that
+            not all ranks share.
+    """
+    found: list[RunData] = []
+
+    def attempt(build: bool) -> UserError | None:
+        try:
+            found.append(_build(spec, samples=samples, build=build))
+        except UserError as error:
+            return error
+        return None
+
+    agree(attempt(True) if is_builder else None)
+    agree(None if is_builder else attempt(False))
+    return found[0]
+
+
+def _build(spec: DataSpec, *, samples: int, build: bool) -> RunData:
+    validate(spec)
+    tokenizer = load_tokenizer(spec.tokenizer)
+    if spec.mock:
+        return _mock(spec, tokenizer)
+    parts = parts_of(spec)
+    if not parts:
+        prefix = stdlib_corpus(spec.cache, tokenizer, build=build)
+        parts = [Part("data.path", prefix, 1.0)]
+    opened = [_open(spec, part, tokenizer=tokenizer, build=build) for part in parts]
+    members = [
+        _training(spec, part, documents, member=number)
+        for number, (part, documents) in enumerate(zip(parts, opened, strict=True))
     ]
-    return [dataset if count else None for dataset, count in zip(datasets, samples, strict=True)]
-
-
-def _gpt_config(spec: DataSpec, parts: list[Part], *, tokenizer: Tokenizer) -> GPTDatasetConfig:
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig  # takes seconds to import
-
-    return GPTDatasetConfig(
-        random_seed=spec.seed,
-        sequence_length=spec.seq_length,
-        blend=([part.prefix for part in parts], [part.weight for part in parts]),
-        # megatron-core reads digits and points only: no exponents.
-        split=",".join(f"{share:.9f}" for share in parse_split(spec.split)),
-        tokenizer=tokenizer,
-        # One stream of text: attention and positions run across the ends of documents.
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
+    weights = [part.weight for part in parts]
+    if build:
+        for member, weight in zip(members, weights, strict=True):
+            _prepare(member, samples=round(samples * weight))
+    train = members[0] if len(members) == 1 else Blend(members, weights, expected=samples)
+    facts = [[member.digest for member in members], weights, tokenizer.fingerprint]
+    return RunData(
+        train=train,
+        valid=_validation(spec, parts, opened, tokenizer=tokenizer, build=build),
+        digest=hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24],
     )
 
 
-def _index_folder(
-    spec: DataSpec, parts: list[Part], *, tokenizer: Tokenizer, samples: Samples
-) -> Path:
-    """Where the indices of this very order of samples live: named by all that decides it."""
-    files = []
-    for part in parts:
-        stat = Path(f"{part.prefix}.idx").stat()
-        files.append((part.prefix, part.weight, stat.st_size, stat.st_mtime_ns))
-    identity = [files, samples, spec.seq_length, spec.seed, parse_split(spec.split)]
-    text = json.dumps([identity, tokenizer.unique_identifiers])
-    return spec.cache / "indices" / hashlib.sha256(text.encode()).hexdigest()[:24]
+def _mock(spec: DataSpec, tokenizer: Tokenizer) -> RunData:
+    vocab_size = spec.vocab_size if spec.vocab_size is not None else tokenizer.vocab_size
+    held_out = -(-(spec.valid_tokens or spec.seq_length) // spec.seq_length)
+    train, valid = (
+        RandomTokens(
+            count, seq_length=spec.seq_length, vocab_size=vocab_size, seed=seed, stream=stream
+        )
+        for stream, (count, seed) in enumerate([(None, spec.seed), (held_out, _VALIDATION_SEED)])
+    )
+    return RunData(train, {HELD_OUT: valid}, train.digest)
 
 
-def _build_indices(
-    members: list[_Member], config: GPTDatasetConfig, *, samples: Samples, folder: Path
-) -> None:
-    """Let megatron-core build its indices in a folder aside, and rename it to `folder`."""
-    aside = copy.copy(config)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder_aside(folder.parent) as made:
-            aside.path_to_cache = str(Path(made, "indices"))
-            _open(members, aside, samples=samples)
-            try:
-                Path(aside.path_to_cache).rename(folder)
-            except OSError:
-                if not folder.is_dir():  # not merely that another run was first
-                    raise
-    except OSError as error:
-        raise unwritable("data.cache_dir", folder.parent, error) from None
+def _open(spec: DataSpec, part: Part, *, tokenizer: Tokenizer, build: bool) -> Documents:
+    documents = open_documents(part.prefix, cache=spec.cache, key=part.key, build=build)
+    check_dataset(spec, documents.index, key=part.key, tokenizer=tokenizer)
+    return documents
 
 
-def _open(
-    members: list[_Member], config: GPTDatasetConfig, *, samples: Samples
-) -> list[Dataset | None]:
-    """The dataset of each split, from the indices in `config.path_to_cache`, built if absent."""
-    from megatron.core.datasets.gpt_dataset import GPTDataset
-    from megatron.core.datasets.utils import Split
-
-    datasets: list[Dataset | None] = []
-    on_disk = [GPTDataset.build_low_level_dataset(member.prefix, config) for member in members]
-    for split, count in zip(Split, samples, strict=True):
-        if count == 0:
-            datasets.append(None)
-            continue
-        opened = []
-        for member, tokens in zip(members, on_disk, strict=True):
-            documents = np.asarray(member.splits[split.value], dtype=np.int32)
-            share = count
-            if len(members) > 1:
-                share = math.ceil(math.ceil(count * member.weight) * _SURPLUS) + len(members)
-            opened.append(GPTDataset(tokens, member.prefix, documents, share, split, config))
-        weights = [member.weight for member in members]
-        datasets.append(_blend(opened, weights, count, config=config))
-    return datasets
-
-
-def _blend(
-    opened: list[Dataset], weights: list[float], count: int, *, config: GPTDatasetConfig
-) -> Dataset:
-    """`count` samples of several datasets, interleaved so that each keeps its share throughout."""
-    from megatron.core.datasets.blended_dataset import BlendedDataset
-
-    if len(opened) == 1:
-        return opened[0]
-    # The blend's own index is a few bytes a sample and quick to make: every rank makes it in
-    # memory, since megatron-core 0.16 asks torch.distributed before it would cache it.
-    uncached = copy.copy(config)
-    uncached.path_to_cache = None
-    with _quiet("megatron.core.datasets.blended_dataset"):
-        blended: Dataset = BlendedDataset(opened, weights, count, uncached)
-    return blended
+def _training(spec: DataSpec, part: Part, documents: Documents, *, member: int) -> TrainingSamples:
+    """The documents below the validation share, and the validation share too where other text
+    validates. Raises UserError where they are too few."""
+    train, valid, _ = parse_split(spec.split)
+    high = train + (valid if spec.valid is not None else 0.0)
+    numbers = documents.between(0.0, high)
+    if spec.valid is None:
+        numbers = np.setdiff1d(numbers, _held_out(spec, part, documents), assume_unique=True)
+    tokens = int(documents.index.lengths()[numbers].sum())
+    if tokens < spec.seq_length + 1:
+        raise UserError(
+            f"{part.key}: {tokens:,} training tokens in {part.prefix} are too few for one sample "
+            f"of {spec.seq_length:,} + 1; give more text, another data.split, or a shorter "
+            "model.seq_length"
+        )
+    return TrainingSamples(
+        documents,
+        numbers=numbers,
+        seq_length=spec.seq_length,
+        seed=spec.seed,
+        member=member,
+        cache=spec.cache,
+    )
 
 
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Hold back one logger's warnings: here, that an index is not cached, which we chose."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _prepare(member: TrainingSamples, *, samples: int) -> None:
+    for epoch in range(-(-samples // member.epoch_samples)):
+        if not member.prepare(epoch):
+            return
+
+
+def _held_out(spec: DataSpec, part: Part, documents: Documents) -> NDArray[np.int64]:
+    """The documents of the validation share. Chance may leave a small dataset none of them: then it
+    is the one whose hash is next to them.
+
+    Raises UserError where there are two tokens at most.
+    """
+    train, valid, _ = parse_split(spec.split)
+    numbers = documents.between(train, train + valid)
+    if not len(numbers):
+        below = documents.between(0.0, train)
+        numbers = below[np.argsort(documents.hashes[below])[-1:]]
+    if documents.index.lengths()[numbers].sum() < 2:
+        raise UserError(
+            f"data.split: '{spec.split}' leaves no validation text of {part.prefix}; raise that "
+            "share, give more documents, or name another dataset as data.valid"
+        )
+    return numbers
+
+
+def _validation(
+    spec: DataSpec,
+    parts: Sequence[Part],
+    opened: Sequence[Documents],
+    *,
+    tokenizer: Tokenizer,
+    build: bool,
+) -> dict[str, ValidationSet]:
+    """data.valid's datasets, whole, or the held-out documents of the training ones."""
+    sets: dict[str, list[HeldOut]] = {}
+    for name, part in valid_parts_of(spec).items():
+        documents = _open(spec, part, tokenizer=tokenizer, build=build)
+        if documents.index.tokens < 2:
+            raise UserError(f"{part.key}: {part.prefix} has no two tokens; give more text")
+        sets[name] = [HeldOut(documents, np.arange(documents.index.documents))]
+    if not sets:
+        sets[HELD_OUT] = [
+            HeldOut(documents, _held_out(spec, part, documents), part.weight)
+            for part, documents in zip(parts, opened, strict=True)
+        ]
+    return {
+        name: ValidationSet(held_out, seq_length=spec.seq_length, tokens=spec.valid_tokens)
+        for name, held_out in sets.items()
+    }

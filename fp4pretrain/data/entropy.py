@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fp4pretrain.data.datasets import RandomTokens
 from fp4pretrain.data.indexed import DatasetIndex
+from fp4pretrain.data.validation import ValidationSet
 
 _MAX_TOKENS = 1 << 26
 
@@ -22,9 +22,9 @@ def unigram_entropy(source: Any, *, max_tokens: int = _MAX_TOKENS) -> float:
     """Entropy of the token frequencies, in nats a token.
 
     Args:
-        source: an array or tensor of ids, a DatasetIndex (all its documents), or a dataset of
-            `build_datasets` (the documents of its split; a blend weighs its members).
-        max_tokens: how many tokens of each dataset to count, from its beginning.
+        source: an array or tensor of ids, a DatasetIndex (all its documents), or a validation set
+            of `build_datasets`.
+        max_tokens: how many tokens to count, from its beginning.
     """
     shares = _frequencies(source, max_tokens)
     shares = shares[shares > 0]
@@ -35,21 +35,14 @@ def _frequencies(source: Any, max_tokens: int) -> NDArray[np.float64]:
     """Share of each id, summing to 1."""
     if isinstance(source, RandomTokens):
         return np.full(source.vocab_size, 1 / source.vocab_size)
-    if hasattr(source, "datasets"):  # BlendedDataset
-        members = [_frequencies(member, max_tokens) for member in source.datasets]
-        blend = np.zeros(max(map(len, members)))
-        for weight, shares in zip(source.weights, members, strict=True):
-            blend[: len(shares)] += weight * shares
-        return blend
-    if isinstance(source, torch.utils.data.Dataset):  # GPTDataset: of its documents, not samples
+    if isinstance(source, ValidationSet):
         counts = np.zeros(0, dtype=np.int64)
-        for document in source.indices:  # type: ignore[attr-defined]
-            ids = source.dataset[int(document)]  # type: ignore[attr-defined]
-            found = np.bincount(ids, minlength=len(counts))
+        for number in range(min(len(source), -(-max_tokens // source.seq_length))):
+            sample = source[number]
+            ids = sample["labels"][sample["loss_mask"] > 0]
+            found = np.bincount(ids.numpy(), minlength=len(counts))
             found[: len(counts)] += counts
             counts = found
-            if counts.sum() >= max_tokens:
-                break
     elif isinstance(source, DatasetIndex):
         counts = np.bincount(source.read(0, min(source.tokens, max_tokens)))
     else:

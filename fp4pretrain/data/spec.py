@@ -4,7 +4,8 @@
     null                                    Python's standard library, tokenized once into the cache
     some/prefix                             one indexed dataset
     {web: {prefix: a, weight: 3}, ...}      a blend: samples are drawn in proportion to weight
-`data.split` gives the shares of train, validation and test, by documents, in their order on disk.
+`data.split` gives the shares of train, validation and test. A hash of its content decides on which
+side a document is: see `documents`. `data.valid` names other text to validate on, in place of a share.
 """
 
 from __future__ import annotations
@@ -14,18 +15,13 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from fp4pretrain.data.indexed import DatasetIndex, read_index, unwritable
 from fp4pretrain.data.text import STDLIB, list_files
 from fp4pretrain.data.tokenizers import Tokenizer, load_tokenizer
 from fp4pretrain.errors import UserError
-
-SPLIT_NAMES = ("training", "validation", "test")
-
-Samples: TypeAlias = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -37,8 +33,11 @@ class DataSpec:
         tokenizer: see `load_tokenizer`.
         split: shares of training, validation and test; any scale, "0.98,0.02,0" or "98,2".
         seq_length: tokens a sample.
+        valid: None validates on the validation share of `split`; a prefix, or {name: prefix}, on
+            those datasets, whole, and then that share is trained on.
+        valid_tokens: how many tokens of each validation set to read at most; None is all of it.
         seed: of the order of documents and samples, and of mock tokens.
-        cache_dir: for the built corpus and megatron-core's sample indices; None is the user's
+        cache_dir: for the built corpus, documents' hashes and large orders; None is the user's
             cache folder. All nodes of a run must share it.
         mock: uniform random tokens in place of data, for benchmarks.
         vocab_size: the model's, which the tokens must fit; None is the tokenizer's.
@@ -47,6 +46,8 @@ class DataSpec:
     path: str | Mapping[str, Any] | None = None
     tokenizer: str = "byte"
     split: str = "0.98,0.02,0"
+    valid: str | Mapping[str, Any] | None = None
+    valid_tokens: int | None = 4_000_000
     seq_length: int = 1024
     seed: int = 1234
     cache_dir: str | None = None
@@ -119,22 +120,28 @@ def parse_split(split: str) -> tuple[float, float, float]:
     return train, valid, test
 
 
-def split_documents(split: str, documents: int) -> list[range]:
-    """The documents of each split, consecutive: megatron-core's rounding, to the document."""
-    marks, total = [0], 0.0
-    for share in parse_split(split):
-        total += share
-        marks.append(round(total * documents))
-    return [range(begin, end) for begin, end in pairwise(marks)]
+def valid_parts_of(spec: DataSpec) -> dict[str, Part]:
+    """The datasets of `data.valid` by name; none where it is null.
+
+    Raises:
+        UserError: no name, or a name without a prefix.
+    """
+    if spec.valid is None:
+        return {}
+    if isinstance(spec.valid, str):
+        return {"validation": Part("data.valid", str(Path(spec.valid).expanduser()), 1.0)}
+    if not spec.valid:
+        raise UserError("data.valid: it names no dataset; write some/prefix or {name: some/prefix}")
+    parts = {}
+    for name, prefix in spec.valid.items():
+        if not isinstance(prefix, str) or not prefix:
+            raise UserError(f"data.valid.{name}: needs a prefix; write {{{name}: some/prefix}}")
+        parts[str(name)] = Part(f"data.valid.{name}", str(Path(prefix).expanduser()), 1.0)
+    return parts
 
 
-def validate(spec: DataSpec, *, samples: Samples | None = None) -> None:
+def validate(spec: DataSpec) -> None:
     """Everything that can be known before training: on any rank, in well under a second.
-
-    Args:
-        spec: the run's data.
-        samples: how many samples of each split the run will ask for; None asks for training and
-            validation. A split of which none is asked may be empty.
 
     Raises:
         UserError: naming the key and the cure.
@@ -150,25 +157,23 @@ def validate(spec: DataSpec, *, samples: Samples | None = None) -> None:
     if spec.mock:
         return
     parse_split(spec.split)
-    _check_helpers()
     _check_writable(spec)
     parts = parts_of(spec)
     if not parts:
         list_files([STDLIB])
+    if len(parts) > 1:
+        _check_helpers()
     for part in parts:
         index = read_index(part.prefix, key=part.key)
-        check_dataset(spec, index, key=part.key, tokenizer=tokenizer, samples=samples)
+        check_dataset(spec, index, key=part.key, tokenizer=tokenizer)
+        _check_split(spec, index, key=part.key)
+    for part in valid_parts_of(spec).values():
+        index = read_index(part.prefix, key=part.key)
+        check_dataset(spec, index, key=part.key, tokenizer=tokenizer)
 
 
-def check_dataset(
-    spec: DataSpec,
-    index: DatasetIndex,
-    *,
-    key: str,
-    tokenizer: Tokenizer,
-    samples: Samples | None = None,
-) -> None:
-    """Whether one dataset can serve `spec`: its tokenizer, its ids, tokens enough in each split.
+def check_dataset(spec: DataSpec, index: DatasetIndex, *, key: str, tokenizer: Tokenizer) -> None:
+    """Whether one dataset can serve `spec`: its tokenizer, its ids.
 
     Raises:
         UserError: naming the key and the cure.
@@ -184,23 +189,23 @@ def check_dataset(
             f"model.vocab_size: {spec.vocab_size} leaves out token id {largest} of {index.prefix}; "
             f"set model.vocab_size={largest + 1} or more"
         )
-    wanted = samples if samples is not None else (1, 1, 0)
-    ranges = split_documents(spec.split, index.documents)
-    for name, documents, count in zip(SPLIT_NAMES, ranges, wanted, strict=True):
-        if count == 0:
-            continue
-        if not documents:
-            raise UserError(
-                f"data.split: '{spec.split}' leaves no {name} data of the {index.documents} "
-                f"documents in {index.prefix}; raise that share or give more documents"
-            )
-        tokens = index.offset(documents.stop) - index.offset(documents.start)
-        if tokens < spec.seq_length + 1:
-            raise UserError(
-                f"{key}: {tokens:,} {name} tokens in {index.prefix} are too few for one sample of "
-                f"{spec.seq_length:,} + 1; give more text, another data.split, or a shorter "
-                "model.seq_length"
-            )
+
+
+def _check_split(spec: DataSpec, index: DatasetIndex, *, key: str) -> None:
+    """What the number of documents says of a split; who is on which side is known when they are
+    read. A validation share that rounds to no document is refused."""
+    _, valid, _ = parse_split(spec.split)
+    if spec.valid is None and round(valid * index.documents) == 0:
+        raise UserError(
+            f"data.split: '{spec.split}' leaves no validation data of the {index.documents} "
+            f"documents in {index.prefix}; raise that share, give more documents, or name another "
+            "dataset as data.valid"
+        )
+    if index.tokens < spec.seq_length + 1:
+        raise UserError(
+            f"{key}: {index.tokens:,} tokens in {index.prefix} are too few for one sample of "
+            f"{spec.seq_length:,} + 1; give more text or a shorter model.seq_length"
+        )
 
 
 def _check_helpers() -> None:

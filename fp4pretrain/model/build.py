@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from fp4pretrain.config import RunConfig
@@ -34,12 +35,38 @@ class GPT(GPTModel):
 
     It runs in BF16 unless a rule says otherwise, and like the others it adds its weight gradient to
     the FP32 main gradient (a BF16 sum there diverged at 8T tokens: arXiv:2606.15007).
+
+    ``z_loss`` times log(Z)^2, Z the denominator of the output softmax, joins what is minimized; the
+    losses returned are the cross entropy alone, so that runs with and without it compare.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, z_loss: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.z_loss = z_loss
         if self.post_process:
             self.output_layer.__class__ = ColumnParallelQuantLinear
+
+    def compute_language_model_loss(
+        self, labels: torch.Tensor, logits: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross entropy [b, s] of this rank's logits [s, b, vocabulary / ranks] for labels [b, s]."""
+        if not (self.z_loss and self.training):
+            return super().compute_language_model_loss(labels, logits)
+        # before the cross entropy, which works inside FP32 logits
+        penalty_bs = (self.z_loss * log_denominator(logits) ** 2).transpose(0, 1)
+        loss_bs = super().compute_language_model_loss(labels, logits)
+        return loss_bs + (penalty_bs - penalty_bs.detach())
+
+
+def log_denominator(logits: torch.Tensor) -> torch.Tensor:
+    """log sum exp over the whole vocabulary, [s, b] FP32, of logits [s, b, vocabulary / ranks]."""
+    logits = logits.float()
+    largest = logits.detach().amax(dim=-1)
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    sums = torch.exp(logits - largest.unsqueeze(-1)).sum(dim=-1)
+    return torch.log(reduce_from_tensor_model_parallel_region(sums)) + largest
 
 
 @dataclass
@@ -105,6 +132,7 @@ def model_config(config: RunConfig) -> TransformerConfig:
         layernorm_epsilon=m.norm_epsilon,
         add_bias_linear=m.bias,
         init_method_std=m.init_std,
+        qk_layernorm=m.qk_norm,
         attention_dropout=m.attention_dropout,
         hidden_dropout=m.hidden_dropout,
         tensor_model_parallel_size=p.tensor,
@@ -164,7 +192,7 @@ def _build_chunk(config: RunConfig, transformer: TransformerConfig, stage: int |
     m = config.model
     chunk = GPT(
         config=transformer,
-        transformer_layer_spec=block_spec(transformer, stage),
+        transformer_layer_spec=block_spec(transformer, stage, softcap=m.attention_softcap),
         vocab_size=padded_vocab(m.vocab_size, config.parallel.tensor),
         max_sequence_length=m.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -173,6 +201,7 @@ def _build_chunk(config: RunConfig, transformer: TransformerConfig, stage: int |
         position_embedding_type={"rope": "rope", "learned": "learned_absolute"}[m.position],
         rotary_base=m.rotary_base,
         vp_stage=stage,
+        z_loss=m.z_loss,
     )
     return chunk.to(torch.cuda.current_device())
 

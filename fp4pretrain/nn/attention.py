@@ -1,7 +1,8 @@
 """Core attention on ``scaled_dot_product_attention``: flash or cuDNN kernels, no score matrix.
 
 megatron-core's own core attention without Transformer Engine materializes all scores. Attention
-products are never quantized.
+products are never quantized. Soft-capped scores (arXiv:2408.00118) have no such kernel: they are computed
+in full, in FP32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from megatron.core.transformer import TransformerConfig
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal softmax(q k^T / sqrt(d)) v, grouped queries included. megatron-core's signature."""
+    """Causal softmax(q k^T / sqrt(d)) v, grouped queries included. megatron-core's signature.
+
+    With ``softcap`` c a score s becomes c * tanh(s / c), before the mask.
+    """
 
     def __init__(
         self,
@@ -26,9 +30,11 @@ class CoreAttention(torch.nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        softcap: float | None = None,
         **_: object,
     ) -> None:
         super().__init__()
+        self.softcap = softcap
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
         self.sequence_parallel = config.sequence_parallel
@@ -55,14 +61,36 @@ class CoreAttention(torch.nn.Module):
         # parallelism megatron-core's block has switched to that stream already.
         own_stream = dropout > 0 and not self.sequence_parallel
         with get_cuda_rng_tracker().fork() if own_stream else nullcontext():
-            out_bhsd = F.scaled_dot_product_attention(
-                q_bhsd,
-                k_bgsd,
-                v_bgsd,
-                dropout_p=dropout,
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=query.shape[2] != key.shape[2],
-            )
+            if self.softcap is not None:
+                out_bhsd = self._capped(q_bhsd, k_bgsd, v_bgsd, dropout)
+            else:
+                out_bhsd = F.scaled_dot_product_attention(
+                    q_bhsd,
+                    k_bgsd,
+                    v_bgsd,
+                    dropout_p=dropout,
+                    is_causal=True,
+                    scale=self.softmax_scale,
+                    enable_gqa=query.shape[2] != key.shape[2],
+                )
         out_sbn = out_bhsd.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
         return out_sbn.to(dtype)
+
+    def _capped(
+        self,
+        q_bhsd: torch.Tensor,
+        k_bgsd: torch.Tensor,
+        v_bgsd: torch.Tensor,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Attention over soft-capped scores [b, heads, s, s] -> [b, heads, s, d]."""
+        assert self.softcap is not None
+        heads = q_bhsd.shape[1] // k_bgsd.shape[1]
+        k_bhsd, v_bhsd = (t.repeat_interleave(heads, dim=1) for t in (k_bgsd, v_bgsd))
+        scale = self.softmax_scale or q_bhsd.shape[-1] ** -0.5
+        scores = (q_bhsd @ k_bhsd.transpose(-1, -2)).float() * scale
+        scores = self.softcap * torch.tanh(scores / self.softcap)
+        length = scores.shape[-1]
+        later = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+        weights = scores.masked_fill(later, float("-inf")).softmax(dim=-1)
+        return F.dropout(weights, dropout, dropout > 0).to(v_bhsd.dtype) @ v_bhsd

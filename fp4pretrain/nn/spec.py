@@ -35,14 +35,19 @@ def _mlp() -> Any:
     return ModuleSpec(module=MLP, submodules=submodules)
 
 
-def layer_spec() -> ModuleSpec:
-    """One decoder layer: norm, attention, norm, MLP."""
+def layer_spec(*, qk_norm: bool, softcap: float | None) -> ModuleSpec:
+    """One decoder layer: norm, attention, norm, MLP.
+
+    ``qk_norm``: queries and keys are normalized over a head's channels. ``softcap``: of attention
+    scores, None for none.
+    """
+    norm = Norm if qk_norm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelQuantLinear,
-        core_attention=CoreAttention,
+        core_attention=ModuleSpec(module=CoreAttention, params={"softcap": softcap}),
         linear_proj=RowParallelQuantLinear,
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
+        q_layernorm=norm,
+        k_layernorm=norm,
     )
     return ModuleSpec(
         module=TransformerLayer,
@@ -61,9 +66,10 @@ def layer_spec() -> ModuleSpec:
     )
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, vp_stage: int | None, *, softcap: float | None = None
+) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage (or virtual stage) and the final norm."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(
-        layer_specs=[layer_spec() for _ in range(layers)], layer_norm=Norm
-    )
+    spec = layer_spec(qk_norm=config.qk_layernorm, softcap=softcap)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm)

@@ -13,14 +13,17 @@ import signal
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fp4pretrain.errors import UserError
+from fp4pretrain.parallel.agreement import Meeting
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_MEETING = timedelta(minutes=10)  # for all ranks to come, before a config is known
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,6 @@ def join(
     under NCCL, only by this.
     The layout must fit ``world_size()``: that is checked while composing.
     """
-    _die_with_launcher()
     gc.collect()  # what is left of an earlier run in this process holds its groups, and their threads
     if device.type == "cpu":
         from fp4pretrain.parallel.bridge import run_on_cpu
@@ -90,7 +92,12 @@ def join(
         backend = "gloo" if device.type == "cpu" else "nccl"
         bind: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
         timeout = timedelta(minutes=timeout_minutes)
-        dist.init_process_group(backend, timeout=timeout, **_meeting_place(timeout), **bind)
+        met = meet()
+        met.store.set_timeout(timeout)
+        store = dist.PrefixStore("groups", met.store)
+        dist.init_process_group(
+            backend, timeout=timeout, store=store, rank=met.rank, world_size=met.size, **bind
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
@@ -110,28 +117,29 @@ def join(
     )
 
 
-def _meeting_place(timeout: timedelta) -> dict[str, Any]:
-    """Where the ranks find each other, as arguments of ``init_process_group``; none: torch's own way.
+@cache
+def meet() -> Meeting:
+    """All ranks, before any group is formed: at the store through which they form theirs later.
 
     On one node that is the store of torchrun, which listens before and after every start. Torch's
     ranks would use it too, but read there where those of the start before were (2.13); and a port
     that is only chosen for rank 0, seconds before it opens it, may be taken by then.
     """
+    _die_with_launcher()
     environment = os.environ
     if "RANK" not in environment:
-        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        return Meeting(dist.HashStore(), 0, 1)
+    rank, size = int(environment["RANK"]), world_size()
     # The nodes of several do not count their starts alike.
     one_node = environment.get("GROUP_WORLD_SIZE") == "1"
     if not one_node or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {}
+        store, rank, size = next(dist.rendezvous("env://", timeout=_MEETING))
+        return Meeting(store, rank, size)
     host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
-    start = f"start_{environment['TORCHELASTIC_RESTART_COUNT']}"
-    return {
-        "store": dist.PrefixStore(start, store),
-        "rank": int(environment["RANK"]),
-        "world_size": world_size(),
-    }
+    tcp = dist.TCPStore(host, port, is_master=False, timeout=_MEETING)
+    return Meeting(
+        dist.PrefixStore(f"start_{environment['TORCHELASTIC_RESTART_COUNT']}", tcp), rank, size
+    )
 
 
 def _die_with_launcher() -> None:
@@ -154,3 +162,4 @@ def leave(*, destroy: bool = False) -> None:
     destroy_num_microbatches_calculator()
     if destroy and dist.is_initialized():
         dist.destroy_process_group()
+        meet.cache_clear()  # its store holds what the groups that are gone wrote

@@ -19,10 +19,12 @@ BOOKKEEPING = (
     "name",
     "run_dir",
     "resume",
+    "resume_with",
     "baseline",
     "logging",
     "checkpoint",
     "guard",  # what it did is in the notes, run by run
+    "train.tokens",  # has become train.steps
     "train.log_interval",
     "train.eval_interval",
     "train.eval_bf16",

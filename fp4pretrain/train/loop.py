@@ -47,7 +47,7 @@ def fit(trainer: Trainer, hooks: Sequence[Hook]) -> None:
             hook.start(trainer)
         while trainer.step < trainer.config.train.steps and not trainer.stopped:
             if trainer.consumed_samples != position:
-                iterators = trainer.batches(trainer.train_data, trainer.consumed_samples)
+                iterators = trainer.batches(trainer.consumed_samples)
             for hook in hooks:
                 hook.before_step(trainer)
             switched = trainer.binding.apply(trainer.progress)

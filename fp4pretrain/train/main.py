@@ -1,10 +1,16 @@
-"""Training a checked config, and a recipe beside its baseline."""
+"""Training a checked config."""
 
 from __future__ import annotations
 
+import platform
+import socket
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from fp4pretrain.config import RunConfig
@@ -20,6 +26,7 @@ from fp4pretrain.observe import (
 )
 from fp4pretrain.parallel.groups import join, leave, pick_device, world_size
 from fp4pretrain.train import checkpoint
+from fp4pretrain.train.changes import Changes, changes, told
 from fp4pretrain.train.hooks import (
     Checkpointing,
     Evaluation,
@@ -29,16 +36,28 @@ from fp4pretrain.train.hooks import (
     Signals,
     Watchdog,
 )
+from fp4pretrain.train.lock import RunLock
 from fp4pretrain.train.loop import fit
-from fp4pretrain.train.run_dir import CHECKPOINTS, check_free, on_main, prepare, run_path
-from fp4pretrain.train.trainer import Trainer, build_trainer, data_spec, samples_needed
+from fp4pretrain.train.run_dir import (
+    CHECKPOINTS,
+    METRICS,
+    check_free,
+    find_checkpoint,
+    on_main,
+    prepare,
+    record_start,
+    run_path,
+    starts_anew,
+)
+from fp4pretrain.train.trainer import Trainer, build_trainer, data_spec
+from fp4pretrain.version import commit, sources_digest, versions
 
 
 def check_run(config: RunConfig) -> None:
     """Everything that can be refused before any rank starts to work. Raises UserError."""
     check_layout(config, world_size())
     pick_device(config.parallel.device)
-    validate(data_spec(config), samples=samples_needed(config))
+    validate(data_spec(config))
 
 
 def train(config: RunConfig) -> Path:
@@ -57,43 +76,121 @@ def train(config: RunConfig) -> Path:
         seed=config.seed,
         timeout_minutes=config.parallel.timeout_minutes,
     )
+    lock = RunLock(path)
     try:
-        on_main(lambda: check_free(path, config.resume), is_main=world.is_main)
+        on_main(lambda: _take(path, config, lock), is_main=world.is_main)
         trainer = build_trainer(config, world, layout)
         start = checkpoint.resume(
             trainer, path / CHECKPOINTS, config.resume, say=_warn if world.is_main else _silent
         )
-        plan_text = f"{trainer.backend_choice}\n\n{trainer.binding.plan}"
-        on_main(
-            lambda: prepare(
-                path,
-                config,
-                plan_text=plan_text,
-                unigram_entropy=unigram_entropy(trainer.valid_data),
-            ),
-            is_main=world.is_main,
-        )
-        if world.is_main:
-            _announce(trainer, path, start)
-        logging = Logging(trainer, _sinks(trainer, path) if world.is_main else None)
-        if start is not None and world.is_main:
-            _log_recipe_change(trainer, start, logging)
-        checkpointing = Checkpointing(path / CHECKPOINTS, logging)
-        hooks = [
-            Watchdog(path / "stacks", logging, config.guard),
-            Guard(path, logging, checkpointing),
-            logging,
-            Profiling(path / "profile", logging),
-            Evaluation(logging),
-            checkpointing,
-            Signals(checkpointing),
-        ]
-        fit(trainer, hooks)
-        if trainer.stopped:
-            raise SystemExit(0)  # asked to stop by a signal: no further run of a sweep either
+        if start is not None and trainer.step >= config.train.steps:
+            if world.is_main:
+                _say_finished(trainer, path)
+            return path
+        stopped = _fit(trainer, path, start)
     finally:
+        lock.release()
         leave()
+    if stopped:
+        raise SystemExit(0)  # asked to stop by a signal: no further run of a sweep either
     return path
+
+
+def _take(path: Path, config: RunConfig, lock: RunLock) -> None:
+    """The folder, for this process alone."""
+    check_free(path, config.resume)
+    lock.acquire()
+    check_free(path, config.resume)  # another may have come and gone in between
+    find_checkpoint(path, config)
+
+
+def _fit(trainer: Trainer, path: Path, start: Path | None) -> bool:
+    """The steps that are left, with all that is around them; whether a signal stopped them."""
+    config, world = trainer.config, trainer.world
+    found = {} if start is None else _changes(trainer, start)
+    devices = _devices(trainer)
+    fresh = starts_anew(path, config, start)
+    on_main(
+        lambda: _record(trainer, path, start, devices=devices, changes=told(found)),
+        is_main=world.is_main,
+    )
+    if world.is_main:
+        _announce(trainer, path, start)
+        if fresh:
+            print(
+                f"no checkpoint in {path}: starting at step 1; the rows of the earlier attempt are "
+                "kept beside the new ones",
+                flush=True,
+            )
+    sinks = _sinks(trainer, path, found, fresh=fresh) if world.is_main else None
+    logging = Logging(trainer, sinks)
+    if found and world.is_main:
+        _log_changes(trainer, found, logging)
+    checkpointing = Checkpointing(path / CHECKPOINTS, logging)
+    hooks = [
+        Watchdog(path / "stacks", logging, config.guard),
+        Guard(path, logging, checkpointing),
+        logging,
+        Profiling(path / "profile", logging),
+        Evaluation(logging),
+        checkpointing,
+        Signals(checkpointing),
+    ]
+    fit(trainer, hooks)
+    return trainer.stopped
+
+
+def _record(
+    trainer: Trainer, path: Path, start: Path | None, *, devices: dict[str, int], changes: str
+) -> None:
+    config = trainer.config
+    prepare(
+        path,
+        config,
+        plan_text=f"{trainer.backend_choice}\n\n{trainer.binding.plan}",
+        unigram_entropy=unigram_entropy(next(iter(trainer.data.valid.values()))),
+        fingerprint=trainer.fingerprint,
+    )
+    record_start(
+        path,
+        {
+            "step": trainer.step,
+            "resumed_from": None if start is None else str(start),
+            "changes": changes,
+            "fingerprint": trainer.fingerprint["digest"],
+            "plan": trainer.fingerprint["plan"],
+            "seeds": trainer.fingerprint["seeds"],
+            "commit": commit(),
+            "sources": sources_digest(),
+            "versions": versions(),
+            "devices": devices,
+            "host": socket.gethostname(),
+        },
+    )
+
+
+def _changes(trainer: Trainer, start: Path) -> Changes:
+    return changes(
+        start, checkpoint.described(start), trainer.config, data=trainer.fingerprint["data"]
+    )
+
+
+def _devices(trainer: Trainer) -> dict[str, int]:
+    """The kinds of device that the ranks run on, and how many of each. Collective."""
+    device = trainer.world.device
+    cuda = device.type == "cuda"
+    mine = torch.cuda.get_device_name(device) if cuda else f"CPU ({platform.machine()})"
+    found: list[Any] = [None] * trainer.world.size
+    dist.all_gather_object(found, mine)
+    return dict(Counter(found))
+
+
+def _say_finished(trainer: Trainer, path: Path) -> None:
+    print(
+        f"{path} is finished: step {trainer.step} of train.steps={trainer.config.train.steps}; "
+        "nothing is left to train",
+        flush=True,
+    )
 
 
 def _announce(trainer: Trainer, path: Path, start: Path | None) -> None:
@@ -115,24 +212,14 @@ def _announce(trainer: Trainer, path: Path, start: Path | None) -> None:
         console.print(f"[yellow]warning[/yellow] {warning}")
 
 
-def _log_recipe_change(trainer: Trainer, start: Path, logging: Logging) -> None:
-    """A run that goes on in another recipe says so on the console and in its metrics, at the first
+def _log_changes(trainer: Trainer, found: Changes, logging: Logging) -> None:
+    """A run that goes on as another experiment says so on the console and in its metrics, at the first
     step of the new one: a row that is cut and written again if the run is resumed once more."""
-    found = checkpoint.described(start)
-    change = checkpoint.recipe_change(found, trainer.config)
-    if change is None:
-        return
-    key, was, now = change
-    names = {
-        "recipe": trainer.config.precision.name,
-        "recipe_before": found["precision"].get("name"),
-    }
     step = trainer.step + 1
-    _warn(
-        f"from step {step} on the recipe is {names['recipe']}, before {names['recipe_before']} "
-        f"({key}: {was} -> {now})"
+    _warn(f"from step {step} on this is another experiment: {told(found)}")
+    logging.write(
+        {"event": "changed", "step": step, "tokens": trainer.tokens, "changes": told(found)}
     )
-    logging.write({"event": "recipe", "step": step, "tokens": trainer.tokens, **names})
 
 
 def _warn(text: str) -> None:
@@ -143,10 +230,11 @@ def _silent(text: str) -> None:
     """What a rank that is not the main one says."""
 
 
-def _sinks(trainer: Trainer, path: Path) -> Sink:
+def _sinks(trainer: Trainer, path: Path, found: Changes, *, fresh: bool) -> Sink:
+    """``found``: what changed against the checkpoint; ``fresh``: rows that are there are kept aside."""
     config = trainer.config
-    resumed = trainer.step if config.resume is not None else None
-    sinks: list[Sink] = [JsonlSink(path / "metrics.jsonl", resume_step=resumed)]
+    goes_on = config.resume is not None and not fresh
+    sinks: list[Sink] = [JsonlSink(path / METRICS, resume_step=trainer.step if goes_on else None)]
     if config.logging.console != "quiet":
         console = Console(
             highlight=False,
@@ -159,7 +247,7 @@ def _sinks(trainer: Trainer, path: Path) -> Sink:
     if w.mode != "disabled":
         sinks.append(
             WandbSink(
-                asdict(config),
+                {**asdict(config), **_identity(trainer, found)},
                 path,
                 mode=w.mode,
                 project=w.project,
@@ -167,7 +255,20 @@ def _sinks(trainer: Trainer, path: Path) -> Sink:
                 group=w.group,
                 tags=w.tags,
                 name=w.name or path.name,
-                resume_id=stored_run_id(path) if config.resume is not None else None,
+                resume_id=stored_run_id(path) if goes_on else None,
             )
         )
     return CompositeSink(sinks)
+
+
+def _identity(trainer: Trainer, found: Changes) -> dict[str, Any]:
+    """What wandb's config has beside the config: who else is the same experiment, what was changed."""
+    whole = trainer.fingerprint
+    identity = {
+        "fingerprint": whole["digest"],
+        "plan": whole["plan"],
+        "fingerprint_data": whole["data"],
+    }
+    if found:
+        identity["changes"] = {f"step_{trainer.step + 1}": told(found)}
+    return identity

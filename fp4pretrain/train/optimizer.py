@@ -9,6 +9,7 @@ import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from fp4pretrain.checks import schedule_steps
 from fp4pretrain.config import RunConfig
 from fp4pretrain.train.guard.update import GuardedOptimizer
 
@@ -50,12 +51,15 @@ def _allocate_moments(optimizer: Any) -> None:
 
 
 def build_schedule(config: RunConfig, optimizer: GuardedOptimizer) -> OptimizerParamScheduler:
-    """Warmup, then WSD (stable, decay over the last fraction) or cosine, counted in steps."""
+    """Warmup, then WSD (stable, decay over the last part) or cosine, counted in steps.
+
+    The first update has a learning rate, lr / (warmup + 1), not none; update warmup + 1 has all of it.
+    """
     o, steps = config.optim, config.train.steps
-    warmup = round(o.warmup * steps)
+    warmup, decay = schedule_steps(config)
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=o.lr / (warmup + 1),
         max_lr=o.lr,
         min_lr=o.min_lr,
         lr_warmup_steps=warmup,
@@ -67,6 +71,6 @@ def build_schedule(config: RunConfig, optimizer: GuardedOptimizer) -> OptimizerP
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
-        wsd_decay_steps=max(1, round(o.decay * steps)) if o.schedule == "wsd" else None,
+        wsd_decay_steps=max(1, decay) if o.schedule == "wsd" else None,
         lr_wsd_decay_style=o.decay_shape if o.schedule == "wsd" else None,
     )

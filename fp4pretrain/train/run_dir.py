@@ -1,14 +1,21 @@
 """A run's folder: made once, never overwritten.
 
-runs/NAME/  config.yaml  plan.txt  data.json  metrics.jsonl  checkpoints/  wandb/
+runs/NAME/
+  config.yaml         the config of the last start; an earlier one that differs is config.1.yaml, ...
+  fingerprint.json    what shapes the curve, with digests: of everything, of the plan, of the data
+  history.json        every start: when, from which step, by which code on what, with which changes
+  plan.txt  data.json  metrics.jsonl  checkpoints/  wandb/
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from omegaconf import OmegaConf
@@ -18,6 +25,10 @@ from fp4pretrain.errors import UserError
 from fp4pretrain.train import checkpoint
 
 CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+HISTORY = "history.json"
+RESTART = "restart"
+_OURS = (".lock",)  # no sign of a run
 
 
 def run_path(config: RunConfig) -> Path:
@@ -55,9 +66,12 @@ def check_free(path: Path, resume: str | None) -> None:
         raise UserError(f"run_dir: {nearest} is a file; choose another run_dir")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"run_dir: {nearest} cannot be written; choose another run_dir")
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir() or not any(p.name not in _OURS for p in path.iterdir()):
         return
-    own = (path / CHECKPOINTS).is_dir()
+    own = (path / CHECKPOINTS).is_dir() or (path / METRICS).is_file()
+    if resume == RESTART and own:
+        _check_restart(path)
+        return
     if resume is not None and own and (resume == "auto" or _within(Path(resume), path)):
         return
     cure = "continue it with resume=auto, or choose" if own and resume is None else "choose"
@@ -65,23 +79,111 @@ def check_free(path: Path, resume: str | None) -> None:
     raise UserError(f"run_dir: {path} {holds}; {cure} another run_dir (or name)")
 
 
-def prepare(path: Path, config: RunConfig, *, plan_text: str, unigram_entropy: float) -> None:
-    """Make the folder with config.yaml, plan.txt and data.json (the validation text's unigram
-    entropy, nats a token). Raises UserError where it cannot be written."""
+def find_checkpoint(path: Path, config: RunConfig) -> Path | None:
+    """The checkpoint to start from, None for a fresh start. Raises UserError where there is none
+    that the run can go on from, or where those that it had are gone."""
+    found = checkpoint.find(path / CHECKPOINTS, config.resume, config=config)
+    if found is None and config.resume == "auto":
+        _check_not_lost(path)
+    return found
+
+
+def starts_anew(path: Path, config: RunConfig, start: Path | None) -> bool:
+    """Whether the rows in the folder are of an attempt that this one does not continue."""
+    return start is None and config.resume is not None and (path / METRICS).is_file()
+
+
+def prepare(
+    path: Path,
+    config: RunConfig,
+    *,
+    plan_text: str,
+    unigram_entropy: float,
+    fingerprint: Mapping[str, Any],
+) -> None:
+    """Make the folder with config.yaml, fingerprint.json, plan.txt and data.json (the validation text's
+    unigram entropy, nats a token). Raises UserError where it cannot be written."""
     try:
         (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        (path / "plan.txt").write_text(plan_text + "\n")
-        data = {"unigram_entropy": unigram_entropy}
-        (path / "data.json").write_text(json.dumps(data) + "\n")
+        text = OmegaConf.to_yaml(OmegaConf.structured(config))
+        _keep(path / "config.yaml", text)
+        _write(path / "config.yaml", text)
+        _write(path / "fingerprint.json", json.dumps(fingerprint, indent=1) + "\n")
+        _write(path / "plan.txt", plan_text + "\n")
+        _write(path / "data.json", json.dumps({"unigram_entropy": unigram_entropy}) + "\n")
     except OSError as error:
         raise _unwritable(path, error) from None
 
 
-def find_checkpoint(path: Path, config: RunConfig) -> Path | None:
-    """The checkpoint to start from, None for a fresh start. Raises UserError where there is none
-    that the run can go on from."""
-    return checkpoint.find(path / CHECKPOINTS, config.resume, config=config)
+def record_start(path: Path, facts: Mapping[str, Any]) -> None:
+    """Add one start to the history, with its time. Raises UserError where it cannot be written."""
+    history = read_history(path) or {"saved_step": None, "starts": []}
+    history["starts"].append({"time": round(time.time(), 3), **facts})
+    _write_history(path, history)
+
+
+def record_saved(path: Path, step: int) -> None:
+    """Note that a checkpoint of this step was complete, so that its absence means something."""
+    history = read_history(path)
+    if history is not None:
+        history["saved_step"] = step
+        with suppress(UserError):  # a full disk ends no run
+            _write_history(path, history)
+
+
+def read_history(path: Path) -> dict[str, Any] | None:
+    """What history.json says; None where there is none that can be read."""
+    try:
+        found = json.loads((path / HISTORY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("starts"), list) else None
+
+
+def _check_not_lost(path: Path) -> None:
+    """A run that has rows and had checkpoints does not begin again by itself."""
+    metrics = path / METRICS
+    if not metrics.is_file() or metrics.stat().st_size == 0:
+        return
+    history = read_history(path)
+    if history is not None and history.get("saved_step") is None:
+        return  # it ended before its first checkpoint
+    raise UserError(
+        f"resume: {path} has rows in {METRICS} but no checkpoint to go on from; put its checkpoints "
+        f"back, or begin again with resume={RESTART} (the rows are kept beside the new ones)"
+    )
+
+
+def _check_restart(path: Path) -> None:
+    if any(checkpoint.candidates(path / CHECKPOINTS, "auto")):
+        raise UserError(
+            f"resume: {path} has checkpoints, which restart would leave behind; continue with "
+            "resume=auto, or choose another run_dir (or name)"
+        )
+
+
+def _keep(file: Path, text: str) -> None:
+    """Move a file that says something else to a name of its own."""
+    if not file.is_file() or file.read_text(encoding="utf-8") == text:
+        return
+    number = 1
+    while (aside := file.with_name(f"{file.stem}.{number}{file.suffix}")).exists():
+        number += 1
+    file.rename(aside)
+
+
+def _write_history(path: Path, history: Mapping[str, Any]) -> None:
+    try:
+        _write(path / HISTORY, json.dumps(history, indent=1) + "\n")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def _within(path: Path, folder: Path) -> bool:

@@ -11,12 +11,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from fp4pretrain.data import EvaluationSampler
 from fp4pretrain.precision import BF16
 from fp4pretrain.train.guard.update import StepHealth
 from fp4pretrain.train.trainer import Batch, Trainer
 
 # Evaluation draws its noise from microbatch numbers that training never reaches.
 _EVALUATION = 1 << 24
+# Of one of its microbatches: about what one sequence of the long-context presets has.
+_EVALUATION_TOKENS = 8192
 
 
 def masked_mean(
@@ -28,16 +31,28 @@ def masked_mean(
     return loss, {"loss": loss.detach().clone()}
 
 
+def masked_sum(
+    loss_mask_bs: torch.Tensor, loss_bs: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the losses (nats) of one microbatch [b, s] over the tokens that count, and how many they
+    are, in float64."""
+    loss = (loss_bs.double() * loss_mask_bs).sum()
+    return loss.float(), {"loss": loss, "tokens": loss_mask_bs.double().sum()}
+
+
 class ForwardStep:
     """megatron-core's ``forward_step_func``: next microbatch through one model chunk.
 
     Each chunk sees its microbatches in order on every schedule, so counting its calls gives the
     microbatch; over data-parallel ranks microbatch m of rank r is m * ranks + r, the order in which
-    one rank alone would read them.
+    one rank alone would read them. ``loss``: (loss_mask, losses [b, s]) -> what is minimized, record.
     """
 
-    def __init__(self, trainer: Trainer, *, first_microbatch: int = 0) -> None:
+    def __init__(
+        self, trainer: Trainer, *, loss: Callable[..., Any], first_microbatch: int = 0
+    ) -> None:
         self._trainer = trainer
+        self._loss = loss
         self._first = first_microbatch
         self._calls: dict[int, int] = {}
 
@@ -54,7 +69,7 @@ class ForwardStep:
         output = chunk(
             batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
         )
-        return output, partial(masked_mean, batch["loss_mask"])
+        return output, partial(self._loss, batch["loss_mask"])
 
 
 def train_step(trainer: Trainer, iterators: list[Iterator[Batch] | None]) -> dict[str, float]:
@@ -66,7 +81,14 @@ def train_step(trainer: Trainer, iterators: list[Iterator[Batch] | None]) -> dic
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    losses = _schedule(trainer, iterators, ForwardStep(trainer), forward_only=False)
+    losses = _schedule(
+        trainer,
+        iterators,
+        ForwardStep(trainer, loss=masked_mean),
+        micro_batch=trainer.config.train.micro_batch,
+        microbatches=trainer.layout.microbatches,
+        forward_only=False,
+    )
     health = StepHealth(
         _mean(losses),
         (parameter for chunk in trainer.chunks for parameter in chunk.parameters()),
@@ -83,10 +105,11 @@ def train_step(trainer: Trainer, iterators: list[Iterator[Batch] | None]) -> dic
     return {"loss": health.loss, "grad_norm": health.norm(float(grad_norm)), "lr": lr}
 
 
-def evaluate(trainer: Trainer, *, bf16: bool = False) -> float:
-    """Mean validation loss (nats a token) over ``train.eval_batches`` global batches.
+def evaluate(trainer: Trainer, name: str, *, bf16: bool = False) -> float:
+    """Mean loss (nats a token) over all tokens of the validation set ``name``.
 
-    The same held-out sequences every time; in the run's recipe, or with every linear in BF16.
+    In the run's recipe, or with every linear in BF16. Its microbatches are of the same sequences
+    whatever train.micro_batch and the layout are, since a recipe may scale by a whole microbatch.
     """
     recipes = trainer.binding.recipes()
     if bf16:
@@ -94,17 +117,38 @@ def evaluate(trainer: Trainer, *, bf16: bool = False) -> float:
     for chunk in trainer.chunks:
         chunk.eval()
     trainer.clock.step = trainer.step
-    forward = ForwardStep(trainer, first_microbatch=_EVALUATION)
-    iterators = trainer.batches(trainer.valid_data, 0)
-    total = 0.0
+    forward = ForwardStep(trainer, loss=masked_sum, first_microbatch=_EVALUATION)
+    sampler = evaluation_sampler(trainer, sequences=len(trainer.data.valid[name]))
     with torch.no_grad():
-        for _ in range(trainer.config.train.eval_batches):
-            losses = _schedule(trainer, iterators, forward, forward_only=True)
-            total += mean_loss(losses, trainer)
+        losses = _schedule(
+            trainer,
+            trainer.evaluation_batches(name, sampler),
+            forward,
+            micro_batch=sampler.micro_batch,
+            microbatches=len(sampler.numbers),
+            forward_only=True,
+        )
     for chunk in trainer.chunks:
         chunk.train()
     trainer.binding.set_recipes(recipes)
-    return total / trainer.config.train.eval_batches
+    total, tokens = _total(losses, trainer)
+    return total / tokens
+
+
+def evaluation_sampler(trainer: Trainer, *, sequences: int) -> EvaluationSampler:
+    """This rank's part of a validation set: microbatches of about _EVALUATION_TOKENS, as many on
+    every rank, and in multiples of the stages where the schedule is interleaved."""
+    world, config = trainer.world, trainer.config
+    micro_batch = max(1, min(_EVALUATION_TOKENS // config.model.seq_length, sequences))
+    each = -(-sequences // (micro_batch * world.data_size))
+    if config.parallel.virtual_pipeline is not None:
+        each = -(-each // config.parallel.pipeline) * config.parallel.pipeline
+    return EvaluationSampler(
+        micro_batch=micro_batch,
+        microbatches=each,
+        dp_rank=world.data_rank,
+        dp_size=world.data_size,
+    )
 
 
 def _schedule(
@@ -112,6 +156,8 @@ def _schedule(
     iterators: list[Iterator[Batch] | None],
     forward: ForwardStep,
     *,
+    micro_batch: int,
+    microbatches: int,
     forward_only: bool,
 ) -> list[dict[str, torch.Tensor]]:
     single = len(trainer.chunks) == 1
@@ -119,24 +165,25 @@ def _schedule(
         forward_step_func=forward,
         data_iterator=iterators[0] if single else iterators,
         model=trainer.chunks[0] if single else trainer.chunks,
-        num_microbatches=trainer.layout.microbatches,
+        num_microbatches=microbatches,
         seq_length=trainer.config.model.seq_length,
-        micro_batch_size=trainer.config.train.micro_batch,
+        micro_batch_size=micro_batch,
         forward_only=forward_only,
     )
 
 
-def mean_loss(losses: list[dict[str, torch.Tensor]], trainer: Trainer) -> float:
-    """Mean over microbatches and data-parallel ranks, known to every rank.
+def _total(losses: list[dict[str, torch.Tensor]], trainer: Trainer) -> tuple[float, float]:
+    """Sum of the losses and number of tokens over microbatches and data-parallel ranks, known to every rank.
 
     Only the last pipeline stage has losses; the others add zero.
     """
-    mine = _mean(losses)
-    zero = torch.zeros((), dtype=torch.float64, device=trainer.world.device)
-    total = zero if mine is None else mine
+    total = torch.zeros(2, dtype=torch.float64, device=trainer.world.device)
+    for entry in losses:
+        total += torch.stack([entry["loss"], entry["tokens"]])
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    return float(total) / trainer.world.data_size
+    loss, tokens = total.tolist()
+    return loss, tokens
 
 
 def _mean(losses: list[dict[str, torch.Tensor]]) -> torch.Tensor | None:

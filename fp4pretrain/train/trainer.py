@@ -16,15 +16,23 @@ from megatron.core.distributed import (
 )
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.utils.data import Subset
 
+from fp4pretrain import fingerprint
 from fp4pretrain.config import RunConfig, plan_of
-from fp4pretrain.data import DataSpec, batches, build_datasets
+from fp4pretrain.data import (
+    DataSpec,
+    EvaluationSampler,
+    RunData,
+    batches,
+    build_datasets,
+    evaluation_batches,
+)
 from fp4pretrain.model import build_model, model_config
 from fp4pretrain.model.build import PlanBinding
 from fp4pretrain.model.layout import Layout
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.ops import Backend, choose
+from fp4pretrain.parallel.agreement import agree
 from fp4pretrain.parallel.groups import World
 from fp4pretrain.precision import Progress
 from fp4pretrain.train.optimizer import build_optimizer, build_schedule
@@ -38,6 +46,7 @@ class Trainer:
 
     ``step`` counts finished steps, ``consumed_samples`` is the position in the data (sequences read
     or passed over by all ranks), ``skipped_samples`` how many of those were passed over.
+    ``data`` has the training samples and the validation sets; ``fingerprint`` is what shapes the curve.
     ``memory`` is what hooks remember across restarts: JSON values, stored with every checkpoint.
     A hook that sets ``stopped`` ends the loop early.
     """
@@ -51,8 +60,8 @@ class Trainer:
     transformer: TransformerConfig
     optimizer: Any
     schedule: Any
-    train_data: Any
-    valid_data: Any
+    data: RunData
+    fingerprint: dict[str, Any]
     backend: Backend
     backend_choice: str
     parameters: int
@@ -72,27 +81,30 @@ class Trainer:
         """How far the run is, for the plan."""
         return Progress(self.step, self.config.train.steps, self.tokens)
 
-    def batches(self, dataset: Any, consumed_samples: int) -> list[Iterator[Batch] | None]:
-        """This rank's microbatches for each of its model chunks, None for chunks that read none.
-
-        A dataset is built for the run's length. A run that passed over some of it begins again where
-        it ends, after the last whole global batch.
-        """
-        whole = len(dataset) // self.config.train.global_batch * self.config.train.global_batch
+    def batches(self, consumed_samples: int) -> list[Iterator[Batch] | None]:
+        """This rank's training microbatches from a position in the data on, for each of its model
+        chunks; None for chunks that read none."""
 
         def iterator() -> Iterator[Batch]:
-            position = consumed_samples % whole
-            while True:
-                yield from batches(
-                    Subset(dataset, range(whole)),
-                    consumed_samples=position,
-                    micro_batch=self.config.train.micro_batch,
-                    dp_rank=self.world.data_rank,
-                    dp_size=self.world.data_size,
-                )
-                position = 0
+            return batches(
+                self.data.train,
+                consumed_samples=consumed_samples,
+                micro_batch=self.config.train.micro_batch,
+                dp_rank=self.world.data_rank,
+                dp_size=self.world.data_size,
+            )
 
         return [iterator() if reads_data(chunk) else None for chunk in self.chunks]
+
+    def evaluation_batches(
+        self, name: str, sampler: EvaluationSampler
+    ) -> list[Iterator[Batch] | None]:
+        """This rank's microbatches of a validation set, for each of its model chunks."""
+        dataset = self.data.valid[name]
+        return [
+            evaluation_batches(dataset, sampler) if reads_data(chunk) else None
+            for chunk in self.chunks
+        ]
 
 
 def unwrapped(chunk: Any) -> Any:
@@ -110,7 +122,7 @@ def reads_data(chunk: Any) -> bool:
 
 def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
     """Model, optimizer and data of a checked config on formed groups. Raises UserError for data."""
-    train_data, valid_data = _datasets(config, world)
+    data = _datasets(config, world)
     plan = plan_of(config)
     p = config.precision
     backend, choice = choose(
@@ -136,8 +148,8 @@ def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
         transformer=transformer,
         optimizer=optimizer,
         schedule=build_schedule(config, optimizer),
-        train_data=train_data,
-        valid_data=valid_data,
+        data=data,
+        fingerprint=fingerprint.whole(config, plan, describe(data)),
         backend=backend,
         backend_choice=choice,
         parameters=parameters,
@@ -151,28 +163,32 @@ def data_spec(config: RunConfig) -> DataSpec:
         path=d.path,
         tokenizer=d.tokenizer,
         split=d.split,
+        valid=d.valid,
+        valid_tokens=d.valid_tokens,
         seq_length=config.model.seq_length,
-        seed=config.seed,
+        seed=fingerprint.data_seed(config),
         cache_dir=d.cache_dir,
         mock=d.mock,
         vocab_size=config.model.vocab_size,
     )
 
 
-def samples_needed(config: RunConfig) -> tuple[int, int, int]:
-    """How many sequences training, validation and test must serve."""
-    t = config.train
-    return t.steps * t.global_batch, t.eval_batches * t.global_batch, 0
+def describe(data: RunData) -> dict[str, Any]:
+    """What is recorded of a run's data: digests of its order and of its validation sets."""
+    sets = {
+        name: {"digest": found.digest, "tokens": found.tokens, "sequences": len(found)}
+        for name, found in data.valid.items()
+    }
+    return {fingerprint.ORDER: data.digest, fingerprint.VALIDATION: sets}
 
 
-def _datasets(config: RunConfig, world: World) -> tuple[Any, Any]:
-    train, valid, _ = build_datasets(
+def _datasets(config: RunConfig, world: World) -> RunData:
+    return build_datasets(
         data_spec(config),
-        samples=samples_needed(config),
+        samples=config.train.steps * config.train.global_batch,
         is_builder=world.is_main,
-        barrier=dist.barrier,
+        agree=agree,
     )
-    return train, valid
 
 
 def _count_parameters(gpts: Sequence[torch.nn.Module]) -> int:

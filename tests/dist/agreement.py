@@ -27,7 +27,7 @@ from ranks import Ranks
 SMALL = (
     "model.num_layers=4 model.hidden_size=64 model.num_attention_heads=4 model.num_query_groups=2 "
     "model.ffn_hidden_size=128 model.seq_length=64 train.micro_batch=2 train.global_batch=8 "
-    "train.steps=10 train.eval_batches=1 optim.params_dtype=fp32 data.mock=true"
+    "train.steps=10 data.valid_tokens=256 optim.params_dtype=fp32 data.mock=true"
 ).split()
 STEPS = 3
 

@@ -16,7 +16,7 @@ from fp4pretrain.train.trainer import Trainer
 
 
 def steps_of(trainer: Trainer, steps: int) -> list[dict[str, Any]]:
-    iterators = trainer.batches(trainer.train_data, trainer.consumed_samples)
+    iterators = trainer.batches(trainer.consumed_samples)
     rows = []
     for _ in range(steps):
         trainer.binding.apply(trainer.progress)

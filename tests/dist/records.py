@@ -10,7 +10,7 @@ import torch
 
 from fp4pretrain.train.checkpoint import read_manifest, read_part
 
-TIMING = ("tokens_per_second", "mfu", "memory_gib")
+TIMING = ("tokens_per_second", "mfu", "memory_gib", "time")
 
 
 def curve(run: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from records import curve, weights
 RUN = (
     "model.num_layers=2 model.hidden_size=64 model.num_attention_heads=2 model.num_query_groups=2 "
     "model.ffn_hidden_size=128 model.seq_length=64 train.micro_batch=2 train.global_batch=8 "
-    "train.eval_interval=8 train.eval_batches=1 checkpoint.interval=2 "
+    "train.eval_interval=8 data.valid_tokens=256 checkpoint.interval=2 "
     "precision=nvfp4 logging.wandb.mode=disabled logging.console=quiet data.mock=true"
 ).split()
 

@@ -22,7 +22,7 @@ from fp4pretrain.numerics.formats import FORMATS
 SMALL = (
     "model.num_layers=2 model.hidden_size=64 model.num_attention_heads=2 model.num_query_groups=2 "
     "model.ffn_hidden_size=128 model.seq_length=32 train.micro_batch=1 train.global_batch=2 "
-    "train.steps=2 train.eval_batches=1 logging.wandb.mode=disabled logging.console=quiet "
+    "train.steps=2 data.valid_tokens=256 logging.wandb.mode=disabled logging.console=quiet "
     "data.mock=true"
 ).split()
 NUMBERS = "0 1 2 3 5 7 10 16 33 64 100 0.5 1.0 1e-30 1e30 -1 inf".split()

@@ -12,13 +12,14 @@ import pytest
 import torch
 from agreement import LATER_LOSS, SAME_LOSS
 from nodes import Node, two_nodes
+from ports import free_port
 from records import curve, weights
 
 STEPS = 10
 RUN = (
     "model.num_layers=2 model.hidden_size=64 model.num_attention_heads=2 model.num_query_groups=2 "
     "model.ffn_hidden_size=128 model.seq_length=64 train.micro_batch=2 train.global_batch=8 "
-    f"train.steps={STEPS} train.eval_interval=4 train.eval_batches=1 checkpoint.interval=3 "
+    f"train.steps={STEPS} train.eval_interval=4 data.valid_tokens=256 checkpoint.interval=3 "
     "optim.params_dtype=fp32 precision=nvfp4 logging.wandb.mode=disabled logging.console=quiet "
     "data.mock=true"
 ).split()
@@ -59,6 +60,41 @@ def test_a_run_goes_on_without_a_lost_node(ranks, tmp_path: Path) -> None:
     lose_a_node([*RUN, f"run_dir={run}"], run=run, processes=1, returns=False)
     ranks.run("train", [*RUN, f"run_dir={single}"], size=1)
     assert_close(run, single)
+
+
+@pytest.mark.parametrize(
+    ("odd", "line"),
+    [
+        ("optim.lr=0.002", "optim.lr: 0.002 here and 0.001 on the main rank"),
+        ("optim.lx=3", "optim.lx: no such key"),
+    ],
+)
+def test_a_node_that_was_started_otherwise_stops_both_at_once(
+    tmp_path: Path, odd: str, line: str
+) -> None:
+    """Nothing is trained; the line stands on that node and, with its name, on the main one."""
+    logs = [tmp_path / f"node{index}.log" for index in range(2)]
+    began, port = time.monotonic(), str(free_port())
+    with two_nodes() as nodes:
+        agents = [
+            node.torchrun(
+                [*RUN, f"run_dir={tmp_path / 'run'}", *([odd] if index else [])],
+                logs[index],
+                NNODES="2",
+                NPROC_PER_NODE="1",
+                NODE_RANK=str(index),
+                MASTER_ADDR=nodes[0].address,
+                MASTER_PORT=port,
+            )
+            for index, node in enumerate(nodes)
+        ]
+        statuses = [agent.wait(timeout=300) for agent in agents]
+    said = [log.read_text() for log in logs]
+    assert all(statuses), said
+    assert [text.count(f"fp4pretrain: {line}") for text in said] == [1, 1], said
+    assert "(rank 1 on " in said[0]
+    assert not (tmp_path / "run").exists()
+    assert time.monotonic() - began < 240
 
 
 def assert_close(run: Path, single: Path) -> None:

@@ -18,7 +18,7 @@ from records import curve, weights
 SMALL = (
     "model.num_layers=2 model.hidden_size=64 model.num_attention_heads=2 model.num_query_groups=2 "
     "model.ffn_hidden_size=128 model.seq_length=64 train.micro_batch=2 train.global_batch=8 "
-    "train.steps=6 train.eval_interval=2 train.eval_batches=1 checkpoint.interval=2 "
+    "train.steps=6 train.eval_interval=2 data.valid_tokens=256 checkpoint.interval=2 "
     "checkpoint.keep_last=9 logging.wandb.mode=disabled logging.console=quiet data.mock=true"
 ).split()
 
@@ -59,7 +59,7 @@ def test_resumed_equals_uninterrupted(ranks, tmp_path: Path, layout: list[str], 
     assert not different
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on(ranks, tmp_path: Path, number: int) -> None:
     """As Slurm ends a job: status 0, a checkpoint of the step it was in, the same curve afterwards."""
     run = [
@@ -99,36 +99,35 @@ def test_old_checkpoints_go(ranks, tmp_path: Path) -> None:
 
 
 def test_another_recipe_is_taken_up_when_asked_for(ranks, tmp_path: Path) -> None:
-    """``resume=auto`` in another recipe is refused in one line; with the key it is said on the
-    console, in the metrics and in wandb, once, also where the run is resumed again."""
+    """``resume=auto`` in another recipe is refused in one line; by name it is said on the console, in
+    the metrics, in the history and in wandb, once, also where the run is resumed again."""
     run = tmp_path / "run"
     common = [*SMALL, "logging.wandb.mode=offline", f"run_dir={run}"]
     ranks.run("train", [*common, "precision=nvfp4", "train.steps=4"], size=1)
     fp8 = [*common, "precision=fp8", "resume=auto"]
     refused = ranks.run("train", fp8, size=1)["user_error"]
-    assert refused.startswith("checkpoint.allow_recipe_change: ")
-    assert "precision=nvfp4" in refused
+    assert refused.startswith("resume_with: ")
+    assert refused.endswith("resume_with=[precision,train.steps]") or "precision" in refused
 
-    allowed = [*fp8, "checkpoint.allow_recipe_change=true"]
+    allowed = [*fp8, "resume_with=[precision,train.steps,optim.warmup,optim.decay]"]
+    before = (run / "config.yaml").read_text()
     ranks.run("train", allowed, size=1)
     first = curve(run)
     (run / "checkpoints" / "latest").write_text("step_00000004\n")  # once more from there
     ranks.run("train", allowed, size=1)
     assert curve(run) == first
-    assert [row for row in first if row["event"] == "recipe"] == [
-        {
-            "event": "recipe",
-            "step": 5,
-            "tokens": 4 * 8 * 64,
-            "recipe": "fp8",
-            "recipe_before": "nvfp4",
-        }
-    ]
-    assert not_recorded(run, b"recipe_before") == []
+    (row,) = [row for row in first if row["event"] == "changed"]
+    assert (row["step"], row["tokens"]) == (5, 4 * 8 * 64)
+    assert "precision.fprop.x.format: nvfp4 -> fp8_e4m3" in row["changes"]
+    assert not_recorded(run, b"fprop.x.format: nvfp4 -> fp8_e4m3") == []
+    assert (run / "config.1.yaml").read_text() == before  # what the first four steps were made with
+    starts = json.loads((run / "history.json").read_text())["starts"]
+    assert [one["step"] for one in starts] == [0, 4, 4]
+    assert [bool(one["changes"]) for one in starts] == [False, True, True]
     stored = json.loads((run / "checkpoints" / "step_00000006" / "run.json").read_text())
-    assert stored["precision"]["fprop"]["x"]["format"] == "fp8_e4m3"
+    assert stored["fingerprint"]["precision"]["precision.fprop.x.format"] == "fp8_e4m3"
     # from there on fp8 is the run's recipe
-    ranks.run("train", [*fp8, "train.steps=7"], size=1)
+    ranks.run("train", [*fp8, "train.steps=7", "resume_with=[train.steps]"], size=1)
 
 
 def test_dropout_resumes_too(ranks, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from fp4pretrain.config import compose
 from fp4pretrain.errors import UserError
 from fp4pretrain.parallel.groups import leave
 from fp4pretrain.train.main import train
-from fp4pretrain.train.step import train_step
+from fp4pretrain.train.step import evaluate, train_step
 from fp4pretrain.train.trainer import Trainer, unwrapped
 
 
@@ -43,7 +43,7 @@ def first_steps(overrides: list[str], out: str, *, steps: int, device: str) -> d
         return update()
 
     trainer.optimizer.step = capture_then_update
-    iterators = trainer.batches(trainer.train_data, 0)
+    iterators = trainer.batches(0)
     rows = []
     for step in range(steps):
         trainer.binding.apply(trainer.progress)
@@ -96,7 +96,17 @@ def train_run(overrides: list[str], out: str, *, steps: int, device: str) -> dic
     return {"path": str(train(compose(overrides)))}
 
 
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {"first_steps": first_steps, "train": train_run}
+def validation(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
+    """The validation loss of the initial weights."""
+    trainer = started(overrides, device)
+    return {"loss": evaluate(trainer, next(iter(trainer.data.valid)))}
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "first_steps": first_steps,
+    "train": train_run,
+    "validation": validation,
+}
 
 
 def task_of(name: str) -> Callable[..., dict[str, Any]]:

@@ -17,7 +17,7 @@ RECIPES = sorted(path.stem for path in (ROOT / "configs" / "precision").glob("*.
 SMALL = (
     "model.num_layers=3 model.hidden_size=256 model.num_attention_heads=4 model.num_query_groups=2 "
     "model.ffn_hidden_size=512 model.seq_length=128 train.micro_batch=2 train.global_batch=4 "
-    "train.steps=4 train.eval_interval=2 train.eval_batches=2 checkpoint.interval=4 "
+    "train.steps=4 train.eval_interval=2 data.valid_tokens=256 checkpoint.interval=4 "
     "logging.wandb.mode=disabled logging.console=quiet data.mock=true"
 ).split()
 

@@ -6,7 +6,7 @@
         rank_00000.safetensors    boxes of the whole tensors, by the rank that held them (files)
         rank_00001.safetensors
         run.json                  step, position in the data, skipped samples, what hooks remember,
-                                  Adam's and the schedule's step; model, recipe, layout, lengths, seed
+                                  Adam's and the schedule's step; model, layout, lengths, fingerprint
         manifest.json             every file's size and SHA-256, where every tensor's boxes lie
       .step_00000200.partial/     a save under way, or one that was interrupted
 
@@ -23,7 +23,6 @@ from fp4pretrain.train.checkpoint.loading import (
     described,
     find,
     load,
-    recipe_change,
     resume,
 )
 from fp4pretrain.train.checkpoint.saving import (
@@ -52,7 +51,6 @@ __all__ = [
     "load",
     "read_manifest",
     "read_part",
-    "recipe_change",
     "remove_leftovers",
     "resume",
     "save",

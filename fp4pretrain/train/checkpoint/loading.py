@@ -15,8 +15,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from fp4pretrain import fingerprint
 from fp4pretrain.config import RunConfig
 from fp4pretrain.errors import UserError
+from fp4pretrain.train.changes import changes
 from fp4pretrain.train.checkpoint.files import Damaged, Manifest, check_file, read_manifest
 from fp4pretrain.train.checkpoint.saving import LATEST, RUN, step_of, steps_in
 from fp4pretrain.train.checkpoint.state import restore
@@ -28,13 +30,11 @@ _DESCRIBED = {
     "skipped_samples": int,
     "memory": dict,
     "model": dict,
-    "precision": dict,
     "train": dict,
     "optimizer_step": float,
     "schedule_step": int,
 }
-# Who computes a recipe, and what it is called, are no part of it.
-_NOT_THE_RECIPE = ("name", "backend")
+_NO_CHECKPOINT = (None, "restart")
 
 
 class Unusable(UserError):
@@ -42,13 +42,14 @@ class Unusable(UserError):
 
 
 def candidates(folder: Path, resume: str | None) -> list[Path]:
-    """The checkpoints that ``resume`` may mean, best first: for None none, for ``auto`` or a run's
-    folder the latest and those before it (none in a folder without any), for a path itself.
+    """The checkpoints that ``resume`` may mean, best first: for None and ``restart`` none, for ``auto``
+    or a run's folder the latest and those before it (none in a folder without any), for a path itself.
 
     Raises UserError for a path that is no checkpoint.
     """
-    if resume is None:
+    if resume in _NO_CHECKPOINT:
         return []
+    assert resume is not None
     if resume == "auto":
         return _newest_first(folder)
     path = Path(resume).expanduser()
@@ -93,7 +94,7 @@ def find(folder: Path, resume: str | None, *, config: RunConfig | None = None) -
 
 
 def described(path: Path) -> dict[str, Any]:
-    """What ``run.json`` of a checkpoint says: step, consumed_samples, model, recipe, ...
+    """What ``run.json`` of a checkpoint says: step, consumed_samples, model, fingerprint, ...
 
     Raises UserError where it or another file is missing or visibly damaged.
     """
@@ -105,6 +106,12 @@ def _described(path: Path) -> tuple[dict[str, Any], Manifest]:
         manifest = read_manifest(path)
         check_file(path, RUN, manifest)
         found = json.loads((path / RUN).read_bytes())
+        if isinstance(found, dict) and "fingerprint" not in found:
+            raise UserError(
+                f"resume: {path} is of an earlier version, which read its data in another order; "
+                "continue it with that version, or start anew in another run_dir"
+            )
+        _check_fingerprint(found["fingerprint"])
         for key, kind in _DESCRIBED.items():
             if not isinstance(found[key], kind):
                 raise Damaged(f"{RUN}: {key} is no {kind.__name__}")
@@ -114,9 +121,25 @@ def _described(path: Path) -> tuple[dict[str, Any], Manifest]:
             raise Damaged(f"{RUN}: it is of step {found['step']}")
     except Damaged as damage:
         raise _damaged(path, str(damage)) from None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"{RUN}: {type(error).__name__}") from None
     return found, manifest
+
+
+def _check_fingerprint(found: Any) -> None:
+    for part in ("entries", "precision", "data"):
+        if not isinstance(found[part], dict):
+            raise Damaged(f"{RUN}: fingerprint.{part} is no dict")
+    for key in ("train.steps", "optim.decay", "optim.warmup"):
+        if not isinstance(found["entries"][key], int | None):
+            raise Damaged(f"{RUN}: {key} is no number")
+    if not isinstance(found["plan"], str):
+        raise Damaged(f"{RUN}: plan is no digest")
+    sets = found["data"][fingerprint.VALIDATION]
+    if not all(isinstance(one["digest"], str) for one in sets.values()):
+        raise Damaged(f"{RUN}: a validation set has no digest")
+    if not isinstance(found["data"][fingerprint.ORDER], str):
+        raise Damaged(f"{RUN}: {fingerprint.ORDER} is no digest")
 
 
 def _damaged(path: Path, what: str) -> Unusable:
@@ -124,16 +147,19 @@ def _damaged(path: Path, what: str) -> Unusable:
 
 
 def check_model(path: Path, config: RunConfig) -> dict[str, Any]:
-    """``described`` of a checkpoint that ``config`` can go on from.
+    """``described`` of a checkpoint that ``config`` can go on from, as far as that is known before the
+    data is read.
 
-    Raises UserError for another model, for a run that is over before it, and for another recipe
-    without ``checkpoint.allow_recipe_change``.
+    Raises UserError for another model, for a run that is over before it, and for another experiment
+    that ``resume_with`` does not name.
     """
-    return _checked(path, config)[0]
+    found, _ = _described(path)
+    _check(path, found, config)
+    changes(path, found, config)
+    return found
 
 
-def _checked(path: Path, config: RunConfig) -> tuple[dict[str, Any], Manifest]:
-    found, manifest = _described(path)
+def _check(path: Path, found: dict[str, Any], config: RunConfig) -> None:
     for key, value in asdict(config.model).items():
         if found["model"].get(key) != value:
             raise Unusable(
@@ -145,45 +171,21 @@ def _checked(path: Path, config: RunConfig) -> tuple[dict[str, Any], Manifest]:
             f"train.steps: {path} is of step {found['step']}, after the end of this run; raise "
             f"train.steps={config.train.steps} or resume an earlier checkpoint"
         )
-    changed = recipe_change(found, config)
-    if changed and not config.checkpoint.allow_recipe_change:
-        raise UserError(
-            f"checkpoint.allow_recipe_change: {path} was trained with "
-            f"precision={found['precision'].get('name')} ({changed[0]} is {changed[1]} there and "
-            f"{changed[2]} here); set it to true to go on in precision={config.precision.name}, or "
-            "give the recipe it was trained with"
-        )
-    return found, manifest
 
 
-def recipe_change(found: dict[str, Any], config: RunConfig) -> tuple[str, Any, Any] | None:
-    """The first key in which the recipe of a ``described`` checkpoint differs from the config's,
-    with both values; None where they are one recipe."""
-    there, here = _flat(found["precision"]), _flat(asdict(config.precision))
-    for key in sorted(there.keys() | here.keys()):
-        if there.get(key) != here.get(key):
-            return f"precision.{key}", there.get(key), here.get(key)
-    return None
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            leaves |= _flat(value, f"{prefix}{key}.")
-        elif prefix or key not in _NOT_THE_RECIPE:
-            leaves[prefix + key] = value
-    return leaves
-
-
-def load(trainer: Trainer, path: Path) -> None:
+def load(trainer: Trainer, path: Path, *, own: bool = False) -> None:
     """Continue from a checkpoint: weights, optimizer, schedule, position in the data, memory.
 
-    Collective. Raises UserError on all ranks, for a checkpoint of another model and for damage that
-    any rank sees; the trainer is as it was unless the damage came while tensors were read.
+    ``own``: this process may go back to it as it is; otherwise it must be of the same experiment but
+    for what ``resume_with`` names. Collective. Raises UserError on all ranks, for a checkpoint of
+    another model or experiment and for damage that any rank sees; the trainer is as it was unless the
+    damage came while tensors were read.
     """
     try:
-        found, manifest = _checked(path, trainer.config)
+        found, manifest = _described(path)
+        _check(path, found, trainer.config)
+        if not own:
+            changes(path, found, trainer.config, data=trainer.fingerprint["data"])
     except UserError as error:
         _agree(error)
         raise

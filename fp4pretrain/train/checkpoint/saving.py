@@ -179,10 +179,10 @@ def _description(trainer: Trainer) -> dict[str, Any]:
         "skipped_samples": trainer.skipped_samples,
         "memory": json.loads(json.dumps(trainer.memory)),  # as it is now, and JSON
         "model": asdict(config.model),
-        "precision": asdict(config.precision),
+        "recipe": config.precision.name,
         "parallel": asdict(config.parallel),
         "train": asdict(config.train),
-        "seed": config.seed,
+        "fingerprint": trainer.fingerprint,
     }
 
 

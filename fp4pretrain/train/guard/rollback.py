@@ -88,7 +88,7 @@ def load_good(
     dist.broadcast_object_list(said, src=0)
     for path in said[0]:
         try:
-            checkpoint.load(trainer, path)
+            checkpoint.load(trainer, path, own=True)
         except UserError as error:
             if path == said[0][-1]:
                 raise

@@ -12,6 +12,7 @@ from typing import Any
 from fp4pretrain.train.checkpoint import Keep, SaveError, Saving, remove_leftovers
 from fp4pretrain.train.hooks.logging import Logging
 from fp4pretrain.train.loop import Hook
+from fp4pretrain.train.run_dir import record_saved
 from fp4pretrain.train.trainer import Trainer
 
 
@@ -81,6 +82,8 @@ class Checkpointing(Hook):
             self._say(trainer, str(error))
         else:
             self.failed = None
+            if trainer.world.is_main:
+                record_saved(self._folder.parent, saving.step)
 
     def _say(self, trainer: Trainer, problem: str) -> None:
         self._logging.write(

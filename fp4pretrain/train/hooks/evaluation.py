@@ -14,7 +14,10 @@ from fp4pretrain.train.trainer import Trainer
 
 
 class Evaluation(Hook):
-    """Evaluates and logs one row: val_loss, and val_loss_bf16 where a recipe quantizes."""
+    """Evaluates and logs one row: val_loss, and val_loss_bf16 where a recipe quantizes.
+
+    They are of the first validation set. Where data.valid names several, each has val_loss/NAME too.
+    """
 
     def __init__(self, logging: Logging) -> None:
         self._logging = logging
@@ -26,9 +29,20 @@ class Evaluation(Hook):
         if not (last or due):
             return
         with self._logging.throughput.paused():
-            losses = {"val_loss": evaluate(trainer)}
-            if train.eval_bf16 and trainer.binding.plan.ever_quantized:
-                losses["val_loss_bf16"] = evaluate(trainer, bf16=True)
+            losses = self._losses(trainer)
         self._logging.write(
             {"event": "eval", "step": trainer.step, "tokens": trainer.tokens, **losses}
         )
+
+    def _losses(self, trainer: Trainer) -> dict[str, float]:
+        names = list(trainer.data.valid)
+        endpoints = {"val_loss": False}
+        if trainer.config.train.eval_bf16 and trainer.binding.plan.ever_quantized:
+            endpoints["val_loss_bf16"] = True
+        losses = {}
+        for key, bf16 in endpoints.items():
+            found = {name: evaluate(trainer, name, bf16=bf16) for name in names}
+            losses[key] = found[names[0]]
+            if len(names) > 1:
+                losses |= {f"{key}/{name}": loss for name, loss in found.items()}
+        return losses

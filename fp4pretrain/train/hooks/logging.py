@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +15,15 @@ from fp4pretrain.observe import Sink, Throughput, flops_per_token, memory_gib, p
 from fp4pretrain.train.loop import Hook
 from fp4pretrain.train.trainer import Trainer
 
+_KEY = "interval"
+
 
 class Logging(Hook):
     """Writes each ``log_interval``-th training row; other hooks hand theirs to ``write``.
 
+    Its ``loss`` is the mean over the steps since the row before, ``loss_std`` their standard deviation
+    (none for a single step); steps without a finite loss are left out unless all are. The losses are
+    on the host already, for the guard; those of an unfinished interval are part of a checkpoint.
     Only the main rank has sinks; everywhere the clock of the throughput runs, so that evaluation
     and saving can be left out of it.
     """
@@ -38,11 +47,16 @@ class Logging(Hook):
         )
 
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        losses = [*trainer.memory.get(_KEY, []), row["loss"]]
+        # JSON, in which a checkpoint keeps them, has no NaN
+        trainer.memory[_KEY] = [loss for loss in losses if math.isfinite(loss)]
         if trainer.step % self._interval and trainer.step != trainer.config.train.steps:
             return
         rates = self.throughput.report(trainer.tokens - self._logged_tokens)
         self._logged_tokens = trainer.tokens
         memory = {"memory_gib": memory_gib(trainer.world.device)}
+        row = {**row, **summary(trainer.memory[_KEY])}
+        trainer.memory[_KEY] = []
         self.write({**row, **rates, **memory, **_counters(trainer)})
 
     def after_rollback(self, trainer: Trainer) -> None:
@@ -52,13 +66,23 @@ class Logging(Hook):
             self._sink.rewind(trainer.step)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Hand one row to the sinks, on the main rank."""
+        """Hand one row to the sinks, on the main rank, with the time (seconds since 1970)."""
         if self._sink is not None:
-            self._sink.write(row)
+            self._sink.write({**row, "time": round(time.time(), 3)})
 
     def close(self) -> None:
         if self._sink is not None:
             self._sink.close()
+
+
+def summary(losses: Sequence[float]) -> dict[str, float]:
+    """Mean and sample standard deviation of an interval's finite losses, as far as there are any."""
+    found = {}
+    if losses:
+        found["loss"] = statistics.fmean(losses)
+    if len(losses) > 1:
+        found["loss_std"] = statistics.stdev(losses)
+    return found
 
 
 def _counters(trainer: Trainer) -> dict[str, int]:

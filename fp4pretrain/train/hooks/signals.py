@@ -1,4 +1,6 @@
-"""SIGTERM, and Slurm's SIGUSR1 before its time limit: finish the step, save, leave with status 0.
+"""SIGTERM, Ctrl-C, and Slurm's SIGUSR1 before its time limit: finish the step, save, leave with status 0.
+
+A second Ctrl-C ends the process at once, without a save.
 
 Ranks get a signal at slightly different moments, so after each step they agree by a maximum.
 """
@@ -15,7 +17,7 @@ from fp4pretrain.train.hooks.checkpointing import Checkpointing
 from fp4pretrain.train.loop import Hook
 from fp4pretrain.train.trainer import Trainer
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Signals(Hook):
@@ -51,4 +53,8 @@ class Signals(Hook):
             signal.signal(number, handler)
 
     def _catch(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT:
+            if self._caught == number:
+                raise KeyboardInterrupt
+            print(" finishing the step and saving; Ctrl-C again ends without", flush=True)
         self._caught = number

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[3]
 TINY = [
     *("model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=2"),
     *("model.num_query_groups=2", "model.ffn_hidden_size=128", "model.seq_length=64"),
-    *("train.micro_batch=1", "train.global_batch=2", "train.steps=2", "train.eval_batches=1"),
+    *("train.micro_batch=1", "train.global_batch=2", "train.steps=2", "data.valid_tokens=256"),
     *("data=mock", "logging=quiet", "parallel.device=cpu"),
 ]
 
@@ -299,7 +299,7 @@ def test_only_the_main_rank_speaks(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as caught:
-        cli.main(["train", "modle=tiny"])
+        cli.main(["data", "inspect", "nowhere"])
     assert caught.value.code == 2
     assert capsys.readouterr().err == ""
 
@@ -348,3 +348,50 @@ def test_trains_help_lists_every_option_of_every_group(capsys: pytest.CaptureFix
     words = set(capsys.readouterr().out.split())
     for path in (ROOT / "configs").glob("*/*.yaml"):
         assert {path.parent.name, path.stem} <= words
+
+
+def test_a_finished_run_that_is_resumed_says_so(trained: Path) -> None:
+    before = (trained / "metrics.jsonl").read_text()
+    said = _process(["train", *TINY, f"run_dir={trained}", "resume=auto"]).stdout
+    assert f"{trained} is finished: step 2 of train.steps=2; nothing is left to train" in said
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_without_its_checkpoints_begins_again_only_when_asked(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    line = _refused(capsys, "train", *TINY, f"run_dir={run}", "resume=restart")
+    assert re.match(r"resume: .* has checkpoints, which restart would leave behind", line)
+    shutil.rmtree(run / "checkpoints")
+    rows = (run / "metrics.jsonl").read_text()
+    line = _refused(capsys, "train", *TINY, f"run_dir={run}", "resume=auto")
+    assert re.match(r"resume: .* has rows in .* but no checkpoint .* resume=restart", line)
+    assert (run / "metrics.jsonl").read_text() == rows
+    said = _process(["train", *TINY, f"run_dir={run}", "resume=restart"]).stdout
+    assert "starting at step 1; the rows of the earlier attempt are kept" in said
+    assert (run / "metrics.1.jsonl").read_text() == rows
+    steps = [json.loads(one)["step"] for one in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 2]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again_by_itself(
+    trained: Path, tmp_path: Path
+) -> None:
+    """As a launcher's restart needs it."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints", ".lock"))
+    history = json.loads((run / "history.json").read_text()) | {"saved_step": None}
+    (run / "history.json").write_text(json.dumps(history))
+    said = _process(["train", *TINY, f"run_dir={run}", "resume=auto"]).stdout
+    assert "starting at step 1" in said
+    assert (run / "metrics.1.jsonl").is_file()
+
+
+def test_a_run_folder_says_what_it_is_of(trained: Path) -> None:
+    fingerprint = json.loads((trained / "fingerprint.json").read_text())
+    assert fingerprint["seeds"] == {"seed": 1234, "data.seed": 1234}
+    (start,) = json.loads((trained / "history.json").read_text())["starts"]
+    assert (start["fingerprint"], sum(start["devices"].values())) == (fingerprint["digest"], 1)
+    assert not (trained / ".lock").exists()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from fp4pretrain import config, naming, presets
 from fp4pretrain.config import RunConfig
 from fp4pretrain.overrides import expand_sweep
+from fp4pretrain.presets import config_dir
 from fp4pretrain.train import beside
 from fp4pretrain.train.run_dir import run_path
 
@@ -22,7 +25,7 @@ FOLDERS = [
     (["optim.lr=1e-3,0.1"], ["runs/nvfp4-seed1234-lr_0.001", "runs/nvfp4-seed1234-lr_0.1"]),
     (
         [*H16, "precision.wgrad.rotation.kind=none,hadamard"],
-        ["runs/mxfp4_h16-seed1234-kind_none", "runs/mxfp4_h16-seed1234-kind_hadamard"],
+        ["runs/mxfp4_h16-wgrad.rotation.kind_none-seed1234", "runs/mxfp4_h16-seed1234"],
     ),
     (["name=a", "precision=bf16,fp8"], ["runs/a-precision_bf16", "runs/a-precision_fp8"]),
     (["name=a,b"], ["runs/a", "runs/b"]),
@@ -44,7 +47,36 @@ FOLDERS = [
     ),
     (
         ["baseline=fp8", "precision.wgrad.rotation.kind=none,hadamard", "name=d"],
-        ["runs/d-fp8", "runs/d-nvfp4-kind_none", "runs/d-nvfp4-kind_hadamard"],
+        [
+            "runs/d-fp8",
+            "runs/d-nvfp4-wgrad.rotation.kind_none",
+            "runs/d-nvfp4-wgrad.rotation.kind_hadamard",
+        ],
+    ),
+    # keys that end alike are told apart
+    (
+        [
+            "name=a",
+            "precision.fprop.x.rounding=nearest,stochastic",
+            "precision.fprop.w.rounding=nearest",
+        ],
+        ["runs/a-fprop.x.rounding_nearest", "runs/a-fprop.x.rounding_stochastic"],
+    ),
+    (["data.seed=1,2"], ["runs/nvfp4-seed1234-data.seed_1", "runs/nvfp4-seed1234-data.seed_2"]),
+    # a variant of a recipe says so, also where nothing is swept
+    (
+        ["precision.wgrad.rotation.kind=none", "seed=1"],
+        ["runs/nvfp4-wgrad.rotation.kind_none-seed1"],
+    ),
+    (["precision.keep.last_blocks=2"], ["runs/nvfp4-last_blocks_2-seed1234"]),
+    (["precision.name=mine", "precision.keep.last_blocks=2"], ["runs/mine-seed1234"]),
+    (
+        ["experiment=late_switch", "precision.tail.at=0.9"],
+        ["runs/nvfp4-seed1234", "runs/nvfp4_late-at_0.9-seed1234"],
+    ),
+    (
+        ["experiment=quartet2_30m"],
+        ["runs/bf16-seed1234", "runs/nvfp4-first_blocks_0-last_blocks_0-seed1234"],
     ),
     (["experiment=late_switch"], ["runs/nvfp4-seed1234", "runs/nvfp4_late-seed1234"]),
 ]
@@ -66,7 +98,7 @@ def test_each_run_has_a_folder_named_by_what_is_swept(
     trained: list[RunConfig], overrides: list[str], folders: list[str]
 ) -> None:
     paths = beside.train_all(expand_sweep(overrides))
-    assert [str(run_path(config)) for config in trained] == folders
+    assert [str(run_path(run)) for run in trained] == folders
     assert [str(path) for path in paths] == folders
 
 
@@ -88,3 +120,40 @@ def test_nothing_is_trained_where_one_run_of_a_sweep_is_taken(trained: list[RunC
     with pytest.raises(beside.UserError, match=r"^run_dir: runs/fp8-seed1234 exists already"):
         beside.train_all(expand_sweep(["precision=bf16,fp8"]))
     assert trained == []
+
+
+def test_two_recipes_never_share_a_name(trained: list[RunConfig]) -> None:
+    """Every value of every key of a sweep, also where keys have a last name in common."""
+    command = [
+        "precision.dgrad.dy.rounding=nearest,stochastic",
+        "precision.wgrad.dy.rounding=nearest,stochastic",
+        "precision.fprop.rotation.kind=none,hadamard",
+    ]
+    beside.train_all(expand_sweep(command))
+    assert len({str(run_path(run)) for run in trained}) == 8
+
+
+def test_a_recipe_without_a_name_is_called_by_its_file(
+    trained: list[RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(config_dir(), tmp_path / "configs")
+    for name, text in (("mine", ""), ("called", "name: theirs\n")):
+        recipe = f"defaults: [nvfp4, _self_]\n{text}keep: {{last_blocks: 2}}\n"
+        (tmp_path / "configs/precision" / f"{name}.yaml").write_text(recipe)
+    for module in (config, naming, presets):
+        monkeypatch.setattr(module, "config_dir", lambda: tmp_path / "configs")
+    config._plain_recipe.cache_clear()
+    for name, folder in (("mine", "runs/mine-seed1234"), ("called", "runs/theirs-seed1234")):
+        beside.train_all([[f"precision={name}"]])
+        assert str(run_path(trained[-1])) == folder
+    beside.train_all([["precision=mine", "precision.keep.first_blocks=1"]])
+    assert str(run_path(trained[-1])) == "runs/mine-first_blocks_1-seed1234"
+    config._plain_recipe.cache_clear()
+
+
+def test_the_plan_decides_whether_a_baseline_is_another_recipe(trained: list[RunConfig]) -> None:
+    for same in (["baseline=nvfp4"], ["baseline=nvfp4", "precision.name=other"]):
+        with pytest.raises(beside.UserError, match=r"^baseline: nvfp4 is the run's own recipe"):
+            beside.train_all([same])
+    beside.train_all([["baseline=nvfp4", "precision.keep.last_blocks=2"]])
+    assert [one.precision.name for one in trained] == ["nvfp4", "nvfp4-last_blocks_2"]

@@ -15,7 +15,7 @@ NEEDS = {("data", "indexed"): ["data.path=some/prefix"]}
 
 def test_no_group_is_empty() -> None:
     assert {group for group, _ in PRESETS} == {
-        *("data", "experiment", "logging", "model", "optim", "parallel", "precision"),
+        *("data", "experiment", "logging", "model", "optim", "parallel", "precision", "train"),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -9,22 +10,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp4pretrain.data.batches import MicrobatchSampler, batches
+from fp4pretrain.data.batches import (
+    EvaluationSampler,
+    MicrobatchSampler,
+    batches,
+    evaluation_batches,
+)
 from fp4pretrain.data.datasets import RandomTokens
 
 small = st.integers(1, 5)
 
 
 def order(samples: int, consumed: int, micro_batch: int, ranks: int) -> list[list[list[int]]]:
-    """[rank][microbatch][row] sample numbers."""
+    """[rank][microbatch][row] sample numbers, of about ``samples`` of the endless order."""
     return [
         list(
-            MicrobatchSampler(
-                samples,
-                consumed_samples=consumed,
-                micro_batch=micro_batch,
-                dp_rank=rank,
-                dp_size=ranks,
+            islice(
+                MicrobatchSampler(
+                    consumed_samples=consumed, micro_batch=micro_batch, dp_rank=rank, dp_size=ranks
+                ),
+                (samples - consumed) // (micro_batch * ranks),
             )
         )
         for rank in range(ranks)
@@ -40,21 +45,36 @@ def test_ranks_partition_one_ranks_order(samples: int, micro_batch: int, ranks: 
     assert interleaved == single[: len(single) // ranks * ranks]
 
 
-@given(st.integers(0, 100), small, small, st.integers(0, 8))
-def test_resume_continues(samples: int, micro_batch: int, ranks: int, done: int) -> None:
-    whole = order(samples, 0, micro_batch, ranks)
-    resumed = order(samples, done * micro_batch * ranks, micro_batch, ranks)
+@given(small, small, st.integers(0, 8))
+def test_resume_continues(micro_batch: int, ranks: int, done: int) -> None:
+    whole = order(200, 0, micro_batch, ranks)
+    resumed = order(200, done * micro_batch * ranks, micro_batch, ranks)
     assert resumed == [of_rank[done:] for of_rank in whole]
 
 
-@given(st.integers(0, 100), st.integers(0, 120), small, small)
-def test_length_is_what_is_yielded(
-    samples: int, consumed: int, micro_batch: int, ranks: int
+@given(st.integers(1, 40), small, small)
+def test_an_evaluation_reads_every_sample_once(
+    sequences: int, micro_batch: int, ranks: int
 ) -> None:
-    sampler = MicrobatchSampler(
-        samples, consumed_samples=consumed, micro_batch=micro_batch, dp_rank=0, dp_size=ranks
-    )
-    assert len(list(sampler)) == len(sampler)
+    """Whatever the ranks: the microbatches are the same, and what is more than the set counts nothing."""
+    dataset = RandomTokens(sequences, seq_length=4, vocab_size=10**9, seed=1, stream=1)
+    each = -(-sequences // (micro_batch * ranks))
+    read: dict[int, torch.Tensor] = {}
+    for rank in range(ranks):
+        sampler = EvaluationSampler(
+            micro_batch=micro_batch, microbatches=each, dp_rank=rank, dp_size=ranks
+        )
+        found = list(evaluation_batches(dataset, sampler))
+        assert len(found) == each
+        for call, batch in enumerate(found):
+            assert batch["tokens"].shape == (micro_batch, 4)
+            for row, counts in enumerate(batch["loss_mask"].sum(dim=1) > 0):
+                number = (call * ranks + rank) * micro_batch + row
+                assert bool(counts) == (number < sequences)
+                if counts:
+                    read[number] = batch["tokens"][row]
+    assert sorted(read) == list(range(sequences))
+    assert all(torch.equal(read[i], dataset[i]["tokens"]) for i in range(sequences))
 
 
 def test_resume_at_another_data_parallel_size() -> None:
@@ -68,15 +88,17 @@ def test_resume_at_another_data_parallel_size() -> None:
 
 @pytest.fixture
 def dataset() -> RandomTokens:
-    return RandomTokens(20, seq_length=16, vocab_size=100, seed=1, stream=0)
+    return RandomTokens(None, seq_length=16, vocab_size=100, seed=1, stream=0)
 
 
-def read(dataset: RandomTokens, **knobs: Any) -> list[dict[str, torch.Tensor]]:
-    return list(batches(dataset, **({"consumed_samples": 0, "micro_batch": 2} | knobs)))
+def read(dataset: RandomTokens, count: int, **knobs: Any) -> list[dict[str, torch.Tensor]]:
+    """The first ``count`` microbatches."""
+    knobs = {"consumed_samples": 0, "micro_batch": 2} | knobs
+    return list(islice(batches(dataset, **knobs), count))
 
 
 def test_batches_hold_the_samples_in_order(dataset: RandomTokens) -> None:
-    found = read(dataset, consumed_samples=4, dp_rank=1, dp_size=2)
+    found = read(dataset, 4, consumed_samples=4, dp_rank=1, dp_size=2)
     assert len(found) == 4
     for number, batch in enumerate(found):
         first = 4 + number * 4 + 2
@@ -88,7 +110,7 @@ def test_batches_hold_the_samples_in_order(dataset: RandomTokens) -> None:
 
 
 def test_workers_change_nothing(dataset: RandomTokens) -> None:
-    here, there = read(dataset), read(dataset, num_workers=2)
+    here, there = read(dataset, 10), read(dataset, 10, num_workers=2)
     assert len(here) == 10
     for one, other in zip(here, there, strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)
@@ -97,5 +119,5 @@ def test_workers_change_nothing(dataset: RandomTokens) -> None:
 def test_reading_leaves_the_global_generator_alone(dataset: RandomTokens) -> None:
     """An evaluation between two steps must not change the dropout of the second."""
     state = torch.get_rng_state()
-    read(dataset)
+    read(dataset, 3)
     assert torch.equal(state, torch.get_rng_state())

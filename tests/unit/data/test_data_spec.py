@@ -1,4 +1,4 @@
-"""What validate() refuses, each with the key and the cure; and splits to Megatron's rounding."""
+"""What validate() refuses, each with the key and the cure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from megatron.core.datasets.blended_megatron_dataset_config import (
-    convert_split_vector_to_split_matrix,
-    parse_and_normalize_split,
-)
 
-from fp4pretrain.data.spec import DataSpec, parse_split, parts_of, split_documents, validate
+from fp4pretrain.data.spec import DataSpec, parse_split, parts_of, validate
 from fp4pretrain.errors import UserError
 
 MakeDataset = Callable[..., str]
@@ -52,22 +46,10 @@ def test_split_without_training() -> None:
         parse_split("0,1,0")
 
 
-@given(
-    st.tuples(st.integers(1, 999), st.integers(0, 99), st.integers(0, 99)), st.integers(1, 10_000)
-)
-def test_splits_are_disjoint_and_megatrons(shares: tuple[int, int, int], documents: int) -> None:
-    split = ",".join(map(str, shares))
-    ours = split_documents(split, documents)
-    assert [i for part in ours for i in part] == list(range(documents))
-    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
-    for part, ends in zip(ours, matrix, strict=True):
-        begin, end = (round(edge * documents) for edge in ends or (0, 0))
-        assert list(part) == list(range(begin, end))
-
-
 def test_valid_specs(spec: DataSpec) -> None:
     validate(spec)
-    validate(replace(spec, split="1,0,0"), samples=(9, 0, 0))
+    validate(replace(spec, split="1,0,0", valid=spec.path))
+    validate(replace(spec, valid={"a": spec.path, "b": spec.path}, valid_tokens=None))
     validate(replace(spec, path=None))
     validate(DataSpec(mock=True))
     validate(replace(spec, vocab_size=257))
@@ -95,7 +77,12 @@ def test_blend_weights_are_shares(spec: DataSpec) -> None:
         ({"path": {"web": {"prefix": "x"}}}, "data.path.web: x.idx is missing"),
         ({"split": "99.9,0.1"}, "data.split: .* leaves no validation data of the 50 documents"),
         ({"split": "nonsense"}, "data.split: 'nonsense' is not"),
-        ({"seq_length": 410}, "data.path: 410 validation tokens .* too few for one sample of 410"),
+        ({"split": "1,0,0"}, "data.split: .* leaves no validation data .* as data.valid"),
+        ({"valid": "nowhere"}, "data.valid: nowhere.idx is missing"),
+        ({"valid": {}}, "data.valid: it names no dataset"),
+        ({"valid": {"a": 3}}, "data.valid.a: needs a prefix"),
+        ({"valid": {"a": "nowhere"}}, "data.valid.a: nowhere.idx is missing"),
+        ({"seq_length": 2050}, "data.path: 2,050 tokens .* too few for one sample of 2,050"),
         ({"seq_length": 0}, "model.seq_length: 0 is not positive"),
         ({"vocab_size": 256}, "model.vocab_size: 256 is below the 257 ids of tokenizer byte"),
         ({"tokenizer": "bite"}, "data.tokenizer: unknown tokenizer 'bite'"),
@@ -107,10 +94,6 @@ def test_refusals(spec: DataSpec, change: dict[str, object], says: str) -> None:
         # wrong types are what is tested
         validate(replace(spec, **change))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
-
-
-def test_enough_for_exactly_one_sample(spec: DataSpec) -> None:
-    validate(replace(spec, seq_length=409))  # 10 validation documents of 41 tokens
 
 
 def test_foreign_tokenizer(spec: DataSpec) -> None:

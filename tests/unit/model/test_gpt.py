@@ -172,3 +172,67 @@ def test_main_gradients_are_autograds(tied: str) -> None:
     for name, expected in plain.items():
         error = float((main[name] - expected).norm() / expected.norm())
         assert error < 1e-6, (name, error)
+
+
+def test_qk_norm_normalizes_every_head_of_queries_and_keys() -> None:
+    """Whatever the size of the projection's weights, a head's query has the norm's length."""
+    gpt, _, config = build("model.qk_norm=true", "optim.params_dtype=fp32")
+    names = [name for name, _ in gpt.named_parameters() if "_layernorm" in name and "self" in name]
+    assert [name.split(".")[-2] for name in names] == ["q_layernorm", "k_layernorm"] * 2
+    seen: list[torch.Tensor] = []
+    attention = gpt.decoder.layers[0].self_attention
+    attention.core_attention.register_forward_pre_hook(
+        lambda module, inputs: seen.extend(one.detach() for one in inputs[:2])
+    )
+    before = loss_of(gpt, config)
+    with torch.no_grad():
+        head = config.model.hidden_size // config.model.num_attention_heads
+        values = attention.linear_qkv.weight.view(-1, head, config.model.hidden_size)
+        values[:-1] *= 100.0  # queries and keys; the last head of a group is its value
+    after = loss_of(gpt, config)
+    for one in seen:  # rotated pairs keep their length
+        length = one.double().square().mean(-1)
+        # eps beside the mean square of what is normalized, before the weights grew
+        assert torch.allclose(length, torch.ones_like(length), atol=0.02)
+    assert float(after) == pytest.approx(float(before), rel=1e-3)
+    plain, _, _ = build("optim.params_dtype=fp32")
+    assert not any("q_layernorm" in name for name, _ in plain.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_z_loss_moves_the_gradient_by_its_closed_form_and_no_loss(dtype: str) -> None:
+    """d/dlogits of c log(Z)^2 is 2 c log(Z) softmax; what is returned stays the cross entropy."""
+    generator = torch.Generator().manual_seed(1)
+    vocabulary, coefficient = padded_vocab(257, 1), 0.05
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    device = torch.cuda.current_device()
+    logits = (3 * torch.randn(16, 2, vocabulary, generator=generator)).to(kind).to(device)
+    labels = torch.randint(257, (2, 16), generator=generator).to(device)
+    found = []
+    for value in (0.0, coefficient):
+        gpt, _, _ = build(f"model.z_loss={value}", f"optim.params_dtype={dtype}")
+        leaf = logits.clone().requires_grad_()
+        loss = gpt.compute_language_model_loss(labels, leaf * 1)  # which may work in place
+        (grad,) = torch.autograd.grad(loss.float().sum(), leaf)
+        found.append((loss.detach().double(), grad.double()))
+        gpt.eval()
+        assert torch.equal(
+            gpt.compute_language_model_loss(labels, logits.clone()).double(), found[0][0]
+        )
+    exact = logits.double()
+    z = exact.logsumexp(-1, keepdim=True)
+    expected = 2 * coefficient * z * exact.softmax(-1)
+    assert torch.equal(found[0][0], found[1][0])
+    difference = found[1][1] - found[0][1]
+    tolerance = 1e-2 if dtype == "bf16" else 1e-5
+    assert float((difference - expected).norm() / expected.norm()) < tolerance
+
+
+def test_soft_capped_scores_reach_the_model() -> None:
+    gpt, _, config = build("model.attention_softcap=50", "optim.params_dtype=fp32")
+    assert gpt.decoder.layers[1].self_attention.core_attention.softcap == 50
+    high = float(loss_of(gpt, config))
+    plain, _, _ = build("optim.params_dtype=fp32")
+    assert high == pytest.approx(float(loss_of(plain, config)), rel=1e-4)  # scores are far below 50
+    tight, _, _ = build("model.attention_softcap=1e-3", "optim.params_dtype=fp32")
+    assert abs(float(loss_of(tight, config)) - high) > 1e-4

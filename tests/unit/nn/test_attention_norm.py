@@ -74,17 +74,19 @@ def test_norm_parameters_say_whether_their_gradients_are_partial_sums(
 def attention(**changes: Any) -> CoreAttention:
     dropout = changes.pop("attention_dropout", 0.0)
     scale = changes.pop("softmax_scale", None)
+    softcap = changes.pop("softcap", None)
     return CoreAttention(
         config(attention_dropout=dropout, **changes),
         layer_number=1,
         attn_mask_type=AttnMaskType.causal,
         attention_type="self",
         softmax_scale=scale,
+        softcap=softcap,
     )
 
 
 def attention_formula(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float | None = None
 ) -> torch.Tensor:
     """q [s, b, h, d], k and v [s, b, g, d]: consecutive h / g query heads share a group."""
     s, b, h, d = q.shape
@@ -94,23 +96,27 @@ def attention_formula(
     for i in range(b):
         for j in range(h):
             scores = q[:, i, j].double() @ k[:, i, j // share].double().t() * scale
+            if softcap is not None:
+                scores = softcap * (scores / softcap).tanh()
             weights = scores.masked_fill(future, -math.inf).softmax(-1)
             out[:, i, j] = weights @ v[:, i, j // share].double()
     return out.reshape(s, b, h * d)
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5], ids=["plain", "capped"])
 @pytest.mark.parametrize("scale", [None, 0.5])
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (4, 1), (6, 3)])
 def test_attention_and_its_gradients_are_the_formula(
-    heads: int, groups: int, scale: float | None
+    heads: int, groups: int, scale: float | None, softcap: float | None
 ) -> None:
+    """The scores reach 4: capped at 1.5 they are others by far."""
     s, b, d = 40, 2, 16
     q, k, v = (draw(s, b, n, d).requires_grad_() for n in (heads, groups, groups))
     dy = draw(s, b, heads * d)
-    out = attention(softmax_scale=scale)(q, k, v, None)
+    out = attention(softmax_scale=scale, softcap=softcap)(q, k, v, None)
     out.backward(dy)
     exact_inputs = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    exact = attention_formula(*exact_inputs, scale or d**-0.5)
+    exact = attention_formula(*exact_inputs, scale or d**-0.5, softcap)
     exact.backward(dy.double())
     assert out.shape == (s, b, heads * d) and out.dtype == torch.bfloat16
     pairs = [
@@ -121,11 +127,12 @@ def test_attention_and_its_gradients_are_the_formula(
         assert float((ours.double() - truth).norm() / truth.norm()) < 2 * BF16_ROUNDING
 
 
-def test_attention_sees_no_future() -> None:
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["plain", "capped"])
+def test_attention_sees_no_future(softcap: float | None) -> None:
     q, k, v = (draw(32, 1, 2, 16) for _ in range(3))
-    before = attention()(q, k, v)
+    before = attention(softcap=softcap)(q, k, v)
     k[20:], v[20:] = 7.0, -7.0
-    after = attention()(q, k, v)
+    after = attention(softcap=softcap)(q, k, v)
     assert torch.equal(before[:20], after[:20])
     assert not torch.equal(before[20:], after[20:])
 

@@ -34,7 +34,7 @@ FILES = ("manifest.json", "run.json", "rank_00000.safetensors")
 def saved(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two checkpoints of a run."""
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
-    iterators = trainer.batches(trainer.train_data, 0)
+    iterators = trainer.batches(0)
     for _ in range(4):
         train_step(trainer, iterators)
         if trainer.step % 2 == 0:

@@ -32,7 +32,7 @@ def _same(one: dict[Any, torch.Tensor], other: dict[Any, torch.Tensor]) -> bool:
 
 
 def _train(trainer: Trainer, steps: int = 1) -> None:
-    iterators = trainer.batches(trainer.train_data, trainer.consumed_samples)
+    iterators = trainer.batches(trainer.consumed_samples)
     for _ in range(steps):
         train_step(trainer, iterators)
 
@@ -149,7 +149,7 @@ def test_a_save_that_does_not_fit_changes_nothing(
 RUN = (
     "model.num_layers=1 model.hidden_size=64 model.num_attention_heads=2 model.num_query_groups=2 "
     "model.ffn_hidden_size=128 model.seq_length=32 train.micro_batch=1 train.global_batch=1 "
-    "train.steps=6 train.eval_interval=0 train.eval_batches=1 checkpoint.interval=2 "
+    "train.steps=6 train.eval_interval=0 data.valid_tokens=256 checkpoint.interval=2 "
     "checkpoint.keep_last=9 logging.wandb.mode=disabled data.mock=true precision=bf16"
 ).split()
 

@@ -1,0 +1,72 @@
+"""Documents laid end to end in some order, and samples cut from them."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fp4pretrain.data.indexed import DatasetIndex
+
+Sample: TypeAlias = dict[str, torch.Tensor]
+
+_PADDING = -1  # megatron-core's: such an id is no token, and nothing is to be predicted there
+
+
+class TokenStream:
+    """The tokens of documents in a given order, end to end; nothing is read before it is asked for.
+
+    Args:
+        index: the dataset.
+        order: [documents] numbers of its documents.
+        ends: [documents] int64, how many tokens stand before the end of each, in this order.
+    """
+
+    def __init__(
+        self, index: DatasetIndex, order: NDArray[Any], *, ends: NDArray[np.int64] | None = None
+    ) -> None:
+        self.index = index
+        self.order = order
+        self.ends = np.cumsum(index.lengths()[order]) if ends is None else ends
+        self._tokens = np.memmap(f"{index.prefix}.bin", dtype=index.dtype, mode="r")
+
+    def __len__(self) -> int:
+        """Tokens in it."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, begin: int, end: int) -> NDArray[np.int64]:
+        """Tokens [begin, end), fewer where the stream ends."""
+        end = min(end, len(self))
+        pieces = [np.zeros(0, dtype=np.int64)]
+        place = int(np.searchsorted(self.ends, begin, side="right"))
+        while begin < end:
+            stop = int(self.ends[place])
+            document = int(self.order[place])
+            last = self.index.offset(document + 1)  # of the file; `stop` is of the stream
+            low = last - (stop - begin)
+            high = low + min(end, stop) - begin
+            pieces.append(self._tokens[low:high].astype(np.int64))
+            begin, place = min(end, stop), place + 1
+        return np.concatenate(pieces)
+
+
+def sample_of(text: NDArray[np.int64], seq_length: int) -> Sample:
+    """A stretch of up to seq_length + 1 tokens as a sample that predicts each from those before.
+
+    Returns:
+        tokens, labels, position_ids int64 [seq_length]; loss_mask fp32 [seq_length], 0 where the text
+        has ended and where an id is megatron-core's padding.
+    """
+    whole = np.full(seq_length + 1, _PADDING, dtype=np.int64)
+    whole[: len(text)] = text
+    ids = torch.from_numpy(whole)
+    known = ids != _PADDING
+    ids = ids.clamp(min=0)
+    return {
+        "tokens": ids[:-1],
+        "labels": ids[1:],
+        "loss_mask": known[1:].float(),
+        "position_ids": torch.arange(seq_length),
+    }

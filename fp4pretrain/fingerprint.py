@@ -1,0 +1,148 @@
+"""What shapes a run's curve, as values and as digests: two runs of one fingerprint are one experiment.
+
+Every key of the config is in one of four places, and a test holds that for each of them:
+
+- ``HARMLESS``: it shapes nothing, for the reason given there.
+- ``BY_CONTENT``: what it names counts, not the name. Digests of the text and of the order in which it
+  is read (``data.order``) and of the validation sets (``data.validation``) stand for it.
+- ``precision``: the plan. It has a digest of its own, so that one can ask whether two runs differ in
+  their recipe alone.
+- everything else is an entry of the fingerprint, under its own name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from fp4pretrain.checks import schedule_steps
+from fp4pretrain.errors import UserError
+from fp4pretrain.naming import NOT_THE_RECIPE, flat
+from fp4pretrain.precision import Plan
+
+if TYPE_CHECKING:
+    from fp4pretrain.config import RunConfig
+
+HARMLESS = {
+    "name": "what the run is called",
+    "run_dir": "where it is kept",
+    "resume": "how this process began; what it began with is compared",
+    "resume_with": "what was allowed to differ; what did is in the history",
+    "baseline": "another run, trained before this one",
+    "logging": "who is told, not what",
+    "profile": "watches steps and changes none",
+    "checkpoint": "copies the state and leaves it alone",
+    "guard": "acts in trouble only; what it did is in the rows, and its limits are raised to go on",
+    "parallel": "another layout or device adds in another order and computes the same",
+    "train.tokens": "turned into train.steps",
+    "train.log_interval": "over how many steps a row's mean is taken",
+    "train.eval_interval": "evaluation changes no state",
+    "train.eval_bf16": "evaluation changes no state",
+    "data.cache_dir": "where copies lie",
+    "precision.name": "the plan decides what a recipe is",
+    "precision.backend": "who computes the same recipe",
+}
+# Keys whose content is in the order of the training data, and in the validation sets.
+ORDER, VALIDATION = "data.order", "data.validation"
+_TEXT = ("data.path", "data.tokenizer", "data.split", "data.mock", "data.valid")
+BY_CONTENT = {
+    ORDER: (*_TEXT, "data.seed"),
+    VALIDATION: (*_TEXT, "data.valid_tokens"),
+}
+
+
+def entries(config: RunConfig) -> dict[str, Any]:
+    """Key -> value of all that shapes the curve but the recipe and the data's content."""
+    by_content = {key for keys in BY_CONTENT.values() for key in keys}
+    found = {
+        key: value
+        for key, value in flat(asdict(config)).items()
+        if not (within(key, HARMLESS) or within(key, by_content) or key.startswith("precision."))
+    }
+    found["data.seed"] = data_seed(config)
+    found["optim.warmup"], found["optim.decay"] = schedule_steps(config)
+    if config.optim.schedule == "cosine":  # which knows no stable part
+        found["optim.decay"] = found["optim.decay_shape"] = None
+    return found
+
+
+def data_seed(config: RunConfig) -> int:
+    """The seed of the order of the training data."""
+    return config.seed if config.data.seed is None else config.data.seed
+
+
+def recipe_entries(config: RunConfig) -> dict[str, Any]:
+    """Key -> value of the precision section, without what makes no other recipe."""
+    found = flat(asdict(config.precision), "precision.")
+    return {key: value for key, value in found.items() if key not in NOT_THE_RECIPE}
+
+
+def plan_digest(config: RunConfig, plan: Plan) -> str:
+    """Of what every linear computes and when: equal for equal plans, whatever they are called."""
+    p = config.precision
+    rules = [
+        {
+            "linears": [place for place in plan.linears() if rule.covers(*place, plan.num_layers)],
+            "gemms": {gemm: asdict(rule.recipe.gemm(gemm)) for gemm in sorted(rule.gemms)},
+            "when": [str(rule.start), str(rule.stop)],
+        }
+        for rule in plan.ordered
+    ]
+    facts = {
+        "recipe": asdict(plan.recipe),
+        "rules": rules,
+        # a shard's own amax makes the layout a part of what is computed
+        "amax": p.amax if p.amax == "tensor_parallel" else [p.amax, config.parallel.tensor],
+        "mxfp4_emulation": p.mxfp4_emulation,
+    }
+    return digest(facts)
+
+
+def digest(facts: Any) -> str:
+    """Of anything that JSON can say."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def within(key: str, prefixes: Collection[str]) -> bool:
+    """Whether a key is one of the prefixes or inside a section that is."""
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+
+
+def check_names(names: Sequence[str], schema: Collection[str]) -> None:
+    """Raises UserError for a name in ``resume_with`` that decides nothing."""
+    named = {key for key in schema if not within(key, HARMLESS)} | set(BY_CONTENT)
+    for name in names:
+        if name not in named:
+            near = get_close_matches(name, sorted(named), n=1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise UserError(
+                f"resume_with: {name!r} is nothing that a checkpoint is held to; {meant}name keys or "
+                "sections such as [optim.lr,precision]"
+            )
+
+
+def covered(key: str, names: Sequence[str]) -> bool:
+    """Whether ``resume_with`` names a key, its section, or, for content, a key that decides it."""
+    return within(key, names) or any(name in BY_CONTENT.get(key, ()) for name in names)
+
+
+def whole(config: RunConfig, plan: Plan, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run folder and every checkpoint record.
+
+    ``data``: ``data.order`` a digest, ``data.validation`` name -> digest, tokens, sequences. ``digest``
+    covers entries and data, ``plan`` the recipe.
+    """
+    found = entries(config)
+    return {
+        "digest": digest([found, data]),
+        "plan": plan_digest(config, plan),
+        "seeds": {"seed": config.seed, "data.seed": data_seed(config)},
+        "entries": found,
+        "precision": recipe_entries(config),
+        "data": dict(data),
+    }

@@ -1,0 +1,100 @@
+"""Whether what goes on from a checkpoint is still the same experiment, and if not, in what it differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fp4pretrain import fingerprint
+from fp4pretrain.config import RunConfig, plan_of
+from fp4pretrain.errors import UserError
+from fp4pretrain.precision import Progress
+
+Changes = dict[str, tuple[Any, Any]]  # key -> (in the checkpoint, now)
+
+# A run may be made longer without a word, as long as no step that is done would have been another.
+_LENGTH = ("train.steps", "optim.warmup", "optim.decay")
+
+
+def changes(
+    path: Path,
+    found: Mapping[str, Any],
+    config: RunConfig,
+    *,
+    data: Mapping[str, Any] | None = None,
+) -> Changes:
+    """All that shapes the curve and differs between a checkpoint and the run that goes on from it.
+
+    Args:
+        path: the checkpoint, for messages.
+        found: what its run.json says.
+        config: the run's; ``resume_with`` names what may differ.
+        data: the ``data`` of the run's fingerprint; None while it is not read yet.
+
+    Raises:
+        UserError: for a difference that is not named.
+    """
+    stored = found["fingerprint"]
+    differing = _different(stored["entries"], fingerprint.entries(config))
+    if stored["plan"] != fingerprint.plan_digest(config, plan_of(config)):
+        recipe = _different(stored["precision"], fingerprint.recipe_entries(config))
+        differing |= recipe or {"precision": (stored["plan"], "another plan")}
+    if data is not None:
+        differing |= _different(_digests(stored["data"]), _digests(data))
+    longer = _same_past(stored, config, step=found["step"])
+    named = list(config.resume_with)
+    if "seed" in named and config.data.seed is None:
+        named.append("data.seed")  # which then is the run's seed
+    for key in sorted(differing, key=lambda key: (key != "seed", key)):
+        was, now = differing[key]
+        if fingerprint.covered(key, named) or (longer and key in _LENGTH):
+            continue
+        name = "precision" if key.startswith("precision") else key
+        why = ""
+        if key in _LENGTH:
+            why = ", so that steps already done would have had another learning rate or recipe"
+        raise UserError(
+            f"resume_with: {path} was trained with {key}={_short(was)}, and here it is {_short(now)}"
+            f"{why}; give the run what it had, or go on with the change: resume_with=[{name}]"
+        )
+    return differing
+
+
+def told(found: Changes) -> str:
+    """The changes as one line."""
+    return ", ".join(f"{key}: {_short(was)} -> {_short(now)}" for key, (was, now) in found.items())
+
+
+def _different(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    return {
+        key: (then.get(key), now.get(key))
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    }
+
+
+def _digests(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the data decides: digests, of the validation sets by name."""
+    sets = {name: one["digest"] for name, one in data[fingerprint.VALIDATION].items()}
+    return {fingerprint.ORDER: data[fingerprint.ORDER], fingerprint.VALIDATION: sets}
+
+
+def _same_past(stored: Mapping[str, Any], config: RunConfig, *, step: int) -> bool:
+    """Whether the first ``step`` steps would have had the same learning rates and recipes."""
+    then, now = stored["entries"], fingerprint.entries(config)
+    if then["optim.warmup"] != now["optim.warmup"] or config.optim.schedule != "wsd":
+        return False
+    ends = [one["train.steps"] for one in (then, now)]
+    stable = min(one["train.steps"] - one["optim.decay"] for one in (then, now))
+    plan = plan_of(config)
+    sequences = config.train.global_batch * config.model.seq_length
+    # update n (from 0) has the full rate up to n = stable, and its recipe is that of progress n / steps
+    start, last = Progress(), step - 1
+    moments = [Progress(last, total, last * sequences) for total in ends]
+    return step <= stable + 1 and not any(plan.switches(start, moment) for moment in moments)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
