@@ -66,6 +66,7 @@ class Element:
 
 _U8 = torch.uint8
 E2M1 = Element("e2m1", max=6.0, emin=0, emax=2, mantissa_bits=1, bits=4, dtype=_U8)
+INT4 = Element("int4", max=7.0, emin=2, emax=2, mantissa_bits=2, bits=4, dtype=_U8)
 E4M3 = Element(
     "e4m3", max=448.0, emin=-6, emax=8, mantissa_bits=3, bits=8, dtype=torch.float8_e4m3fn
 )
@@ -99,7 +100,7 @@ class Format:
     """One row: an element under scale levels, innermost first, and the scale rules it has.
 
     The first block of the innermost level and the first scale rule are the defaults. ``family`` says
-    which formats may meet in one GEMM: nvfp4, mx, fp8 or bf16.
+    which formats may meet in one GEMM: those of one family, and BF16.
     """
 
     name: str
@@ -169,6 +170,7 @@ FORMATS: Mapping[str, Format] = {
     row.name: row
     for row in (
         Format("nvfp4", E2M1, _NVFP4_LEVELS, _NVFP4_RULES, "nvfp4"),
+        Format("int4", INT4, _NVFP4_LEVELS, ("default", "unbiased"), "int4"),
         Format("mxfp4", E2M1, _MX_LEVELS, (*_MX_RULES, "unbiased"), "mx"),
         Format("mxfp8", E4M3, _MX_LEVELS, _MX_RULES, "mx"),
         Format("mxfp8_e5m2", E5M2, _MX_LEVELS, _MX_RULES, "mx"),

@@ -44,6 +44,7 @@ WIDE = [
 ALSO_SHIPPED = {
     "fp8_block": ["precision=fp8_block", *WIDE],
     "mxfp8": ["precision=mxfp8"],
+    "int4": ["precision=int4"],
     "mxfp4_h16": ["precision=mxfp4_h16"],
 }
 # Shapes and switches that take other code paths, on the layout that could break them.

@@ -98,6 +98,10 @@ OPERAND_ERROR = {
     ("mxfp8", "nearest"): 0.026,
     ("nvfp4", "nearest"): 0.105,
     ("nvfp4", "stochastic"): 0.153,
+    # equal steps: amax / 7 / sqrt(12) with an amax of 1.8 of 16 and 3.0 of 256 Gaussians is .074 and
+    # .124; stochastic rounding has twice the variance, and an outlier takes its whole block along
+    ("int4", "nearest"): 0.105,
+    ("int4", "stochastic"): 0.140,
     ("mxfp4", "nearest"): 0.115,
     ("mxfp4", "stochastic"): 0.168,
 }
@@ -182,6 +186,7 @@ _FULL = QuantSpec("nvfp4", rounding="stochastic_full", scale="unbiased")
 STOCHASTIC = {
     "nvfp4": (_NVFP4, 0.014),
     "mxfp4_rht_sr": (recipe_of("mxfp4_rht_sr"), 0.0),
+    "int4": (recipe_of("int4"), 0.014),
     "nvfp4, unbiased scale": (
         Recipe(
             _NVFP4.fprop,

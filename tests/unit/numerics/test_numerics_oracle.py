@@ -130,6 +130,17 @@ def test_four_over_six(seed: int) -> None:
     assert (other != codes).any()  # so the other order of operations fails above
 
 
+def test_int4_is_nvfp4_s_scales_over_equal_steps() -> None:
+    x = heavy_tailed(32, 256, 4)
+    y, scale_code, alpha = nvfp4(x, cap=448, top=7.0)
+    q = quantize(torch.from_numpy(x), QuantSpec("int4"))
+    assert (q.scales.view(torch.uint8).numpy() == scale_code).all()
+    code = np.abs(np.rint(y.clip(-7, 7))).astype(int)
+    assert (unpacked(q.codes) == code + 8 * (y < 0)).all()
+    values = np.copysign(code, y) * E4M3[scale_code].repeat(16, 1)
+    assert (q.dequantize().numpy() == values.astype(F) * alpha).all()
+
+
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8", "mxfp8_e5m2"])
 @pytest.mark.parametrize("rule", ["floor", "ceil", "rceil"])
 @pytest.mark.parametrize("seed", range(2))

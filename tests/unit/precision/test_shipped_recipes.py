@@ -22,6 +22,8 @@ E4M3_1D, E4M3_2D = (("fp8_e4m3", (rows, 128), "nearest", "default") for rows in 
 MXFP8 = ("mxfp8", (1, 32), "nearest", "rceil")
 NV_1D, NV_2D = (("nvfp4", (rows, 16), "nearest", "default") for rows in (1, 16))
 NV_SR = ("nvfp4", (1, 16), "stochastic", "default")
+INT_1D, INT_2D = (("int4", (rows, 16), "nearest", "default") for rows in (1, 16))
+INT_SR = ("int4", (1, 16), "stochastic", "default")
 MX_SR = ("mxfp4", (1, 32), "stochastic", "unbiased")
 MX_EVEN = ("mxfp4", (1, 32), "nearest", "even")
 
@@ -40,6 +42,8 @@ TRUTH = {
     "mxfp8": (MXFP8, MXFP8, NONE, MXFP8, MXFP8, NONE, MXFP8, MXFP8, NONE),
     # arXiv:2509.25149: 2D weights, SR on gradients only, H16 on both wgrad operands, fixed signs
     "nvfp4": (NV_1D, NV_2D, NONE, NV_SR, NV_2D, NONE, NV_SR, NV_1D, RHT_TE),
+    # paper A's, with another element
+    "int4": (INT_1D, INT_2D, NONE, INT_SR, INT_2D, NONE, INT_SR, INT_1D, RHT_TE),
     # arXiv:2502.20586: forward in BF16, SR on both operands, RHT g = 64, fresh signs each GEMM
     "mxfp4_rht_sr": (PLAIN, PLAIN, NONE, MX_SR, MX_SR, RHT64, MX_SR, MX_SR, RHT64),
     # arXiv:2605.09825: all linears MXFP4, even scale, no SR, H16 on all three GEMMs
@@ -84,12 +88,12 @@ def test_a_recipe_is_its_papers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(TRUTH))
-def test_only_the_nvfp4_recipe_keeps_blocks_and_nothing_switches_late(name: str) -> None:
+def test_only_paper_a_s_recipe_keeps_blocks_and_nothing_switches_late(name: str) -> None:
     plan = shipped(name)
     assert plan.tail.at is None
     # arXiv:2509.25149: the first 2 and the last 8 of 62 blocks
     kept = [rule.blocks for rule in plan.keep.rules(62)]
-    assert kept == (["0:2", "54:"] if name == "nvfp4" else [])
+    assert kept == (["0:2", "54:"] if name in ("nvfp4", "int4") else [])
     assert plan.keep.modules == ()
 
 
