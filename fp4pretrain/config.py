@@ -156,7 +156,8 @@ class ParallelConfig:
 class TrainConfig:
     """Lengths in optimizer steps; ``micro_batch`` and ``global_batch`` in sequences.
 
-    ``tokens`` (100M) sets ``steps`` to as many as it takes.
+    ``tokens`` (100M) sets ``steps`` to as many as it takes. ``sum_order`` n reads the sequences of
+    every microbatch rotated by n: the same sums in another order, to see what rounding alone does.
     """
 
     steps: int = 200
@@ -166,6 +167,7 @@ class TrainConfig:
     log_interval: int = 1
     eval_interval: int = 50
     eval_bf16: bool = True
+    sum_order: int = 0
 
 
 @dataclass

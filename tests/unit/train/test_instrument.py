@@ -64,7 +64,7 @@ def test_validation_loss_is_the_mean_over_all_tokens_whatever_the_batch(
 ) -> None:
     """Batches that do not divide the set too: BF16 sums inside the model are all that may differ."""
     monkeypatch.setattr(step, "_EVALUATION_TOKENS", tokens)
-    assert evaluate(trainer, "validation") == pytest.approx(by_hand(trainer, valid), rel=1e-4)
+    assert evaluate(trainer, "validation").loss == pytest.approx(by_hand(trainer, valid), rel=1e-4)
 
 
 def test_the_batch_of_an_evaluation_is_no_choice_of_the_run(
@@ -72,7 +72,7 @@ def test_the_batch_of_an_evaluation_is_no_choice_of_the_run(
 ) -> None:
     """train.micro_batch, data parallelism and pipelines change neither the microbatches nor their order,
     so a recipe that scales by a whole microbatch has one validation loss too."""
-    first = evaluate(trainer, "validation")
+    first = evaluate(trainer, "validation").loss
     read: set[tuple[int, ...]] = set()
     config = trainer.config
     for micro_batch, ranks, virtual in ((1, 1, None), (8, 2, None), (4, 3, 2)):
@@ -88,7 +88,7 @@ def test_the_batch_of_an_evaluation_is_no_choice_of_the_run(
         real = sorted(row for row in rows if row[0] < 1000)
         read.add(tuple(tuple(row) for row in real))
         monkeypatch.setattr(trainer, "config", replace(config, train=t))
-        assert evaluate(trainer, "validation") == first
+        assert evaluate(trainer, "validation").loss == first
     assert len(read) == 1
 
 
@@ -102,8 +102,8 @@ def test_every_named_set_is_logged(
     Evaluation(logging).after_step(trainer, {})
     logging.close()
     (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert row["val_loss"] == row["val_loss/web"] == evaluate(trainer, "web")
-    assert row["val_loss/code"] == evaluate(trainer, "code") != row["val_loss"]
+    assert row["val_loss"] == row["val_loss/web"] == evaluate(trainer, "web").loss
+    assert row["val_loss/code"] == evaluate(trainer, "code").loss != row["val_loss"]
     assert row["time"] > 1.7e9
 
 
