@@ -174,7 +174,7 @@ def _own_result(pool: Pool, window: int) -> Result:
         tokens=float(run.loss.tokens[-1]),
         losses=_losses(run, window),
         tokens_per_second=steady_rate(run.tokens_per_second),
-        diverged=tuple(one.name for one in pool.members if diverged(one, window)),
+        diverged=_diverged(pool, None, window),
     )
 
 
@@ -203,8 +203,12 @@ def _result(pool: Pool, baseline: Pool, *, window: int, noise: Noise | None) -> 
         equal_loss=equal_loss(pairs) if has_validation else None,
         matched=matched,
         band=_band(pairs, matched.tokens, window),
-        diverged=tuple(one.name for one in pool.members if diverged(one, window)),
+        diverged=_diverged(pool, theirs, window),
     )
+
+
+def _diverged(pool: Pool, baseline: Run | None, window: int) -> tuple[str, ...]:
+    return tuple(one.name for one in pool.members if diverged(one, baseline, window=window))
 
 
 def _band(pairs: Sequence[Pair], tokens: FloatArray, window: int) -> FloatArray | None:

@@ -24,7 +24,8 @@ from fp4pretrain.report.student import Interval, around, interval, pairs_needed
 
 Pair = tuple[Run, Run]  # the recipe's run, the baseline's
 BEHIND, AHEAD, UNDECIDED = "behind", "ahead", "undecided"
-_DIVERGED = 1.1  # times the lowest smoothed loss that a run had
+_RISEN = 1.1  # times the lowest smoothed loss that a run had
+_FAR = 0.2  # above the baseline: ten times what the worst recipe of the literature loses
 _FEWEST_PARTS = 8
 
 
@@ -136,12 +137,16 @@ def quantized(run: Run) -> bool:
     return any(one != "bf16" for one in formats(run.config.get("precision")))
 
 
-def diverged(run: Run, window: int) -> bool:
-    """Whether a run ended without a number, or a tenth above the lowest loss that it had had."""
+def diverged(run: Run, baseline: Run | None, *, window: int) -> bool:
+    """Whether a run ended without a number, a tenth above the lowest loss that it had had, or a fifth
+    above its baseline."""
     smooth = trailing_mean(run.loss.values, window)
     finite = smooth[np.isfinite(smooth)]
     last = [smooth[-1], *(c.values[-1] for c in (run.val_loss, run.val_loss_bf16) if len(c))]
-    return not np.isfinite(last).all() or bool(smooth[-1] > _DIVERGED * finite.min())
+    if not np.isfinite(last).all() or smooth[-1] > _RISEN * finite.min():
+        return True
+    matched = None if baseline is None else match(run.loss, baseline.loss, window=window)
+    return matched is not None and bool(matched.gap[-1] > _FAR)
 
 
 def _from_text(pair: Pair, name: str, *, tokens: float, nats: float) -> Interval | None:
