@@ -63,6 +63,18 @@ class Comparison:
         """The result that the others are measured against."""
         return self.results[0]
 
+    @property
+    def common_tokens(self) -> float | None:
+        """Where all losses were taken; None where that differs."""
+        tokens = {result.tokens for result in self.results}
+        return tokens.pop() if len(tokens) == 1 else None
+
+    @property
+    def title(self) -> str:
+        """What the table is about."""
+        at = "matched" if self.common_tokens is None else tokens_text(self.common_tokens)
+        return f"Loss gap at {at} tokens, baseline {self.baseline.run.name}"
+
     def header(self) -> list[str]:
         """Names of the table's columns; a column that no run has a number for is left out."""
         return [name for name, _ in self._columns()]
@@ -75,9 +87,10 @@ class Comparison:
     def _columns(self) -> list[tuple[str, list[str]]]:
         results = self.results
         main = "val_loss" if any("val_loss" in one.losses for one in results) else "loss"
-        columns = [
-            ("run", [one.run.name for one in results]),
-            ("tokens", [tokens_text(one.tokens) for one in results]),
+        columns = [("run", [one.run.name for one in results])]
+        if self.common_tokens is None:
+            columns.append(("tokens", [tokens_text(one.tokens) for one in results]))
+        columns += [
             (f"{ENDPOINTS[main]} loss", [_loss(one, main) for one in results]),
             ("gap %", [gap_text(one.gaps.get(main)) for one in results]),
             ("nats", [nats_text(one.gaps.get(main)) for one in results]),

@@ -77,7 +77,7 @@ def _tuning(found: Tuning) -> str:
 
 
 def _against(comparison: Comparison) -> Iterator[str]:
-    if len({result.tokens for result in comparison.results}) > 1:
+    if comparison.common_tokens is None:
         yield "Runs end at different tokens: each gap is taken where its run ends."
     unequal = sorted({one.key for one in comparison.differences if not one.harmless})
     if unequal:

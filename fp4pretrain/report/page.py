@@ -29,7 +29,7 @@ img { max-width: 100%; } .notes { color: #555; } .unequal { color: #b00020; }
 
 def write_page(comparison: Comparison, path: Path) -> None:
     """Write the page; the picture must lie at ``comparison.picture``."""
-    title = f"Loss gap at matched tokens, baseline {escape(comparison.baseline.run.name)}"
+    title = escape(comparison.title)
     parts = [
         f"<h1>{title}</h1>",
         _table(comparison.header(), comparison.cells(), kind="scores"),

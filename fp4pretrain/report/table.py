@@ -11,8 +11,7 @@ from fp4pretrain.report.notes import notes
 
 def table(comparison: Comparison) -> Table:
     """Headers and intervals take two lines; the notes are the caption."""
-    title = f"Loss gap at matched tokens, baseline {comparison.baseline.run.name}"
-    found = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    found = Table(title=comparison.title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     found.caption, found.caption_justify = "\n".join(notes(comparison)), "left"
     for number, name in enumerate(comparison.header()):
         header = name.replace(" ", "\n")

@@ -343,7 +343,7 @@ def test_json_is_all_that_stands_on_standard_output(
     assert nvfp4["gap"] == pytest.approx(0.01503)
     assert nvfp4["low"] < nvfp4["gap"] < nvfp4["high"]
     assert nvfp4["nats_low"] < nvfp4["nats"] < nvfp4["nats_high"]
-    assert nvfp4["endpoints"].keys() == {"val_loss", "loss", "val_loss_bf16"}
+    assert nvfp4["endpoints"].keys() == {"val_loss", "loss"}
     assert (fp8["gap"], fp8["verdict"]) == (0, "undecided")
 
 

@@ -92,6 +92,21 @@ def test_the_batch_of_an_evaluation_is_no_choice_of_the_run(
     assert len(read) == 1
 
 
+def test_parts_of_a_validation_set_are_neighbouring_sequences(
+    trainer: Trainer, valid: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part is what an evaluation of its sequences alone gives, and together they are the whole."""
+    found = evaluate(trainer, "validation")
+    assert len(found.parts) == min(32, len(valid))
+    numbers = [number * len(found.parts) // len(valid) for number in range(len(valid))]
+    for part in (0, len(found.parts) - 1):
+        own = [valid[n] for n, place in enumerate(numbers) if place == part]
+        monkeypatch.setattr(trainer, "data", replace(trainer.data, valid={"validation": own}))
+        alone = evaluate(trainer, "validation").loss
+        assert found.parts[part] == pytest.approx(alone, rel=1e-4)
+    assert len(set(found.parts)) > 1
+
+
 def test_every_named_set_is_logged(
     trainer: Trainer, valid: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
