@@ -72,6 +72,7 @@ NOT_NEGATIVE = (
     "optim.weight_decay",
     "optim.clip",
     "train.eval_interval",
+    "train.sum_order",
     "checkpoint.interval",
     "checkpoint.keep_every",
     "guard.max_skipped",
@@ -131,6 +132,11 @@ def check(config: RunConfig) -> None:
         raise UserError(
             "guard.spike.action: rollback has no checkpoint to go back to; set checkpoint.interval, "
             "or use report"
+        )
+    if config.train.sum_order >= config.train.micro_batch:
+        raise UserError(
+            f"train.sum_order: {config.train.sum_order} is no other order of "
+            f"{config.train.micro_batch} sequences; give a number below train.micro_batch"
         )
     if config.train.global_batch % config.train.micro_batch:
         raise UserError(

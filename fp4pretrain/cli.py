@@ -6,6 +6,7 @@ A mistake of the user's (UserError) is one line on stderr and exit status 2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -37,10 +38,21 @@ run_dir, resume, logging.wandb.mode, precision.wgrad.rotation.kind, precision.ke
 COMPARE_HELP = """\
 The loss gap of runs to a baseline (the first run, or --baseline) at matched tokens: a table, a PNG
 and with --html one self-contained page. Refuses runs that differ in more than the recipe; those that
-differ in their seed alone are one row, whose gap has a standard error.
+differ in their seeds alone are one row. Pairs of runs of one seed give its gap a 90% interval and a
+verdict: behind, ahead or undecided. Where a recipe has runs of several optim.lr, its best is compared.
 
   fp4pretrain compare runs/demo-fp8 runs/demo-nvfp4 --out runs/demo.png
   fp4pretrain compare runs/fp8-seed* runs/nvfp4-seed*
+  fp4pretrain compare runs/* --baseline runs/bf16-seed1 --json
+"""
+
+NOISE_HELP = """\
+What chance alone does to a loss: trains replicates of one config that differ in nothing but the order
+of sums, then in the order of data, then in initial weights; prints the standard deviations and which
+gap n pairs of runs can see. A second call goes on where the first was stopped.
+
+  fp4pretrain noise precision=bf16 model=gpt_10m data.path=data/corpus --out runs/noise
+  fp4pretrain compare runs/* --noise runs/noise/noise.json
 """
 
 DATA_HELP = """\
@@ -136,6 +148,16 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", type=Path, default=Path("runs"), metavar="PNG or DIR")
     compare.add_argument("--html", action="store_true", help="write a page beside the picture")
     compare.add_argument("--force", action="store_true", help="compare unequal runs too")
+    compare.add_argument(
+        "--noise", type=Path, metavar="JSON", help="of one run, for the interval of a single pair"
+    )
+    compare.add_argument("--json", action="store_true", help="print JSON and nothing else")
+
+    noise = verb("noise", "what chance alone does to a loss", NOISE_HELP, _noise)
+    noise.add_argument("overrides", nargs="*", metavar="key=value")
+    noise.add_argument("--replicates", type=int, default=3, metavar="N", help="of each kind")
+    noise.add_argument("--out", type=Path, default=Path("runs/noise"), metavar="DIR")
+    noise.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
     data = verb("data", "build, inspect and tokenize datasets", DATA_HELP, _data)
     jobs = data.add_subparsers(title="jobs", required=True, metavar="JOB", dest="job")
@@ -194,20 +216,56 @@ def _train(arguments: argparse.Namespace) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from fp4pretrain.report import compare
+    from fp4pretrain.report import Options, as_json, compare, read_noise, table
 
     comparison = compare(
         arguments.runs,
         out=arguments.out,
         baseline=arguments.baseline,
-        force=arguments.force,
-        html=arguments.html,
+        options=Options(
+            force=arguments.force,
+            html=arguments.html,
+            noise=None if arguments.noise is None else read_noise(arguments.noise),
+        ),
     )
+    if arguments.json:
+        print(json.dumps(as_json(comparison), indent=1, allow_nan=False))
+        return
     console = Console(highlight=False)
-    console.print(comparison.table())
+    console.print(table(comparison))
     for path in (comparison.picture, comparison.page):
         if path is not None:
             console.print(str(path))
+
+
+def _noise(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from fp4pretrain.parallel.groups import leave
+    from fp4pretrain.report import measure_noise, noise_table
+    from fp4pretrain.train.replicates import train_replicates
+
+    # what training says is for the reader, not for a program
+    told = contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext()
+    try:
+        with told:
+            paths = train_replicates(
+                arguments.overrides, replicates=arguments.replicates, out=arguments.out
+            )
+    finally:
+        leave(destroy=True)
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    found = measure_noise(paths)
+    text = json.dumps(found, indent=1, allow_nan=False)
+    path = arguments.out / "noise.json"
+    path.write_text(text + "\n", encoding="utf-8")
+    if arguments.json:
+        print(text)
+        return
+    console = Console(highlight=False)
+    console.print(noise_table(found))
+    console.print(str(path))
 
 
 def _data(arguments: argparse.Namespace) -> None:

@@ -133,7 +133,8 @@ class ParallelConfig:
 class TrainConfig:
     """Lengths in optimizer steps; ``micro_batch`` and ``global_batch`` in sequences.
 
-    ``tokens`` (100M) sets ``steps`` to as many as it takes.
+    ``tokens`` (100M) sets ``steps`` to as many as it takes. ``sum_order`` n reads the sequences of
+    every microbatch rotated by n: the same sums in another order, to see what rounding alone does.
     """
 
     steps: int = 200
@@ -143,6 +144,7 @@ class TrainConfig:
     log_interval: int = 1
     eval_interval: int = 50
     eval_bf16: bool = True
+    sum_order: int = 0
 
 
 @dataclass

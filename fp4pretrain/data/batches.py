@@ -24,6 +24,7 @@ class MicrobatchSampler(torch.utils.data.Sampler[list[int]]):
         micro_batch: samples a microbatch.
         dp_rank: this rank's place in its data-parallel group.
         dp_size: size of that group.
+        rotate: by how many places a microbatch's samples are rotated.
     """
 
     def __init__(
@@ -33,7 +34,9 @@ class MicrobatchSampler(torch.utils.data.Sampler[list[int]]):
         micro_batch: int,
         dp_rank: int,
         dp_size: int,
+        rotate: int = 0,
     ) -> None:
+        self.rotate = rotate
         self.consumed_samples = consumed_samples
         self.micro_batch = micro_batch
         self.first = dp_rank * micro_batch
@@ -42,7 +45,8 @@ class MicrobatchSampler(torch.utils.data.Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for number in itertools.count():
             begin = self.consumed_samples + number * self.slice + self.first
-            yield list(range(begin, begin + self.micro_batch))
+            numbers = list(range(begin, begin + self.micro_batch))
+            yield numbers[self.rotate :] + numbers[: self.rotate]
 
 
 class EvaluationSampler(torch.utils.data.Sampler[list[int]]):
@@ -72,6 +76,7 @@ def batches(
     micro_batch: int,
     dp_rank: int = 0,
     dp_size: int = 1,
+    rotate: int = 0,
     num_workers: int = 0,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Microbatches of one rank from `consumed_samples` on; training data has no end.
@@ -82,6 +87,7 @@ def batches(
         micro_batch: samples a microbatch.
         dp_rank: this rank's place in its data-parallel group.
         dp_size: size of that group.
+        rotate: by how many places a microbatch's samples are rotated.
         num_workers: processes that read ahead; 0 reads in this one.
 
     Yields:
@@ -93,6 +99,7 @@ def batches(
         micro_batch=micro_batch,
         dp_rank=dp_rank,
         dp_size=dp_size,
+        rotate=rotate,
     )
     yield from _loaded(dataset, sampler, num_workers=num_workers)
 

@@ -84,7 +84,9 @@ class WandbSink:
                 self._record(row)
             elif step >= max(self._run.starting_step, self._newest):
                 self._newest = step
-                self._run.log({k: v for k, v in row.items() if k != "event"}, step=step)
+                # a list is for metrics.jsonl, where runs are compared
+                shown = {k: v for k, v in row.items() if k != "event" and not isinstance(v, list)}
+                self._run.log(shown, step=step)
         except Exception as error:  # as above
             _say(f"stopped at step {step} ({_first_line(error)}); metrics.jsonl goes on")
             self._run = None

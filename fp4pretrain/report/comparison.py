@@ -3,56 +3,58 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from fp4pretrain.report.differences import Difference
+from fp4pretrain.report.endpoint import Gap
+from fp4pretrain.report.equal_loss import EqualLoss
 from fp4pretrain.report.gap import MatchedCurves
 from fp4pretrain.report.load import FloatArray, Run
+from fp4pretrain.report.tuning import Tuning
 
-
-@dataclass(frozen=True)
-class Score:
-    """One loss of one run, and its relative gap to the baseline at the same tokens.
-
-    ``error``: the gap's standard error over seeds; None for one seed.
-    """
-
-    loss: float
-    gap: float | None  # None for the baseline itself
-    error: float | None = None
+ENDPOINTS = {"val_loss": "val", "val_loss_bf16": "BF16", "loss": "train"}
 
 
 @dataclass(frozen=True)
 class Result:
     """One row of the comparison. ``tokens``: where its losses were taken, the last common ones.
 
-    ``run``: the mean of the runs of all ``seeds``. ``band``: standard error of the training loss's
-    gap on the matched tokens; None for one seed.
+    ``run``: the mean of the runs of all ``seeds``. ``losses``: the last loss of each curve.
+    ``gaps``: to the baseline, by curve; empty for the baseline itself. ``band``: half the interval of
+    the training loss's gap on the matched tokens; None for one pair. ``diverged``: names of runs.
     """
 
+    name: str
     run: Run
-    seeds: tuple[str, ...]
+    seeds: tuple[int | str, ...]
     tokens: float
-    loss: Score
-    val_loss: Score | None
-    val_loss_bf16: Score | None
+    losses: Mapping[str, float]
     tokens_per_second: float | None
-    matched: MatchedCurves | None  # training loss; None for the baseline itself
+    gaps: Mapping[str, Gap] = field(default_factory=dict)
+    equal_loss: EqualLoss | None = None
+    matched: MatchedCurves | None = None  # training loss; None for the baseline itself
     band: FloatArray | None = None
+    diverged: tuple[str, ...] = ()
+
+    @property
+    def gap(self) -> Gap | None:
+        """The gap that is judged: of the validation loss where there is one."""
+        return self.gaps.get("val_loss") or self.gaps.get("loss")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` found; the baseline's result comes first."""
+    """What ``compare`` found; the baseline's result comes first. ``remarks``: what was left out, and
+    why; one sentence each."""
 
     results: tuple[Result, ...]
     window: int
     differences: tuple[Difference, ...]
+    tuning: Mapping[str, Tuning]
     unigram_entropy: float | None
+    remarks: tuple[str, ...]
     picture: Path
     page: Path | None
 
@@ -60,6 +62,18 @@ class Comparison:
     def baseline(self) -> Result:
         """The result that the others are measured against."""
         return self.results[0]
+
+    @property
+    def common_tokens(self) -> float | None:
+        """Where all losses were taken; None where that differs."""
+        tokens = {result.tokens for result in self.results}
+        return tokens.pop() if len(tokens) == 1 else None
+
+    @property
+    def title(self) -> str:
+        """What the table is about."""
+        at = "matched" if self.common_tokens is None else tokens_text(self.common_tokens)
+        return f"Loss gap at {at} tokens, baseline {self.baseline.run.name}"
 
     def header(self) -> list[str]:
         """Names of the table's columns; a column that no run has a number for is left out."""
@@ -70,63 +84,24 @@ class Comparison:
         columns = [cells for _, cells in self._columns()]
         return [list(row) for row in zip(*columns, strict=True)]
 
-    def notes(self) -> list[str]:
-        """How the numbers were made, and what to hold against them; one sentence each."""
-        notes = [
-            f"Gap: loss against {self.baseline.run.name} at the same tokens (interpolated), in %. "
-            f"Training loss: mean of the last {self.window} logged rows; validation: last common."
-        ]
-        if len(self.baseline.seeds) > 1:
-            notes.append(
-                f"Means over seeds {', '.join(self.baseline.seeds)}; ± is the standard error of the "
-                "gap, from pairs of runs of one seed."
-            )
-        ends = {result.tokens for result in self.results}
-        if len(ends) > 1:
-            notes.append("Runs end at different tokens: each gap is taken where its run ends.")
-        unequal = sorted({one.key for one in self.differences if not one.harmless})
-        if unequal:
-            notes.append(f"FORCED: the runs also differ in {', '.join(unequal)}.")
-        for run in (result.run for result in self.results):
-            if run.events:
-                told = ", ".join(f"{count} x {event}" for event, count in run.events.items())
-                notes.append(f"What happened to {run.name}: {told}.")
-        if self.unigram_entropy is not None:
-            notes.append(f"Unigram entropy of the data: {self.unigram_entropy:.4f} nats.")
-        return notes
-
-    def table(self) -> Table:
-        """The comparison as a rich table."""
-        title = f"Loss gap at matched tokens, baseline {self.baseline.run.name}"
-        # narrow enough for 80 columns: two-line headers, no rules between columns
-        table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        table.caption, table.caption_justify = "\n".join(self.notes()), "left"
-        for number, name in enumerate(self.header()):
-            header = name.replace(" ", "\n")
-            if number == 0:
-                table.add_column(header, min_width=8, overflow="fold")
-            else:
-                table.add_column(header, justify="right", no_wrap=True)
-        for row in self.cells():
-            table.add_row(*(cell.replace(" ± ", "\n± ") for cell in row))
-        return table
-
     def _columns(self) -> list[tuple[str, list[str]]]:
         results = self.results
-        columns = [
-            ("run", [result.run.name for result in results]),
-            ("tokens", [tokens_text(result.tokens) for result in results]),
+        main = "val_loss" if any("val_loss" in one.losses for one in results) else "loss"
+        columns = [("run", [one.run.name for one in results])]
+        if self.common_tokens is None:
+            columns.append(("tokens", [tokens_text(one.tokens) for one in results]))
+        columns += [
+            (f"{ENDPOINTS[main]} loss", [_loss(one, main) for one in results]),
+            ("gap %", [gap_text(one.gaps.get(main)) for one in results]),
+            ("nats", [nats_text(one.gaps.get(main)) for one in results]),
+            ("verdict", [_verdict(one) for one in results]),
         ]
-        scores: dict[str, list[Score | None]] = {
-            "train loss": [result.loss for result in results],
-            "val loss": [result.val_loss for result in results],
-            "val BF16": [result.val_loss_bf16 for result in results],
-        }
-        for name, found in scores.items():
-            if any(found):
-                columns.append((name, ["-" if one is None else _loss(one.loss) for one in found]))
-                columns.append(("gap %", ["" if one is None else gap_text(one) for one in found]))
-        rates = [result.tokens_per_second for result in results]
+        if any("val_loss_bf16" in one.gaps for one in results):
+            gaps = [gap_text(one.gaps.get("val_loss_bf16")) for one in results]
+            columns.append(("BF16 gap %", gaps))
+        if any(one.equal_loss and one.equal_loss.extra is not None for one in results):
+            columns.append(("extra tokens %", [_extra(one.equal_loss) for one in results]))
+        rates = [one.tokens_per_second for one in results]
         if any(rates):
             columns.append(
                 ("tokens/s", ["-" if rate is None else f"{rate:,.0f}" for rate in rates])
@@ -142,15 +117,43 @@ def tokens_text(tokens: float) -> str:
     return f"{tokens:.0f}"
 
 
-def _loss(value: float) -> str:
+def gap_text(gap: Gap | None) -> str:
+    """The gap in per cent, with half its interval where there is one."""
+    if gap is None:
+        return ""
+    if not math.isfinite(gap.gap):
+        return "-"
+    around = "" if gap.relative is None else f" ± {100 * gap.relative.half:.2f}"
+    return f"{100 * gap.gap:+.2f}{around}"
+
+
+def nats_text(gap: Gap | None) -> str:
+    """The gap in nats a token, with half its interval where there is one."""
+    if gap is None:
+        return ""
+    if not math.isfinite(gap.nats):
+        return "-"
+    around = "" if gap.absolute is None else f" ± {gap.absolute.half:.4f}"
+    return f"{gap.nats:+.4f}{around}"
+
+
+def _loss(result: Result, name: str) -> str:
+    value = result.losses.get(name)
+    if value is None:
+        return "-"
     return f"{value:.4f}" if math.isfinite(value) else "diverged"
 
 
-def gap_text(score: Score) -> str:
-    """The gap in per cent, with its standard error where there is one."""
-    if score.gap is None:
+def _verdict(result: Result) -> str:
+    if result.diverged:
+        return "diverged"
+    return "" if result.gap is None else result.gap.verdict
+
+
+def _extra(found: EqualLoss | None) -> str:
+    if found is None:
         return ""
-    if not math.isfinite(score.gap):
+    if found.extra is None:
         return "-"
-    error = "" if score.error is None else f" ± {100 * score.error:.2f}"
-    return f"{100 * score.gap:+.2f}{error}"
+    around = "" if found.interval is None else f" ± {100 * found.interval.half:.1f}"
+    return f"{100 * found.extra:+.1f}{around}"

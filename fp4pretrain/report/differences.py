@@ -1,35 +1,24 @@
-"""What differs between two configs, and whether their losses may be compared.
+"""What differs between two runs, and whether their losses may be compared.
 
 A gap is the recipe's doing only if the recipe is all that differs. Adam's eps alone (1e-8 or 1e-5)
-has decided whether an FP4 run converged where every switch of its recipe did not; a seed, a batch
-size or a data split does as much (several seeds are paired seed by seed: ``seeds.py``). So everything
-counts but the keys below: the recipe itself, and what says how a run is named, logged and stored.
+has decided whether an FP4 run converged where every switch of its recipe did not; a batch size or a
+data split does as much. So everything counts but the recipe itself and what shapes no curve
+(``fingerprint.HARMLESS``). Text counts by its content where a run left the digests. Seeds make
+pairs (``seeds.py``), and are no settings here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fp4pretrain.errors import UserError
+from fp4pretrain.fingerprint import BY_CONTENT, HARMLESS, ORDER, VALIDATION, within
+from fp4pretrain.naming import flat
+from fp4pretrain.report.load import Run
 
-RECIPE = ("precision",)
-BOOKKEEPING = (
-    "name",
-    "run_dir",
-    "resume",
-    "resume_with",
-    "baseline",
-    "logging",
-    "checkpoint",
-    "guard",  # what it did is in the notes, run by run
-    "train.tokens",  # has become train.steps
-    "train.log_interval",
-    "train.eval_interval",
-    "train.eval_bf16",
-    "data.cache_dir",
-)
+SEEDS = ("seed", "data.seed", "train.sum_order")
+RATE = "optim.lr"
 _ABSENT = "(absent)"
 
 
@@ -44,28 +33,63 @@ class Difference:
 
     @property
     def harmless(self) -> bool:
-        """Whether the key is part of the recipe or of the bookkeeping."""
-        return _within(self.key, RECIPE + BOOKKEEPING)
-
-    @property
-    def bookkeeping(self) -> bool:
-        """Whether the key only names, logs or stores."""
-        return _within(self.key, BOOKKEEPING)
+        """Whether the key is part of the recipe."""
+        return within(self.key, ("precision",))
 
 
-def differences(
-    run: str, config: Mapping[str, Any], baseline: Mapping[str, Any]
-) -> list[Difference]:
-    """All keys, dotted, on which the two configs differ, sorted."""
-    ours, theirs = _flat(config), _flat(baseline)
+def settings(run: Run) -> dict[str, str]:
+    """Key -> value, as text, of all that shapes a run's curve but its seeds."""
+    leaves = flat(run.config)
+    if run.fingerprint is not None:
+        by_content = {key for keys in BY_CONTENT.values() for key in keys}
+        leaves = {key: value for key, value in leaves.items() if not within(key, by_content)}
+        leaves |= run.fingerprint["entries"] | {VALIDATION: validation(run)}
+    return {
+        key: str(value)
+        for key, value in leaves.items()
+        if not within(key, (*HARMLESS, "resume_with")) and key not in SEEDS
+    }
+
+
+def validation(run: Run) -> str | None:
+    """Digests of the run's validation sets; None where it left none."""
+    if run.fingerprint is None:
+        return None
+    sets = run.fingerprint["data"][VALIDATION]
+    return ", ".join(f"{name} {one['digest'][:12]}" for name, one in sets.items())
+
+
+def same_recipe(run: Run, other: Run) -> bool:
+    """Whether the two compute the same, whatever that is called."""
+    if run.fingerprint is not None and other.fingerprint is not None:
+        return bool(run.fingerprint["plan"] == other.fingerprint["plan"])
+    ours, theirs = (
+        {key: value for key, value in settings(one).items() if within(key, ("precision",))}
+        for one in (run, other)
+    )
+    return ours == theirs
+
+
+def differences(run: Run, baseline: Run) -> list[Difference]:
+    """All keys on which the two differ, seeds left out, sorted."""
+    ours, theirs = settings(run), settings(baseline)
+    equal_plans = same_recipe(run, baseline)
     return [
-        Difference(run, key, theirs.get(key, _ABSENT), ours.get(key, _ABSENT))
+        Difference(run.name, key, theirs.get(key, _ABSENT), ours.get(key, _ABSENT))
         for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
+        if ours.get(key) != theirs.get(key) and not (equal_plans and within(key, ("precision",)))
     ]
 
 
-def refuse_unequal(found: list[Difference], *, baseline: str) -> None:
+def order_difference(run: Run, baseline: Run) -> list[Difference]:
+    """Whether two runs of one seed read other text, or in another order."""
+    if run.fingerprint is None or baseline.fingerprint is None:
+        return []
+    ours, theirs = (one.fingerprint["data"][ORDER] for one in (run, baseline))  # type: ignore[index]
+    return [] if ours == theirs else [Difference(run.name, ORDER, theirs, ours)]
+
+
+def refuse_unequal(found: Sequence[Difference], *, baseline: str) -> None:
     """Raise ``UserError`` if a run differs from its baseline in more than the recipe."""
     harmful = [one for one in found if not one.harmless]
     if not harmful:
@@ -74,21 +98,23 @@ def refuse_unequal(found: list[Difference], *, baseline: str) -> None:
         f"{one.key} ({one.run_value} against {one.baseline_value})" for one in harmful[:4]
     )
     more = f" and {len(harmful) - 4} more" if len(harmful) > 4 else ""
+    if any(one.key == VALIDATION for one in harmful):
+        raise UserError(
+            f"baseline: {harmful[0].run} and {baseline} have different validation sets ({shown}{more}): "
+            "their losses are of other text; rerun one of them with equal data keys"
+        )
     raise UserError(
         f"baseline: {harmful[0].run} differs from {baseline} in more than the recipe: "
         f"{shown}{more}; rerun one of them with equal settings, or compare with --force"
     )
 
 
-def _within(key: str, prefixes: tuple[str, ...]) -> bool:
-    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, str]:
-    """Leaves by dotted key. An empty mapping is a leaf, or it would equal an absent one."""
-    if not isinstance(config, Mapping) or not config:
-        return {prefix: str(config)}
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
+def refuse_changed(runs: Sequence[Run]) -> None:
+    """Raise ``UserError`` for a run that was resumed with more changed than its recipe."""
+    for run in runs:
+        told = [f"{k}: {v}" for k, v in run.changes.items() if not within(k, ("precision",))]
+        if told:
+            raise UserError(
+                f"{run.path}: it was resumed as another experiment ({', '.join(told[:3])}), so its "
+                "curve is of no one setting; leave it out, or compare with --force"
+            )

@@ -3,6 +3,8 @@
 ``runs/NAME/`` holds ``metrics.jsonl``, ``config.yaml`` and ``plan.txt``. Curves are kept over
 tokens, never over steps: two runs with other batch sizes meet on that axis alone.
 
+A run that was resumed as another experiment says so in its history: ``changes``.
+
 A step that was skipped because its loss or gradients were not finite is no point of a curve where its
 loss is no number: the weights are those of the step before. What happened to a run is counted beside it.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +24,12 @@ import numpy as np
 import yaml
 
 from fp4pretrain.errors import UserError
+from fp4pretrain.fingerprint import within
 from fp4pretrain.observe import DECIDED, HAPPENED, read_rows
 
+ENDPOINTS = ("val_loss", "val_loss_bf16")
+_CHANGE = re.compile(r"(?:^|, )([a-z_]+(?:\.[a-z_0-9]+)*): ")
+_LENGTH = ("train.steps", "optim.warmup", "optim.decay")
 FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -38,10 +45,21 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Losses of the parts of a validation set [parts], nats a token, and the tokens trained on then."""
+
+    tokens: float
+    values: FloatArray
+
+
+@dataclass(frozen=True)
 class Run:
     """One run's record. A quantity that it never logged has an empty curve.
 
-    ``events``: how often it skipped a step, went back, hung, ...
+    ``val_parts``: of the last evaluation, by the name of its curve. ``fingerprint``: of what shapes
+    the curve (``fp4pretrain.fingerprint``); None for a run that left none. ``changes``: key -> what
+    it was and became, where the run was resumed as another experiment. ``events``: how often it
+    skipped a step, went back, hung, ...
     """
 
     name: str
@@ -53,37 +71,44 @@ class Run:
     val_loss: Curve
     val_loss_bf16: Curve
     tokens_per_second: Curve
+    val_parts: dict[str, Parts]
+    fingerprint: dict[str, Any] | None
+    changes: dict[str, str]
     events: dict[str, int]
 
 
 def load_run(path: Path, *, name: str) -> Run:
     """Read one run directory.
 
-    Raises ``UserError`` where the directory, its metrics or its config is missing, or where no
+    Raises ``UserError`` where its metrics or its config is missing or not a run's, or where no
     training loss has been logged yet.
     """
     metrics = path / "metrics.jsonl"
     config = path / "config.yaml"
-    if not path.is_dir():
-        raise UserError(f"{path}: no such run; give the run_dir of a run")
     for file in (metrics, config):
         if not file.is_file():
             raise UserError(f"{path}: no {file.name}; give the run_dir that a run wrote")
     rows, events = _measured(read_rows(metrics))
+    if any("tokens" not in row for row in rows if "loss" in row or "val_loss" in row):
+        raise UserError(f"{metrics}: rows without tokens, on which runs meet; rerun the run")
     loss = _curve(rows, "loss")
     if not len(loss):
         raise UserError(f"{metrics}: no training loss in it yet; wait for the run's first steps")
     plan = path / "plan.txt"
+    tree = _mapping(config)
     return Run(
         name=name,
         path=path,
-        config=yaml.safe_load(config.read_text(encoding="utf-8")) or {},
+        config=tree,
         plan=plan.read_text(encoding="utf-8") if plan.is_file() else None,
         unigram_entropy=_unigram_entropy(path),
         loss=loss,
         val_loss=_curve(rows, "val_loss"),
         val_loss_bf16=_curve(rows, "val_loss_bf16"),
         tokens_per_second=_curve(rows, "tokens_per_second"),
+        val_parts={key: found for key in ENDPOINTS if (found := _parts(rows, key)) is not None},
+        fingerprint=_fingerprint(path),
+        changes=_changes(path, tree),
         events=events,
     )
 
@@ -99,6 +124,44 @@ def _measured(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dic
         and (row.get("step") not in skipped or math.isfinite(row.get("loss", 0.0)))
     ]
     return points, Counter(row["event"] for row in rows if row.get("event") in record)
+
+
+def _mapping(config: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"{config}: not a run's config; give the run_dir that a run wrote")
+    return tree
+
+
+def _fingerprint(path: Path) -> dict[str, Any] | None:
+    file = path / "fingerprint.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _changes(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Key -> "was -> became" over all starts. A run that was only made longer is what it would have
+    been, unless that had to be allowed by name."""
+    file = path / "history.json"
+    if not file.is_file():
+        return {}
+    found: dict[str, str] = {}
+    for start in json.loads(file.read_text(encoding="utf-8"))["starts"]:
+        pieces = _CHANGE.split(start.get("changes") or "")  # "", key, change, key, change, ...
+        found |= dict(zip(pieces[1::2], pieces[2::2], strict=True))
+    named = config.get("resume_with") or []
+    return {k: v for k, v in found.items() if k not in _LENGTH or within(k, named)}
+
+
+def _parts(rows: Sequence[dict[str, Any]], key: str) -> Parts | None:
+    """Of the last evaluation, if it has them."""
+    last = next((row for row in reversed(rows) if row.get(key) is not None), None)
+    values = None if last is None else last.get(f"{key}_parts")
+    if last is None or values is None:
+        return None
+    return Parts(last["tokens"], np.array(values, dtype=np.float64))
 
 
 def _unigram_entropy(path: Path) -> float | None:

@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from fp4pretrain.report.comparison import Comparison
+from fp4pretrain.report.notes import notes
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff;
@@ -28,11 +29,11 @@ img { max-width: 100%; } .notes { color: #555; } .unequal { color: #b00020; }
 
 def write_page(comparison: Comparison, path: Path) -> None:
     """Write the page; the picture must lie at ``comparison.picture``."""
-    title = f"Loss gap at matched tokens, baseline {escape(comparison.baseline.run.name)}"
+    title = escape(comparison.title)
     parts = [
         f"<h1>{title}</h1>",
         _table(comparison.header(), comparison.cells(), kind="scores"),
-        "".join(f'<p class="notes">{escape(note)}</p>' for note in comparison.notes()),
+        "".join(f'<p class="notes">{escape(note)}</p>' for note in notes(comparison)),
         _picture(comparison.picture),
         "<h2>Plans</h2>",
         *(_plan(result.run.name, result.run.plan) for result in comparison.results),
@@ -67,12 +68,11 @@ def _plan(name: str, plan: str | None) -> str:
 
 
 def _differences(comparison: Comparison) -> str:
-    """The recipe's keys and the forced ones; names and folders always differ and say nothing."""
-    shown = [one for one in comparison.differences if not one.bookkeeping]
-    if not shown:
+    """The recipe's keys and the forced ones."""
+    if not comparison.differences:
         return "<p>None.</p>"
     rows = [
         [one.run, one.key, one.baseline_value, one.run_value, "" if one.harmless else "not recipe"]
-        for one in shown
+        for one in comparison.differences
     ]
     return _table(["run", "key", "baseline", "run's", ""], rows, kind="differences")

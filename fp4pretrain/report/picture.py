@@ -1,7 +1,7 @@
 """The picture of a comparison: loss curves above, their gap to the baseline below.
 
 Both panels share the token axis. Curves are named at their ends, where the eye already is, and the
-colours (Okabe and Ito's) stay apart for colour-blind readers. A band is the standard error over seeds.
+colours (Okabe and Ito's) stay apart for colour-blind readers. A band is the 90% interval over seeds.
 The first tokens' steep descent is left outside the frame: it would press the differences that matter
 into a line's width.
 """
@@ -117,7 +117,7 @@ def _gap_curve(
         edges = gap - 100 * result.band, gap + 100 * result.band
         axes.fill_between(matched.tokens, *edges, color=colour, alpha=0.15, linewidth=0)
         framed += [_late(matched.tokens, edge) for edge in edges]
-    told = f"{gap_text(result.loss)}%" if np.isfinite(gap[-1]) else "diverged"
+    told = f"{gap_text(result.gaps['loss'])}%" if np.isfinite(gap[-1]) else "diverged"
     text = f"{result.run.name}  {told}"
     return _end_label(text, matched.tokens, gap, colour)
 

@@ -1,8 +1,9 @@
-"""Runs of one recipe that differ in their seed, as one result.
+"""Runs of one recipe that differ in their seeds alone, as one result; and pairs of runs of one seed.
 
-A short run orders recipes by chance: the seed alone moves a loss by per cents. So runs whose configs are
-equal but for the seed are pooled. Their curves are means; how sure the gap is comes from the pairs: each
-run and the baseline's of its own seed saw the same batches, and the standard error is that of their gaps.
+A short run orders recipes by chance: the seed alone moves a loss by per cents. So runs that are equal
+but for their seeds are pooled. A pair is a recipe's run and the baseline's of the same seed and data
+order: both began with the same weights and saw the same batches. Runs that differ in the order of
+sums only (``train.sum_order``) are no seeds of their own: their mean is one.
 """
 
 from __future__ import annotations
@@ -14,96 +15,102 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fp4pretrain.errors import UserError
+from fp4pretrain.naming import flat
 from fp4pretrain.report.differences import differences
-from fp4pretrain.report.gap import MatchedCurves
-from fp4pretrain.report.load import Curve, FloatArray, Run
+from fp4pretrain.report.load import Curve, Parts, Run
 
-SEED = "seed"
+Key = tuple[int, int]  # seed, data.seed
 
 
 @dataclass(frozen=True)
 class Pool:
-    """``run``: the mean of ``runs`` (by seed, as text), or the only one."""
+    """``run``: the mean of all ``members``. ``seeds``: by seed and data order, each the mean of the
+    runs that differ in the order of sums only."""
 
     run: Run
-    runs: Mapping[str, Run]
+    members: tuple[Run, ...]
+    seeds: Mapping[Key, Run]
 
     @property
     def first(self) -> Run:
         """The run that stands for all where they are equal: config, plan."""
-        return next(iter(self.runs.values()))
+        return self.members[0]
 
 
-def alone(run: Run) -> Pool:
-    """A run by itself."""
-    return Pool(run, {str(run.config.get(SEED)): run})
+def seed_of(run: Run) -> Key:
+    """The seed of the weights and that of the order of the data."""
+    if run.fingerprint is not None:
+        found = run.fingerprint["seeds"]
+        return found["seed"], found["data.seed"]
+    seed = run.config.get("seed", 0)
+    data = flat(run.config).get("data.seed")
+    return seed, seed if data is None else data
+
+
+def sum_order(run: Run) -> int:
+    """Which order of sums the run took."""
+    return int(flat(run.config).get("train.sum_order", 0))
+
+
+def label(key: Key) -> int | str:
+    """A seed as it is shown: 1, or 1/2 where the data have another than the weights."""
+    seed, data = key
+    return seed if seed == data else f"{seed}/{data}"
 
 
 def pooled(runs: Sequence[Run]) -> list[Pool]:
-    """One pool for each recipe, in the order of their first runs; runs of one seed stay apart."""
-    groups: list[dict[str, Run]] = []
+    """One pool for each recipe and its settings, in the order of their first runs.
+
+    A second run of the same seeds and order of sums stays apart, and so does one that was resumed
+    as another experiment.
+    """
+    groups: list[list[Run]] = []
     for run in runs:
-        seed = str(run.config.get(SEED))
         for group in groups:
-            if seed not in group and _same_recipe(run, next(iter(group.values()))):
-                group[seed] = run
+            if _may_join(run, group):
+                group.append(run)
                 break
         else:
-            groups.append({seed: run})
-    names = [_recipe_name(group) for group in groups]
-    pools = []
-    for name, group in zip(names, groups, strict=True):
-        first = next(iter(group.values()))
-        if len(group) == 1:
-            pools.append(Pool(first, group))
-            continue
-        shown = name if name and names.count(name) == 1 else first.name
-        pools.append(Pool(_mean(list(group.values()), f"{shown} ({len(group)} seeds)"), group))
-    return pools
+            groups.append([run])
+    names = [_recipe_name(group[0]) for group in groups]
+    return [
+        _pool(group, name if name and names.count(name) == 1 else group[0].name)
+        for name, group in zip(names, groups, strict=True)
+    ]
 
 
-def refuse_unpaired(pools: Sequence[Pool]) -> None:
-    """Raise ``UserError`` where there is no baseline, or a seed has no run of the baseline's."""
+def common(pool: Pool, baseline: Pool) -> list[Key]:
+    """The seeds that both have runs of, in the pool's order."""
+    return [key for key in pool.seeds if key in baseline.seeds]
+
+
+def without_partner(pool: Pool, baseline: Pool) -> list[Key]:
+    """The seeds of either that the other lacks."""
+    return sorted(pool.seeds.keys() ^ baseline.seeds.keys())
+
+
+def refuse_alone(pools: Sequence[Pool]) -> None:
+    """Raise ``UserError`` where there is nothing beside the baseline, or no seed in common with it."""
     base, *others = pools
     if not others:
         raise UserError(
-            "runs: all are one recipe with several seeds; add runs of another recipe, or compare "
-            "them one by one with --force"
+            "runs: all are one recipe with several seeds; add runs of another recipe "
+            "(how much seeds move a loss: fp4pretrain noise)"
         )
     for pool in others:
-        if len(base.runs) == len(pool.runs) == 1:
-            continue  # the seed is named among all differences
-        odd = sorted(base.runs.keys() ^ pool.runs.keys())
-        if odd:
+        if not common(pool, base):
+            ours, theirs = (", ".join(str(label(k)) for k in one.seeds) for one in (pool, base))
             raise UserError(
-                f"seed: {pool.run.name} and the baseline {base.run.name} do not have runs of the "
-                f"same seeds ({', '.join(odd)}: one of them only); leave those out or add the others"
+                f"seed: {pool.run.name} ({ours}) and the baseline {base.run.name} ({theirs}) have no "
+                "seed in common, so it differs in more than the recipe; train one, or compare with "
+                "--force"
             )
 
 
-def standard_error(pairs: Sequence[MatchedCurves | None], tokens: FloatArray) -> FloatArray | None:
-    """Of the mean of the pairs' gaps, on tokens [rows]; None for one pair, or where one has none."""
-    found = [pair for pair in pairs if pair is not None]
-    if len(found) < 2 or len(found) < len(pairs):
-        return None
-    gaps = np.stack([np.interp(tokens, pair.tokens, pair.gap) for pair in found])
-    error: FloatArray = gaps.std(axis=0, ddof=1) / np.sqrt(len(found))
-    return error
-
-
-def _same_recipe(run: Run, other: Run) -> bool:
-    return all(
-        one.bookkeeping or one.key == SEED
-        for one in differences(run.name, run.config, other.config)
-    )
-
-
-def _recipe_name(group: Mapping[str, Run]) -> str | None:
-    precision = next(iter(group.values())).config.get("precision")
-    return precision.get("name") if isinstance(precision, Mapping) else None
-
-
-def _mean(runs: Sequence[Run], name: str) -> Run:
+def mean_run(runs: Sequence[Run], name: str) -> Run:
+    """The runs' mean curves, under the first one's config."""
+    if len(runs) == 1:
+        return replace(runs[0], name=name)
     return replace(
         runs[0],
         name=name,
@@ -111,8 +118,43 @@ def _mean(runs: Sequence[Run], name: str) -> Run:
         val_loss=_mean_curve([run.val_loss for run in runs]),
         val_loss_bf16=_mean_curve([run.val_loss_bf16 for run in runs]),
         tokens_per_second=_mean_curve([run.tokens_per_second for run in runs]),
+        val_parts=_mean_parts([run.val_parts for run in runs]),
         events=dict(sum((Counter(run.events) for run in runs), Counter())),
     )
+
+
+def _pool(group: list[Run], shown: str) -> Pool:
+    by_seed: dict[Key, list[Run]] = {}
+    for run in group:
+        by_seed.setdefault(seed_of(run), []).append(run)
+    seeds = {key: mean_run(runs, runs[0].name) for key, runs in by_seed.items()}
+    name = group[0].name if len(group) == 1 else f"{shown} ({len(seeds)} seeds)"
+    return Pool(mean_run(list(seeds.values()), name), tuple(group), seeds)
+
+
+def _may_join(run: Run, group: Sequence[Run]) -> bool:
+    taken = {(seed_of(one), sum_order(one)) for one in group}
+    return (
+        not run.changes
+        and not group[0].changes
+        and (seed_of(run), sum_order(run)) not in taken
+        and not differences(run, group[0])
+    )
+
+
+def _recipe_name(run: Run) -> str | None:
+    precision = run.config.get("precision")
+    return precision.get("name") if isinstance(precision, Mapping) else None
+
+
+def _mean_parts(parts: Sequence[Mapping[str, Parts]]) -> dict[str, Parts]:
+    """Where all have them, as many, at the same tokens."""
+    found = {}
+    for key in parts[0]:
+        ours = [one[key] for one in parts if key in one]
+        if len(ours) == len(parts) and len({(p.tokens, len(p.values)) for p in ours}) == 1:
+            found[key] = Parts(ours[0].tokens, np.mean([p.values for p in ours], axis=0))
+    return found
 
 
 def _mean_curve(curves: Sequence[Curve]) -> Curve:

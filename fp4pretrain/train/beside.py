@@ -18,7 +18,7 @@ from fp4pretrain.fingerprint import plan_digest, within
 from fp4pretrain.naming import flat, shortened, shortest, word
 from fp4pretrain.parallel.agreement import attempted
 from fp4pretrain.parallel.groups import meet
-from fp4pretrain.report import compare
+from fp4pretrain.report import Options, compare, table
 from fp4pretrain.train.main import check_run, train
 from fp4pretrain.train.run_dir import RESTART, check_free, find_checkpoint, run_path
 from fp4pretrain.version import sources_digest
@@ -164,9 +164,9 @@ def _report(trained: list[Path]) -> None:
     if int(os.environ.get("RANK", "0")) != 0:
         return
     baseline, run = trained
-    comparison = compare([baseline, run], out=run / "compare.png", html=True)
+    comparison = compare([baseline, run], out=run / "compare.png", options=Options(html=True))
     console = Console(highlight=False, soft_wrap=True)
-    console.print(comparison.table())
+    console.print(table(comparison))
     for path in (baseline, run, comparison.picture, comparison.page):
         if path is not None:
             console.print(f"wrote {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,8 @@ from fp4pretrain.train.trainer import Batch, Trainer
 _EVALUATION = 1 << 24
 # Of one of its microbatches: about what one sequence of the long-context presets has.
 _EVALUATION_TOKENS = 8192
+# Parts of a validation set whose losses are kept, for the spread of a gap over them.
+_PARTS = 32
 
 
 def masked_mean(
@@ -34,10 +37,10 @@ def masked_mean(
 def masked_sum(
     loss_mask_bs: torch.Tensor, loss_bs: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of the losses (nats) of one microbatch [b, s] over the tokens that count, and how many they
-    are, in float64."""
-    loss = (loss_bs.double() * loss_mask_bs).sum()
-    return loss.float(), {"loss": loss, "tokens": loss_mask_bs.double().sum()}
+    """Sums of the losses (nats) of one microbatch's sequences [b] over the tokens that count, and how
+    many those are, in float64."""
+    loss_b = (loss_bs.double() * loss_mask_bs).sum(dim=1)
+    return loss_b.sum().float(), {"loss": loss_b, "tokens": loss_mask_bs.double().sum(dim=1)}
 
 
 class ForwardStep:
@@ -105,8 +108,17 @@ def train_step(trainer: Trainer, iterators: list[Iterator[Batch] | None]) -> dic
     return {"loss": health.loss, "grad_norm": health.norm(float(grad_norm)), "lr": lr}
 
 
-def evaluate(trainer: Trainer, name: str, *, bf16: bool = False) -> float:
-    """Mean loss (nats a token) over all tokens of the validation set ``name``.
+@dataclass(frozen=True)
+class Evaluated:
+    """Mean loss (nats a token) over all tokens of a validation set, and of each of its ``parts``:
+    neighbouring sequences, as many in each as can be."""
+
+    loss: float
+    parts: list[float]
+
+
+def evaluate(trainer: Trainer, name: str, *, bf16: bool = False) -> Evaluated:
+    """The losses on the validation set ``name``.
 
     In the run's recipe, or with every linear in BF16. Its microbatches are of the same sequences
     whatever train.micro_batch and the layout are, since a recipe may scale by a whole microbatch.
@@ -118,7 +130,8 @@ def evaluate(trainer: Trainer, name: str, *, bf16: bool = False) -> float:
         chunk.eval()
     trainer.clock.step = trainer.step
     forward = ForwardStep(trainer, loss=masked_sum, first_microbatch=_EVALUATION)
-    sampler = evaluation_sampler(trainer, sequences=len(trainer.data.valid[name]))
+    sequences = len(trainer.data.valid[name])
+    sampler = evaluation_sampler(trainer, sequences=sequences)
     with torch.no_grad():
         losses = _schedule(
             trainer,
@@ -131,8 +144,9 @@ def evaluate(trainer: Trainer, name: str, *, bf16: bool = False) -> float:
     for chunk in trainer.chunks:
         chunk.train()
     trainer.binding.set_recipes(recipes)
-    total, tokens = _total(losses, trainer)
-    return total / tokens
+    sums = _sums(losses, trainer, sampler, sequences=sequences)
+    total, tokens = sums.sum(dim=0).tolist()
+    return Evaluated(total / tokens, (sums[:, 0] / sums[:, 1]).tolist())
 
 
 def evaluation_sampler(trainer: Trainer, *, sequences: int) -> EvaluationSampler:
@@ -172,18 +186,29 @@ def _schedule(
     )
 
 
-def _total(losses: list[dict[str, torch.Tensor]], trainer: Trainer) -> tuple[float, float]:
-    """Sum of the losses and number of tokens over microbatches and data-parallel ranks, known to every rank.
+def _sums(
+    losses: list[dict[str, torch.Tensor]],
+    trainer: Trainer,
+    sampler: EvaluationSampler,
+    *,
+    sequences: int,
+) -> torch.Tensor:
+    """Sums of the losses and numbers of tokens [parts, 2] of a validation set, known to every rank.
 
     Only the last pipeline stage has losses; the others add zero.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=trainer.world.device)
-    for entry in losses:
-        total += torch.stack([entry["loss"], entry["tokens"]])
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    loss, tokens = total.tolist()
-    return loss, tokens
+    parts = min(_PARTS, sequences)
+    sums = torch.zeros(parts, 2, dtype=torch.float64, device=trainer.world.device)
+    places = torch.arange(sampler.micro_batch, device=sums.device)
+    for number, entry in zip(sampler.numbers, losses, strict=False):
+        # sequences past the last one have no tokens, so their part does not matter
+        sequence = (number * sampler.micro_batch + places).clamp(max=sequences - 1)
+        sums.index_add_(
+            0, sequence * parts // sequences, torch.stack([entry["loss"], entry["tokens"]], dim=1)
+        )
+    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(sums, group=parallel_state.get_pipeline_model_parallel_group())
+    return sums
 
 
 def _mean(losses: list[dict[str, torch.Tensor]]) -> torch.Tensor | None:

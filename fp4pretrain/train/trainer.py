@@ -92,6 +92,7 @@ class Trainer:
                 micro_batch=self.config.train.micro_batch,
                 dp_rank=self.world.data_rank,
                 dp_size=self.world.data_size,
+                rotate=self.config.train.sum_order,
             )
 
         return [iterator() if reads_data(chunk) else None for chunk in self.chunks]

@@ -16,7 +16,8 @@ from fp4pretrain.train.trainer import Trainer
 class Evaluation(Hook):
     """Evaluates and logs one row: val_loss, and val_loss_bf16 where a recipe quantizes.
 
-    They are of the first validation set. Where data.valid names several, each has val_loss/NAME too.
+    They are of the first validation set; val_loss_parts and val_loss_bf16_parts are of its parts.
+    Where data.valid names several, each has val_loss/NAME too.
     """
 
     def __init__(self, logging: Logging) -> None:
@@ -34,15 +35,16 @@ class Evaluation(Hook):
             {"event": "eval", "step": trainer.step, "tokens": trainer.tokens, **losses}
         )
 
-    def _losses(self, trainer: Trainer) -> dict[str, float]:
+    def _losses(self, trainer: Trainer) -> dict[str, Any]:
         names = list(trainer.data.valid)
         endpoints = {"val_loss": False}
         if trainer.config.train.eval_bf16 and trainer.binding.plan.ever_quantized:
             endpoints["val_loss_bf16"] = True
-        losses = {}
+        losses: dict[str, Any] = {}
         for key, bf16 in endpoints.items():
             found = {name: evaluate(trainer, name, bf16=bf16) for name in names}
-            losses[key] = found[names[0]]
+            losses[key] = found[names[0]].loss
+            losses[f"{key}_parts"] = [round(loss, 6) for loss in found[names[0]].parts]
             if len(names) > 1:
-                losses |= {f"{key}/{name}": loss for name, loss in found.items()}
+                losses |= {f"{key}/{name}": one.loss for name, one in found.items()}
         return losses

@@ -16,6 +16,27 @@ def loss_at(tokens: float) -> float:
     return 6 - 4 * tokens / (STEPS * TOKENS)
 
 
+def write_fingerprint(
+    path: Path, *, validation: str = "v", order: str = "o", plan: str = ""
+) -> None:
+    """What a run leaves beside its config, of the config that it has."""
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    seeds = {
+        "seed": config["seed"],
+        "data.seed": config.get("data", {}).get("seed", config["seed"]),
+    }
+    found = {
+        "plan": plan or config["precision"]["fprop"]["x"]["format"],
+        "seeds": seeds,
+        "entries": {"optim.eps": config["optim"]["eps"], **seeds},
+        "data": {
+            "data.order": f"{order} {seeds['data.seed']}",
+            "data.validation": {"validation": {"digest": validation, "tokens": 1, "sequences": 1}},
+        },
+    }
+    (path / "fingerprint.json").write_text(json.dumps(found))
+
+
 def write_run(
     path: Path,
     *,
@@ -24,9 +45,14 @@ def write_run(
     batch: int = TOKENS,
     rate: float = 1000.0,
     rows: dict[str, Any] | None = None,
+    every: int = 50,
+    parts: list[float] | None = None,
     **config: Any,
 ) -> Path:
-    """A run directory: loss ``loss_at * (1 + gap)``, validation 0.1 above with half the gap."""
+    """A run directory: loss ``loss_at * (1 + gap)``, validation 0.1 above with half the gap.
+
+    ``parts``: by how much the losses of the parts of the validation set differ from its mean.
+    """
     path.mkdir()
     with (path / "metrics.jsonl").open("w") as file:
         for step in steps:
@@ -41,9 +67,11 @@ def write_run(
                 **(rows or {}),
             }
             file.write(json.dumps(row) + "\n")
-            if step % 50 == 0:
+            if step % every == 0:
                 val = (loss_at(tokens) + 0.1) * (1 + gap / 2)
                 row = {"event": "eval", "step": step, "tokens": tokens, "val_loss": val}
+                if parts is not None:
+                    row["val_loss_parts"] = [val + part for part in parts]
                 file.write(json.dumps(row) + "\n")
     tree = {
         "seed": 1,

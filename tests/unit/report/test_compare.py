@@ -14,9 +14,11 @@ from report_lab import STEPS, TOKENS, loss_at, write_run
 from rich.console import Console
 
 from fp4pretrain.errors import UserError
-from fp4pretrain.report import Comparison, compare
+from fp4pretrain.report import Comparison, Options, compare, table
 from fp4pretrain.report.comparison import tokens_text
-from fp4pretrain.report.differences import differences, refuse_unequal
+from fp4pretrain.report.differences import differences
+from fp4pretrain.report.load import load_run
+from fp4pretrain.report.notes import notes
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 def _shown(comparison: Comparison) -> str:
     console = Console(width=200, color_system=None)
     with console.capture() as capture:
-        console.print(comparison.table())
+        console.print(table(comparison))
     return capture.get()
 
 
@@ -36,14 +38,15 @@ def test_gaps_losses_and_rates_are_those_put_in(make_run: Any, tmp_path: Path) -
     comparison = compare(runs, out=tmp_path / "out")
     base, run = comparison.results
     assert comparison.window == 20
-    assert base.loss.gap is None
+    assert base.gap is None
     # The last 20 of 200 rows, 9.5 rows before the end on average.
-    assert base.loss.loss == pytest.approx(loss_at((STEPS - 9.5) * TOKENS))
-    assert run.loss.gap == pytest.approx(0.02)
-    assert run.val_loss is not None
-    assert run.val_loss.loss == pytest.approx((loss_at(STEPS * TOKENS) + 0.1) * 1.01)
-    assert run.val_loss.gap == pytest.approx(0.01)
-    assert run.val_loss_bf16 is None
+    assert base.losses["loss"] == pytest.approx(loss_at((STEPS - 9.5) * TOKENS))
+    assert run.gaps["loss"].gap == pytest.approx(0.02)
+    assert run.gap is run.gaps["val_loss"]
+    assert run.gap.loss == pytest.approx((loss_at(STEPS * TOKENS) + 0.1) * 1.01)
+    assert run.gap.gap == pytest.approx(0.01)
+    assert run.gap.nats == pytest.approx((loss_at(STEPS * TOKENS) + 0.1) * 0.01)
+    assert "val_loss_bf16" not in run.gaps
     assert (base.tokens_per_second, run.tokens_per_second) == (1000.0, 1500.0)
 
 
@@ -55,19 +58,32 @@ def test_other_batch_size_and_a_shorter_run_are_matched_by_tokens(
     comparison = compare([short], baseline=base, out=tmp_path)
     result = comparison.results[1]
     assert result.tokens == 120 * TOKENS
-    assert result.loss.gap == pytest.approx(0.01)
-    assert any("different tokens" in note for note in comparison.notes())
+    assert result.gaps["loss"].gap == pytest.approx(0.01)
+    assert any("different tokens" in note for note in notes(comparison))
 
 
 def test_the_table_holds_the_judgement(make_run: Any, tmp_path: Path) -> None:
     runs = [make_run("bf16"), make_run("mxfp4", gap=-0.005), make_run("nvfp4", gap=0.0213)]
     (runs[0] / "data.json").write_text('{"unigram_entropy": 4.5}')
     shown = _shown(compare(runs, out=tmp_path / "out"))
-    assert re.search(r"nvfp4 .*205K .*\+2\.13 .*\+1\.0[67] .*1,000", shown)
-    assert re.search(r"mxfp4 .*-0\.50 ", shown)
-    assert "mean of the last 20 logged rows" in shown
+    assert re.search(r"nvfp4 .*\+1\.0[67] .*\+0\.0224 .*undecided .*1,000", shown)
+    assert re.search(r"mxfp4 .*-0\.25 ", shown)
+    assert "one pair shows no spread over seeds" in shown
     assert "4.5000 nats" in shown
-    assert "val BF16" not in shown
+    assert "Loss gap at 205K tokens, baseline bf16" in shown
+    assert "BF16" not in comparison_header(runs, tmp_path)
+
+
+def comparison_header(runs: list[Path], folder: Path) -> str:
+    return " ".join(compare(runs, out=folder / "out").header())
+
+
+def test_without_validation_the_training_loss_is_judged(make_run: Any, tmp_path: Path) -> None:
+    runs = [make_run("bf16", every=1000), make_run("nvfp4", gap=0.02, every=1000)]
+    comparison = compare(runs, out=tmp_path / "out")
+    assert comparison.header()[1] == "train loss"
+    assert comparison.results[1].gap is comparison.results[1].gaps["loss"]
+    assert "mean of the last 20 logged rows" in " ".join(notes(comparison))
 
 
 def test_a_run_that_skipped_and_went_back_is_compared_by_what_it_trained(
@@ -91,8 +107,8 @@ def test_a_run_that_skipped_and_went_back_is_compared_by_what_it_trained(
     comparison = compare(runs, out=tmp_path / "out")
     result = comparison.results[1]
     assert result.tokens == (STEPS - 1) * TOKENS
-    assert result.loss.gap == pytest.approx(0.02)
-    assert "What happened to nvfp4: 2 x skipped, 1 x spike, 1 x rollback." in comparison.notes()
+    assert result.gaps["loss"].gap == pytest.approx(0.02)
+    assert "What happened to nvfp4: 2 x skipped, 1 x spike, 1 x rollback." in notes(comparison)
 
 
 def test_validation_in_bf16_has_its_column_where_a_run_has_it(
@@ -101,16 +117,52 @@ def test_validation_in_bf16_has_its_column_where_a_run_has_it(
     base = make_run("fp8", rows={"val_loss_bf16": 2.0})
     run = make_run("nvfp4", rows={"val_loss_bf16": 2.06})
     comparison = compare([base, run], out=tmp_path)
-    assert "val BF16" in comparison.header()
-    score = comparison.results[1].val_loss_bf16
-    assert score is not None
-    assert score.gap == pytest.approx(0.03)
+    assert "BF16 gap %" in comparison.header()
+    assert comparison.results[1].gaps["val_loss_bf16"].gap == pytest.approx(0.03)
+
+
+def test_a_bf16_run_is_its_own_evaluation_in_bf16(make_run: Any, tmp_path: Path) -> None:
+    """As the baseline and as a recipe beside one that quantizes."""
+    end = loss_at(STEPS * TOKENS) + 0.1
+    runs = [make_run("bf16"), make_run("nvfp4", gap=0.02, rows={"val_loss_bf16": end * 1.004})]
+    result = compare(runs, out=tmp_path).results[1]
+    assert result.gaps["val_loss"].gap == pytest.approx(0.01)
+    assert result.gaps["val_loss_bf16"].gap == pytest.approx(0.004)
+    result = compare(runs[::-1], out=tmp_path).results[1]
+    assert result.gaps["val_loss_bf16"].gap == pytest.approx(1 / 1.004 - 1)
+
+
+def test_endpoints_of_runs_of_other_lengths_are_at_common_tokens(
+    make_run: Any, tmp_path: Path
+) -> None:
+    """A longer run's own last loss is no number beside a shorter one's."""
+    runs = [make_run("bf16", steps=range(1, 101)), make_run("nvfp4", gap=0.02)]
+    result = compare(runs, out=tmp_path).results[1]
+    assert result.gap is not None
+    assert result.gap.loss == pytest.approx((loss_at(100 * TOKENS) + 0.1) * 1.01)
 
 
 def test_a_diverged_run_is_said_to_be(make_run: Any, tmp_path: Path) -> None:
-    diverged = make_run("nvfp4", rows={"loss": "NaN"})
-    comparison = compare([make_run("bf16"), diverged], out=tmp_path)
-    assert comparison.cells()[1][2:4] == ["diverged", "-"]
+    diverged = make_run("nvfp4", rows={"loss": "NaN"}, every=1000)
+    comparison = compare([make_run("bf16", every=1000), diverged], out=tmp_path)
+    assert comparison.cells()[1][1:5] == ["diverged", "-", "-", "diverged"]
+    assert "DIVERGED: nvfp4." in notes(comparison)
+
+
+@pytest.mark.parametrize(("factor", "by_itself"), [(1.46, False), (4.0, True)])
+def test_a_run_that_rose_again_is_flagged(
+    make_run: Any, tmp_path: Path, factor: float, by_itself: bool
+) -> None:
+    runs = [make_run("bf16"), make_run("nvfp4", gap=0.02)]
+    metrics = runs[1] / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for row in rows[-60:]:
+        row["loss" if "loss" in row else "val_loss"] *= factor
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    comparison = compare(runs, out=tmp_path)
+    assert comparison.results[1].diverged == ("nvfp4",)
+    assert comparison.cells()[1][4] == "diverged"
+    assert compare(runs[::-1], out=tmp_path).baseline.diverged == ("nvfp4",) * by_itself
 
 
 @pytest.mark.parametrize(
@@ -120,7 +172,7 @@ def test_a_diverged_run_is_said_to_be(make_run: Any, tmp_path: Path) -> None:
         {"optim": {"eps": 1e-5, "lr": 1e-3}},
         {"optim": {"lr": 1e-3}},
         {"data": {"path": "elsewhere"}},
-        {"parallel": {"tensor": 2}},
+        {"train": {"micro_batch": 2}},
         {"precisions": {"name": "not the recipe, whatever its prefix"}},
     ],
 )
@@ -136,8 +188,8 @@ def test_a_baseline_that_differs_in_more_than_the_recipe_is_refused(
 
 def test_a_forced_comparison_says_what_differs(make_run: Any, tmp_path: Path) -> None:
     runs = [make_run("bf16"), make_run("nvfp4", seed=2, data={"split": "1,0,0"})]
-    forced = compare(runs, out=tmp_path / "out", force=True)
-    assert "FORCED: the runs also differ in data.split, seed." in forced.notes()
+    forced = compare(runs, out=tmp_path / "out", options=Options(force=True))
+    assert "FORCED: the runs also differ in data.split, seed." in notes(forced)
 
 
 def test_the_refusal_names_key_and_both_values(make_run: Any, tmp_path: Path) -> None:
@@ -154,12 +206,19 @@ def test_the_refusal_names_key_and_both_values(make_run: Any, tmp_path: Path) ->
         {"baseline": "bf16"},
         {"checkpoint": {"interval": 100}},
         {"train": {"log_interval": 5}},
+        {"parallel": {"tensor": 2}},
+        {"precision": {"name": "another", "fprop": {"x": {"format": "bf16"}}}},
     ],
 )
-def test_bookkeeping_may_differ(change: dict[str, Any]) -> None:
-    found = differences("nvfp4", {"seed": 1, **change}, {"seed": 1})
-    assert found
-    refuse_unequal(found, baseline="bf16")
+def test_what_shapes_no_curve_may_differ(
+    make_run: Any, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    base, other = (
+        load_run(make_run(name, **config), name=name)
+        for name, config in (("bf16", {}), ("other", change))
+    )
+    found = {one.key for one in differences(other, base)}
+    assert found == (set() if "precision" in change else {"precision.fprop.x.format"})
 
 
 def _break(path: Path, what: str) -> None:
@@ -205,7 +264,7 @@ def test_the_picture_is_a_png_and_the_page_needs_no_other_file(
 ) -> None:
     runs = [make_run("bf16"), make_run("nvfp4", gap=0.02, rows={"loss": "NaN"})]
     (runs[0] / "data.json").write_text('{"unigram_entropy": 4.5}')
-    comparison = compare(runs, out=tmp_path / "gap.png", html=True)
+    comparison = compare(runs, out=tmp_path / "gap.png", options=Options(html=True))
     assert comparison.picture == tmp_path / "gap.png"
     picture = comparison.picture.read_bytes()
     assert picture.startswith(b"\x89PNG")

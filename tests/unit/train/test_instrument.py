@@ -64,7 +64,7 @@ def test_validation_loss_is_the_mean_over_all_tokens_whatever_the_batch(
 ) -> None:
     """Batches that do not divide the set too: BF16 sums inside the model are all that may differ."""
     monkeypatch.setattr(step, "_EVALUATION_TOKENS", tokens)
-    assert evaluate(trainer, "validation") == pytest.approx(by_hand(trainer, valid), rel=1e-4)
+    assert evaluate(trainer, "validation").loss == pytest.approx(by_hand(trainer, valid), rel=1e-4)
 
 
 def test_the_batch_of_an_evaluation_is_no_choice_of_the_run(
@@ -72,7 +72,7 @@ def test_the_batch_of_an_evaluation_is_no_choice_of_the_run(
 ) -> None:
     """train.micro_batch, data parallelism and pipelines change neither the microbatches nor their order,
     so a recipe that scales by a whole microbatch has one validation loss too."""
-    first = evaluate(trainer, "validation")
+    first = evaluate(trainer, "validation").loss
     read: set[tuple[int, ...]] = set()
     config = trainer.config
     for micro_batch, ranks, virtual in ((1, 1, None), (8, 2, None), (4, 3, 2)):
@@ -88,8 +88,23 @@ def test_the_batch_of_an_evaluation_is_no_choice_of_the_run(
         real = sorted(row for row in rows if row[0] < 1000)
         read.add(tuple(tuple(row) for row in real))
         monkeypatch.setattr(trainer, "config", replace(config, train=t))
-        assert evaluate(trainer, "validation") == first
+        assert evaluate(trainer, "validation").loss == first
     assert len(read) == 1
+
+
+def test_parts_of_a_validation_set_are_neighbouring_sequences(
+    trainer: Trainer, valid: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part is what an evaluation of its sequences alone gives, and together they are the whole."""
+    found = evaluate(trainer, "validation")
+    assert len(found.parts) == min(32, len(valid))
+    numbers = [number * len(found.parts) // len(valid) for number in range(len(valid))]
+    for part in (0, len(found.parts) - 1):
+        own = [valid[n] for n, place in enumerate(numbers) if place == part]
+        monkeypatch.setattr(trainer, "data", replace(trainer.data, valid={"validation": own}))
+        alone = evaluate(trainer, "validation").loss
+        assert found.parts[part] == pytest.approx(alone, rel=1e-4)
+    assert len(set(found.parts)) > 1
 
 
 def test_every_named_set_is_logged(
@@ -102,8 +117,8 @@ def test_every_named_set_is_logged(
     Evaluation(logging).after_step(trainer, {})
     logging.close()
     (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert row["val_loss"] == row["val_loss/web"] == evaluate(trainer, "web")
-    assert row["val_loss/code"] == evaluate(trainer, "code") != row["val_loss"]
+    assert row["val_loss"] == row["val_loss/web"] == evaluate(trainer, "web").loss
+    assert row["val_loss/code"] == evaluate(trainer, "code").loss != row["val_loss"]
     assert row["time"] > 1.7e9
 
 
