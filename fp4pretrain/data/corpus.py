@@ -43,6 +43,7 @@ _GROUP_BYTES = 2 << 20  # files of one task: hundreds of tasks, so that all core
 _SAMPLE_BYTES = 100 << 20  # text that the BPE is trained on
 _SAMPLE_FILE_BYTES = 16 << 20
 _SMALLEST_VOCABULARY = 257
+_NO_TEXT = "sources: no text in them; give folders or packages that hold some"
 _SUFFIXES = (
     ".tokenizer.json",
     ".bin",
@@ -117,6 +118,8 @@ def build_corpus(
             f"--out: {prefix}{there[-1]} exists; give another prefix, or --force to replace it"
         )
     pieces, left_out = list_pieces(sources, skip=os.path.abspath(prefix) + ".")
+    if not pieces:
+        raise UserError(_NO_TEXT)
     try:
         with _alone(folder):
             _continue_or_begin(folder, _identity(pieces, vocab_size))
@@ -157,7 +160,7 @@ def _build(
         total = sum(int(text.lengths.sum()) for text in texts)
         left_out.add("duplicates", files=equal, size=total - sum(kept))
     if not any(kept):
-        raise UserError("sources: no text in them; give folders or packages that hold some")
+        raise UserError(_NO_TEXT)
 
     trained = folder / "tokenizer.json"
     if not trained.exists():
