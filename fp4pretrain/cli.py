@@ -62,6 +62,8 @@ Build and look at datasets: Megatron indexed datasets (PREFIX.bin, PREFIX.idx).
   fp4pretrain data train-bpe notes/ --vocab-size 8192 --out bpe.json    a tokenizer of your own
   fp4pretrain data build notes/ --out data/notes --tokenizer bpe.json
   fp4pretrain data inspect data/notes
+  fp4pretrain data corpus --out data/text                               text that this machine has
+  fp4pretrain data corpus torch notes/ linux-doc --out data/text        packages, folders, Debian packages
 """
 
 
@@ -172,6 +174,19 @@ def _parser() -> argparse.ArgumentParser:
     inspect = jobs.add_parser("inspect", help="what is in an indexed dataset")
     inspect.add_argument("prefix", metavar="PREFIX")
 
+    corpus = jobs.add_parser("corpus", help="a dataset and its BPE of text that this machine has")
+    corpus.add_argument(
+        "sources",
+        nargs="*",
+        metavar="SOURCE",
+        help="packages, stdlib, system (these three if none is given), a folder, a file, an "
+        "importable or a Debian package",
+    )
+    corpus.add_argument("--out", required=True, metavar="PREFIX")
+    corpus.add_argument("--vocab-size", type=int, default=8192)
+    corpus.add_argument("--workers", type=int, help="processes (default: one a core)")
+    corpus.add_argument("--force", action="store_true", help="replace an existing dataset")
+
     bench = verb("bench", "time kernels or linears on this GPU", BENCH_HELP, _bench)
     bench.add_argument("what", choices=("kernels", "linear"))
     bench.add_argument("overrides", nargs="*", metavar="key=value")
@@ -276,8 +291,26 @@ def _data(arguments: argparse.Namespace) -> None:
         data.inspect(arguments.out)
     elif arguments.job == "train-bpe":
         print(data.train_bpe(arguments.inputs, arguments.vocab_size, arguments.out))
+    elif arguments.job == "corpus":
+        _corpus(arguments)
     else:
         data.inspect(arguments.prefix)
+
+
+def _corpus(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from fp4pretrain.data.corpus import DEFAULT_SOURCES, build_corpus
+
+    made = build_corpus(
+        arguments.out,
+        arguments.sources or DEFAULT_SOURCES,
+        vocab_size=arguments.vocab_size,
+        workers=arguments.workers,
+        force=arguments.force,
+    )
+    Console(highlight=False).print(made.table())
+    print(f"data.path={arguments.out} data.tokenizer={made.tokenizer}")
 
 
 def _bench(arguments: argparse.Namespace) -> None:

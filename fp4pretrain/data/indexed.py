@@ -184,6 +184,24 @@ def write_dataset(
     return read_index(prefix, key=key)
 
 
+def write_index(path: Path, lengths: NDArray[np.int64], *, dtype: np.dtype[Any]) -> None:
+    """Write the .idx of documents that lie end to end in a .bin, one sequence each.
+
+    Args:
+        path: the .idx file.
+        lengths: [documents], tokens of each.
+        dtype: of the tokens in the .bin.
+    """
+    code = next(code for code, of_code in _DTYPES.items() if of_code == dtype)
+    count = len(lengths)
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+    with open(path, "wb") as stream:
+        stream.write(_HEADER.pack(_MAGIC, 1, code, count, count + 1))
+        stream.write(lengths.astype("<i4").tobytes())
+        stream.write(np.concatenate([[0], ends[:-1]]).astype("<i8").tobytes())
+        stream.write(np.arange(count + 1, dtype="<i8").tobytes())
+
+
 @contextmanager
 def folder_aside(parent: Path) -> Iterator[str]:
     """A folder in ``parent`` to build in, gone afterwards; what killed builders left is removed.
