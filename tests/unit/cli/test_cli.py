@@ -370,7 +370,9 @@ def test_a_run_without_its_checkpoints_begins_again_only_when_asked(
     shutil.rmtree(run / "checkpoints")
     rows = (run / "metrics.jsonl").read_text()
     line = _refused(capsys, "train", *TINY, f"run_dir={run}", "resume=auto")
-    assert re.match(r"resume: .* has rows in metrics.jsonl but no checkpoint .* resume=restart", line)
+    assert re.match(
+        r"resume: .* has rows in metrics.jsonl but no checkpoint .* resume=restart", line
+    )
     assert (run / "metrics.jsonl").read_text() == rows
     cli.main(["train", *TINY, f"run_dir={run}", "resume=restart"])
     assert "starting at step 1; the rows of the earlier attempt are kept" in capsys.readouterr().out
