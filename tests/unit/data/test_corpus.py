@@ -251,7 +251,8 @@ def test_pieces_of_a_large_file_are_its_lines(
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (prose(1, 2000), None),
+        ("".join(map(prose, range(20))), None),
+        (prose(1, 2000), "very long lines"),
         ("def f(x):\n    return x + 1  # one more\n\n" + prose(2), None),
         ("При этом текст не по-английски. " * 3 + "Ещё одно предложение.\n", None),
         ("这是一个用来测试的句子，它没有空格，但是它是自然语言。\n" * 2, None),
