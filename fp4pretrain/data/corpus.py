@@ -117,7 +117,8 @@ def build_corpus(
         raise UserError(
             f"--out: {prefix}{there[-1]} exists; give another prefix, or --force to replace it"
         )
-    pieces, left_out = list_pieces(sources, skip=os.path.abspath(prefix) + ".")
+    own = [os.path.abspath(prefix + suffix) for suffix in (".building", *_SUFFIXES)]
+    pieces, left_out = list_pieces(sources, skip=own)
     if not pieces:
         raise UserError(_NO_TEXT)
     try:

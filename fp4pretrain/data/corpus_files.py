@@ -91,21 +91,22 @@ class Piece:
         return self.end - self.begin
 
 
-def list_pieces(sources: Sequence[str], *, skip: str) -> tuple[list[Piece], LeftOut]:
+def list_pieces(sources: Sequence[str], *, skip: Sequence[str] = ()) -> tuple[list[Piece], LeftOut]:
     """The files behind `sources` in the order of a hash of their names, large ones in pieces.
 
     Args:
         sources: see the module; what stands in two of them is found once, by its content.
-        skip: paths that begin with this are not read (the corpus itself, built in a source).
+        skip: absolute files and folders that are not read (the corpus itself, built in a source).
 
     Raises:
         UserError: a source that does not exist.
     """
     left_out = LeftOut()
+    inside = tuple(f"{path}/" for path in skip)
     found: list[tuple[bytes, int, int, Piece]] = []
     for number, source in enumerate(sources):
         for path, name in _files(source):
-            if path.startswith(skip):
+            if path in skip or path.startswith(inside):
                 continue
             key = hashlib.blake2b(name.encode(errors="replace"), digest_size=16).digest()
             pieces = _pieces_of(path, name, left_out)
@@ -276,7 +277,7 @@ def _files(source: str) -> Iterator[tuple[str, str]]:
     elif path.is_dir():
         yield from _walk(str(path))
     elif path.is_file():
-        yield str(path), path.name
+        yield os.path.abspath(path), path.name
     else:
         yield from _installed(source)
 
@@ -306,7 +307,7 @@ def _site_packages() -> list[str]:
 
 
 def _walk(root: str, *, skip: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(os.path.abspath(root)):
         folders[:] = [name for name in folders if name not in skip | _SKIPPED_FOLDERS]
         for name in names:
             path = os.path.join(folder, name)

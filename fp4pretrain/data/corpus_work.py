@@ -70,14 +70,14 @@ def read_group(folder: Path, number: int, pieces: list[Piece]) -> None:
         documents += found
     _put(folder / f"text-{number:05}.bin", b"".join(documents))
     digests = (hashlib.blake2b(one, digest_size=8).digest() for one in documents)
-    facts = {
-        "hashes": np.frombuffer(b"".join(digests), dtype="<u8"),
-        "lengths": np.array([len(one) for one in documents], dtype=np.int64),
-        "left_out": np.array(json.dumps(left_out.reasons)),
-    }
     path = folder / f"text-{number:05}.npz"
     with open(_aside(path), "wb") as stream:
-        np.savez(stream, **facts)
+        np.savez(
+            stream,
+            hashes=np.frombuffer(b"".join(digests), dtype="<u8"),
+            lengths=np.array([len(one) for one in documents], dtype=np.int64),
+            left_out=np.array(json.dumps(left_out.reasons)),
+        )
     _aside(path).replace(path)
 
 

@@ -183,11 +183,14 @@ if __name__ == "__main__":
     assert contents(tmp_path / "text") == contents(tmp_path / "fresh")
 
 
-def test_a_corpus_does_not_read_itself(source: Path, tmp_path: Path) -> None:
-    build(source / "text", source)
+def test_a_corpus_does_not_read_itself(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source / "text.txt").write_text(prose(60))  # of the same stem, and not its own
+    made = build(source / "text", source)
     first = contents(source / "text")
-    build(source / "text", source, force=True)
+    monkeypatch.chdir(source)
+    again = build(Path("text"), Path("."), force=True)
     assert contents(source / "text") == first
+    assert again.left_out == made.left_out
 
 
 def test_refusals_are_one_line(
@@ -242,7 +245,7 @@ def test_pieces_of_a_large_file_are_its_lines(
     for size in (97, 1000, 4096, len(text)):
         monkeypatch.setattr(corpus_files, "PIECE_BYTES", size)
         monkeypatch.setattr(corpus_files, "_SHORT", 0)
-        pieces, _ = list_pieces([str(file)], skip="/nowhere")
+        pieces, _ = list_pieces([str(file)])
         parts = [b"".join(read_piece(piece)[0]) for piece in pieces]
         assert len(parts) == -(-len(text) // size)
         assert b"".join(parts).decode() == text
@@ -251,7 +254,8 @@ def test_pieces_of_a_large_file_are_its_lines(
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (prose(1, 2000), None),
+        ("".join(map(prose, range(20))), None),
+        (prose(1, 2000), "very long lines"),
         ("def f(x):\n    return x + 1  # one more\n\n" + prose(2), None),
         ("При этом текст не по-английски. " * 3 + "Ещё одно предложение.\n", None),
         ("这是一个用来测试的句子，它没有空格，但是它是自然语言。\n" * 2, None),
@@ -280,7 +284,7 @@ def test_markup_is_stripped() -> None:
 
 def test_sources_are_packages_too() -> None:
     """An importable package is its folder; names order files, not where they lie."""
-    pieces, _ = list_pieces(["rich"], skip="/nowhere")
+    pieces, _ = list_pieces(["rich"])
     names = {piece.name for piece in pieces}
     assert "console.py" in names and not any("__pycache__" in name for name in names)
 
