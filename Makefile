@@ -26,12 +26,13 @@ sanitize: $(VENV)/.installed-dev ## compute-sanitizer over the kernels' GPU test
 	compute-sanitizer --error-exitcode 1 --target-processes all \
 		$(BIN)/python -m pytest tests/gpu/test_kernels_cuda.py
 
-check: $(VENV)/.installed-dev ## style, types, import directions, shell scripts
+check: $(VENV)/.installed-dev ## style, types, import directions, shell scripts, the pins of constraints.txt
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck launch/* scripts/*.sh .ci/run
+	$(BIN)/python scripts/resolve_constraints.py
 
 bench: $(VENV)/.installed ## kernels and linears beside BF16 and a device copy
 	$(BIN)/fp4pretrain bench kernels
