@@ -47,9 +47,13 @@ DATA_HELP = """\
 Build and look at datasets: Megatron indexed datasets (PREFIX.bin, PREFIX.idx).
 
   fp4pretrain data build notes/ more.jsonl --out data/notes             bytes
+  fp4pretrain data build web.jsonl.zst --text-key content --out data/web
   fp4pretrain data train-bpe notes/ --vocab-size 8192 --out bpe.json    a tokenizer of your own
   fp4pretrain data build notes/ --out data/notes --tokenizer bpe.json
   fp4pretrain data inspect data/notes
+
+Inputs: text, .jsonl and .ndjson (an object a line), .json (the same, or one array), each also as .gz or
+.zst, folders of them, and stdlib (this Python's standard library).
 """
 
 
@@ -138,16 +142,22 @@ def _parser() -> argparse.ArgumentParser:
 
     data = verb("data", "build, inspect and tokenize datasets", DATA_HELP, _data)
     jobs = data.add_subparsers(title="jobs", required=True, metavar="JOB", dest="job")
-    build = jobs.add_parser("build", help="text or JSONL files to an indexed dataset")
-    build.add_argument("inputs", nargs="+", metavar="FILE or DIR or stdlib")
+    build = jobs.add_parser("build", help="text or JSON files to an indexed dataset")
     build.add_argument("--out", required=True, metavar="PREFIX")
     build.add_argument("--tokenizer", default="byte", help="byte, a tokenizer.json, or a HF folder")
+    build.add_argument("--force", action="store_true", help="replace a dataset that is there")
     bpe = jobs.add_parser("train-bpe", help="train a byte-level BPE tokenizer")
-    bpe.add_argument("inputs", nargs="+", metavar="FILE or DIR or stdlib")
+    for job in (build, bpe):
+        job.add_argument("inputs", nargs="+", metavar="FILE or DIR or stdlib")
+        job.add_argument("--text-key", default="text", metavar="KEY", help="of JSON objects")
+        job.add_argument(
+            "--on-error", choices=("stop", "skip"), default="stop", help="at a broken record"
+        )
     bpe.add_argument("--vocab-size", type=int, required=True)
     bpe.add_argument("--out", required=True, metavar="tokenizer.json")
     inspect = jobs.add_parser("inspect", help="what is in an indexed dataset")
     inspect.add_argument("prefix", metavar="PREFIX")
+    inspect.add_argument("--tokenizer", help="to show the text; default: the one it was built with")
 
     bench = verb("bench", "time kernels or linears on this GPU", BENCH_HELP, _bench)
     bench.add_argument("what", choices=("kernels", "linear"))
@@ -212,13 +222,26 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _data(arguments: argparse.Namespace) -> None:
     from fp4pretrain import data
 
+    if arguments.job == "inspect":
+        data.inspect(arguments.prefix, tokenizer=arguments.tokenizer)
+        return
+    reading = data.Reading(arguments.text_key, skip=arguments.on_error == "skip")
     if arguments.job == "build":
-        data.prepare_text(arguments.inputs, arguments.out, arguments.tokenizer)
+        data.prepare_text(
+            arguments.inputs,
+            arguments.out,
+            arguments.tokenizer,
+            reading=reading,
+            force=arguments.force,
+        )
         data.inspect(arguments.out)
-    elif arguments.job == "train-bpe":
-        print(data.train_bpe(arguments.inputs, arguments.vocab_size, arguments.out))
     else:
-        data.inspect(arguments.prefix)
+        print(
+            data.train_bpe(arguments.inputs, arguments.vocab_size, arguments.out, reading=reading)
+        )
+    if reading.skipped:
+        first = reading.first_skipped
+        print(f"warning: {reading.skipped} broken records passed over, the first: {first}")
 
 
 def _bench(arguments: argparse.Namespace) -> None:

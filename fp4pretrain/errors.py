@@ -9,3 +9,7 @@ from __future__ import annotations
 
 class UserError(Exception):
     """A mistake in what the user asked for: ``"key: what is wrong; how to cure it"``."""
+
+
+class LocalError(UserError):
+    """A UserError that one rank alone may meet, so that the rank that has it prints it."""

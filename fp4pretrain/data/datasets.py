@@ -29,7 +29,8 @@ import numpy as np
 import torch
 
 from fp4pretrain.data.build import stdlib_corpus
-from fp4pretrain.data.indexed import folder_aside, read_index, unwritable
+from fp4pretrain.data.ids import padding_line
+from fp4pretrain.data.indexed import folder_aside, read_index
 from fp4pretrain.data.spec import (
     DataSpec,
     Part,
@@ -42,9 +43,10 @@ from fp4pretrain.data.spec import (
 )
 from fp4pretrain.data.tokenizers import Tokenizer, load_tokenizer
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import unwritable
 
 if TYPE_CHECKING:
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+    from fp4pretrain.data.gpt import GPTDatasetConfig
 
 Sample: TypeAlias = dict[str, Any]
 Dataset: TypeAlias = torch.utils.data.Dataset[Sample]
@@ -125,6 +127,10 @@ def build_datasets(
     folder = _index_folder(spec, parts, tokenizer=tokenizer, samples=samples)
     config = _gpt_config(spec, parts, tokenizer=tokenizer)
     members = [_Member.of(part, spec.split) for part in parts]
+    if is_builder:
+        for part in parts:
+            if line := padding_line(read_index(part.prefix, key=part.key)):
+                print(f"warning: {part.key}: {line}", flush=True)
     if is_builder and not folder.is_dir():
         _build_indices(members, config, samples=samples, folder=folder)
     barrier()
@@ -164,7 +170,7 @@ def _mock(spec: DataSpec, tokenizer: Tokenizer, samples: Samples) -> list[Datase
 
 
 def _gpt_config(spec: DataSpec, parts: list[Part], *, tokenizer: Tokenizer) -> GPTDatasetConfig:
-    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig  # takes seconds to import
+    from fp4pretrain.data.gpt import GPTDatasetConfig  # takes seconds to import
 
     return GPTDatasetConfig(
         random_seed=spec.seed,
@@ -178,6 +184,7 @@ def _gpt_config(spec: DataSpec, parts: list[Part], *, tokenizer: Tokenizer) -> G
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
+        id_limit=spec.vocab_size,
     )
 
 
@@ -217,8 +224,9 @@ def _open(
     members: list[_Member], config: GPTDatasetConfig, *, samples: Samples
 ) -> list[Dataset | None]:
     """The dataset of each split, from the indices in `config.path_to_cache`, built if absent."""
-    from megatron.core.datasets.gpt_dataset import GPTDataset
     from megatron.core.datasets.utils import Split
+
+    from fp4pretrain.data.gpt import GPTDataset
 
     datasets: list[Dataset | None] = []
     on_disk = [GPTDataset.build_low_level_dataset(member.prefix, config) for member in members]

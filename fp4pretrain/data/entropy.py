@@ -45,13 +45,18 @@ def _frequencies(source: Any, max_tokens: int) -> NDArray[np.float64]:
         counts = np.zeros(0, dtype=np.int64)
         for document in source.indices:  # type: ignore[attr-defined]
             ids = source.dataset[int(document)]  # type: ignore[attr-defined]
-            found = np.bincount(ids, minlength=len(counts))
+            found = _counts(ids, minlength=len(counts))
             found[: len(counts)] += counts
             counts = found
             if counts.sum() >= max_tokens:
                 break
     elif isinstance(source, DatasetIndex):
-        counts = np.bincount(source.read(0, min(source.tokens, max_tokens)))
+        counts = _counts(source.read(0, min(source.tokens, max_tokens)))
     else:
-        counts = np.bincount(np.asarray(source).reshape(-1)[:max_tokens])
+        counts = _counts(np.asarray(source).reshape(-1)[:max_tokens])
     return np.asarray(counts / counts.sum(), dtype=np.float64)
+
+
+def _counts(ids: NDArray[Any], *, minlength: int = 0) -> NDArray[np.int64]:
+    """How often each id occurs; padding (-1) does not count."""
+    return np.bincount(ids[ids >= 0], minlength=minlength)

@@ -1,4 +1,4 @@
-"""``tl.dot_scaled`` for interpreters of Triton that lack it (3.7.1, which torch 2.13 requires; 3.9 has it)."""
+"""``tl.dot_scaled`` for an interpreter that lacks it: that of Triton 3.7.1, which torch 2.13 requires."""
 
 from __future__ import annotations
 
