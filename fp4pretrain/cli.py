@@ -6,16 +6,19 @@ A mistake of the user's (UserError) is one line on stderr and exit status 2.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fp4pretrain.errors import UserError
+from fp4pretrain.console import plain_console
+from fp4pretrain.errors import LocalError, UserError
+from fp4pretrain.files import user_path, write_text
+from fp4pretrain.parallel.launch import is_main
 from fp4pretrain.presets import groups
 
 TRAIN_HELP = """\
@@ -75,16 +78,36 @@ or why it cannot.
 """
 
 
+# What a file system refuses, wherever it does -> the cure.
+_REFUSED = {
+    errno.EACCES: "change its permissions, or name another place",
+    errno.EPERM: "change its permissions, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENOSPC: "make room, or name a place that has some",
+    errno.EDQUOT: "make room, or name a place that has some",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb; exits with 0, or 2 after one line about the user's mistake."""
     _quiet_libraries()
+    plain_console(sys.stdout, sys.stderr)
     try:
         arguments, rest = _parser().parse_known_args(argv)
         _take_rest(arguments, rest)
         arguments.work(arguments)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_main() or isinstance(error, LocalError):
             print(f"fp4pretrain: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _REFUSED or error.filename is None:
+            raise
+        print(
+            f"fp4pretrain: {error.filename}: {error.strerror}; {_REFUSED[error.errno]}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("fp4pretrain: interrupted", file=sys.stderr)
@@ -96,6 +119,11 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _path(text: str) -> Path:
+    """A path of the command line; ``--out=~/x`` reaches us as it is, no shell reads a ~ there."""
+    return user_path(text, key="path")
 
 
 def _take_rest(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -134,9 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--cfg", action="store_true", help="print the composed config and stop")
 
     compare = verb("compare", "the loss gap between finished runs", COMPARE_HELP, _compare)
-    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
-    compare.add_argument("--baseline", type=Path, metavar="RUN_DIR")
-    compare.add_argument("--out", type=Path, default=Path("runs"), metavar="PNG or DIR")
+    compare.add_argument("runs", nargs="+", type=_path, metavar="RUN_DIR")
+    compare.add_argument("--baseline", type=_path, metavar="RUN_DIR")
+    compare.add_argument("--out", type=_path, default=Path("runs"), metavar="PNG or DIR")
     compare.add_argument("--html", action="store_true", help="write a page beside the picture")
     compare.add_argument("--force", action="store_true", help="compare unequal runs too")
 
@@ -163,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("what", choices=("kernels", "linear"))
     bench.add_argument("overrides", nargs="*", metavar="key=value")
     bench.add_argument("--precision", default="nvfp4,mxfp4_h16,fp8", metavar="RECIPE,...")
-    bench.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR")
+    bench.add_argument("--out", type=_path, default=Path("runs/bench"), metavar="DIR")
 
     doctor = verb("doctor", "what this machine can run, and why not", DOCTOR_HELP, _doctor)
     doctor.add_argument("overrides", nargs="*", metavar="key=value")
@@ -272,7 +300,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     Console(highlight=False).print(shown)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{arguments.what}.json"
-    path.write_text(json.dumps(found, indent=1))
+    write_text(path, json.dumps(found, indent=1))
     print(path)
 
 

@@ -206,10 +206,11 @@ class ProfileConfig:
 
 @dataclass
 class WandbConfig:
-    """``mode`` auto: online where an API key is set, offline otherwise."""
+    """``mode`` auto: $WANDB_MODE, or online where an API key is set and offline otherwise. ``project``
+    null: $WANDB_PROJECT, or fp4pretrain. What is null or empty is what wandb's own variables say."""
 
     mode: str = "auto"
-    project: str = "fp4pretrain"
+    project: str | None = None
     entity: str | None = None
     group: str | None = None
     name: str | None = None

@@ -128,6 +128,8 @@ def _check_options(group: str, value: Any, offered: Sequence[str]) -> None:
     if isinstance(value, dict):
         return  # sets keys of the group, which Hydra checks
     for option in value if isinstance(value, list) else [value]:
+        if option is None and group == "experiment":
+            continue  # null is its default: no experiment
         if option not in offered:
             known = ", ".join(offered)
             given = "null" if option is None else repr(str(option))

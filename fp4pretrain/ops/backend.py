@@ -13,10 +13,9 @@ row-wise and the column-wise copy of one tensor from a single read.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import torch
@@ -146,7 +145,7 @@ def available(*, mxfp4_emulation: str = "fp8") -> dict[str, Backend]:
     from fp4pretrain.ops.reference import ReferenceBackend
 
     found: list[Backend] = []
-    if importlib.util.find_spec("triton") is not None:  # Linux only
+    if without_triton() is None:
         from fp4pretrain.ops.native_backend import NativeBackend
         from fp4pretrain.ops.triton_backend import TritonBackend
 
@@ -155,6 +154,24 @@ def available(*, mxfp4_emulation: str = "fp8") -> dict[str, Backend]:
             TritonBackend(mxfp4_emulation=mxfp4_emulation),
         ]
     return {b.name: b for b in (*found, ReferenceBackend())}
+
+
+# The backends whose kernels are written in Triton.
+TRITON_BACKENDS = ("native", "triton")
+
+
+@cache
+def without_triton() -> str | None:
+    """Why Triton's backends are not here, in one clause; None where they are."""
+    try:
+        import triton
+        import triton.language  # noqa: F401
+    except Exception as error:  # a package that is half there raises what it likes
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "Triton is not installed"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"Triton is installed and cannot be imported: {reason}"
+    return None
 
 
 def refusals(backend: Backend, recipe: Recipe, device: torch.device) -> list[str]:
@@ -177,6 +194,9 @@ def choose(
     """
     backends = available(mxfp4_emulation=mxfp4_emulation)
     if name != "auto":
+        missing = without_triton()
+        if name in TRITON_BACKENDS and missing is not None:
+            raise UserError(f"precision.backend: {name} needs Triton ({missing}); use auto")
         if name not in backends:
             raise UserError(
                 f"precision.backend: {name!r} is not here; choose auto, {', '.join(backends)}"
@@ -189,7 +209,8 @@ def choose(
             )
         how = _instructions(backends[name], plan.recipe, device)
         return backends[name], f"backend {name} (asked for): {how}"
-    passed: list[str] = []
+    missing = without_triton()
+    passed = [] if missing is None else [f"{name} ({missing})" for name in TRITON_BACKENDS]
     for backend in backends.values():
         reasons = refusals(backend, plan.recipe, device)
         if not reasons:

@@ -1,7 +1,7 @@
 """Joining and leaving: device, process group, megatron-core's model-parallel groups, seeds.
 
-Everything is read from torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*); a process
-started by plain ``python`` is a world of one.
+Everything is read from torchrun's environment (``launch``); a process started by plain ``python`` is a
+world of one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import gc
 import os
 import signal
+import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from fp4pretrain.errors import UserError
+from fp4pretrain.parallel.launch import check_address, launched
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -39,8 +41,8 @@ class World:
 
 
 def world_size() -> int:
-    """The number of ranks torchrun started, 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of ranks torchrun started, 1 without torchrun. Raises UserError as ``launched``."""
+    return launched().size
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -49,7 +51,7 @@ def pick_device(wanted: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("parallel.device: cuda is asked for and torch sees none; use cpu or auto")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = launched().local_rank
     if local >= torch.cuda.device_count():
         raise UserError(
             f"--nproc-per-node: local rank {local} has no GPU (torch sees "
@@ -118,20 +120,32 @@ def _meeting_place(timeout: timedelta) -> dict[str, Any]:
     that is only chosen for rank 0, seconds before it opens it, may be taken by then.
     """
     environment = os.environ
-    if "RANK" not in environment:
+    launch = launched()
+    if not environment.get("RANK"):
         return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    check_address()
     # The nodes of several do not count their starts alike.
     one_node = environment.get("GROUP_WORLD_SIZE") == "1"
     if not one_node or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
-    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    host, port = _reachable(environment["MASTER_ADDR"]), int(environment["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
     start = f"start_{environment['TORCHELASTIC_RESTART_COUNT']}"
     return {
         "store": dist.PrefixStore(start, store),
-        "rank": int(environment["RANK"]),
-        "world_size": world_size(),
+        "rank": launch.rank,
+        "world_size": launch.size,
     }
+
+
+def _reachable(host: str) -> str:
+    """``host``, or 127.0.0.1 where its name means nothing here: torchrun on one node gives the node's own
+    name, which need not resolve (a container's, a laptop's without a network)."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return "127.0.0.1"
+    return host
 
 
 def _die_with_launcher() -> None:

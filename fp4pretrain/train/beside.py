@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import replace
 from itertools import chain
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from fp4pretrain.config import RunConfig, compose
 from fp4pretrain.errors import UserError
+from fp4pretrain.parallel.launch import is_main
 from fp4pretrain.report import compare
 from fp4pretrain.train.main import check_run, train
 from fp4pretrain.train.run_dir import check_free, find_checkpoint, run_path
@@ -90,7 +90,7 @@ def _placed(config: RunConfig, varied: list[str]) -> RunConfig:
 
 
 def _report(trained: list[Path]) -> None:
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not is_main():
         return
     baseline, run = trained
     comparison = compare([baseline, run], out=run / "compare.png", html=True)

@@ -166,7 +166,7 @@ def _sinks(trainer: Trainer, path: Path) -> Sink:
                 entity=w.entity,
                 group=w.group,
                 tags=w.tags,
-                name=w.name or path.name,
+                name=w.name,
                 resume_id=stored_run_id(path) if config.resume is not None else None,
             )
         )

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from fp4pretrain.config import RunConfig
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import user_path, write_text
 from fp4pretrain.train import checkpoint
 
 CHECKPOINTS = "checkpoints"
@@ -23,7 +24,7 @@ CHECKPOINTS = "checkpoints"
 def run_path(config: RunConfig) -> Path:
     """``run_dir``, or ``runs/NAME`` with NAME from ``name`` or the recipe and seed."""
     if config.run_dir:
-        return Path(config.run_dir).expanduser()
+        return user_path(config.run_dir, key="run_dir")
     return Path("runs") / (config.name or f"{config.precision.name}-seed{config.seed}")
 
 
@@ -70,10 +71,10 @@ def prepare(path: Path, config: RunConfig, *, plan_text: str, unigram_entropy: f
     entropy, nats a token). Raises UserError where it cannot be written."""
     try:
         (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        (path / "plan.txt").write_text(plan_text + "\n")
+        write_text(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_text(path / "plan.txt", plan_text + "\n")
         data = {"unigram_entropy": unigram_entropy}
-        (path / "data.json").write_text(json.dumps(data) + "\n")
+        write_text(path / "data.json", json.dumps(data) + "\n")
     except OSError as error:
         raise _unwritable(path, error) from None
 
@@ -85,7 +86,7 @@ def find_checkpoint(path: Path, config: RunConfig) -> Path | None:
 
 
 def _within(path: Path, folder: Path) -> bool:
-    return path.expanduser().resolve().is_relative_to(folder.resolve())
+    return user_path(path, key="resume").resolve().is_relative_to(folder.resolve())
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

@@ -13,10 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from fp4pretrain.config import RunConfig
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import user_path
 from fp4pretrain.train.checkpoint.files import Damaged, Manifest, check_file, read_manifest
 from fp4pretrain.train.checkpoint.saving import LATEST, RUN, step_of, steps_in
 from fp4pretrain.train.checkpoint.state import restore
@@ -51,7 +53,7 @@ def candidates(folder: Path, resume: str | None) -> list[Path]:
         return []
     if resume == "auto":
         return _newest_first(folder)
-    path = Path(resume).expanduser()
+    path = user_path(resume, key="resume")
     if (path / folder.name).is_dir():
         path = path / folder.name  # a run's folder stands for its checkpoints
     if (path / RUN).is_file():
@@ -140,6 +142,7 @@ def _checked(path: Path, config: RunConfig) -> tuple[dict[str, Any], Manifest]:
                 f"resume: {path} holds another model (model.{key} is {found['model'].get(key)} "
                 f"there and {value} here); set model.{key} or resume another run"
             )
+    _check_dtype(path, manifest, config.optim.params_dtype)
     if found["step"] > config.train.steps:
         raise UserError(
             f"train.steps: {path} is of step {found['step']}, after the end of this run; raise "
@@ -154,6 +157,20 @@ def _checked(path: Path, config: RunConfig) -> tuple[dict[str, Any], Manifest]:
             "give the recipe it was trained with"
         )
     return found, manifest
+
+
+def _check_dtype(path: Path, manifest: Manifest, here: str) -> None:
+    """Raises Unusable where the weights were kept in another type than ``optim.params_dtype`` says."""
+    weights = [
+        t for key, t in manifest.tensors.items() if not key.startswith(("optimizer.", "rng."))
+    ]
+    kinds = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    there = {kinds.get(tensor.dtype) for tensor in weights}
+    if len(there) == 1 and there != {here}:
+        raise Unusable(
+            f"optim.params_dtype: {path} holds weights in {there.pop()} and this run's are in {here}; "
+            "set optim.params_dtype to theirs, or resume another run"
+        )
 
 
 def recipe_change(found: dict[str, Any], config: RunConfig) -> tuple[str, Any, Any] | None:

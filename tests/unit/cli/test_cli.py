@@ -298,6 +298,7 @@ def test_only_the_main_rank_speaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as caught:
         cli.main(["train", "modle=tiny"])
     assert caught.value.code == 2
