@@ -36,10 +36,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` as UTF-8 in one go, its line ends as they are. Raises OSError."""
-    with replacing(path) as beside:
-        beside.write_bytes(text.encode("utf-8"))
+def write_text(path: str | Path, text: str, *, sync: bool = False) -> None:
+    """Write ``text`` as UTF-8 in one go, its line ends as they are; ``sync``: past a power cut. Raises
+    OSError."""
+    with replacing(path) as beside, beside.open("wb") as file:
+        file.write(text.encode("utf-8"))
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def user_path(given: str | Path, *, key: str) -> Path:

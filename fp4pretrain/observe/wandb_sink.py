@@ -42,9 +42,10 @@ class WandbSink:
 
     ``mode``: ``online``, ``offline`` (written under ``run_dir/wandb``, for ``wandb sync`` later),
     ``disabled`` (nothing, not even the import), or ``auto``: what WANDB_MODE says; without it online
-    where an API key is set (the environment or netrc, as ``wandb login`` leaves it), otherwise offline. An online run that
-    cannot reach its server goes on offline, and says so. Where ``project``, ``entity``, ``group``,
-    ``tags`` or ``name`` is None or empty, wandb's own variables (WANDB_PROJECT, ...) count.
+    where an API key is set (the environment or netrc, as ``wandb login`` leaves it), otherwise offline.
+    An online run that cannot reach its server goes on offline, and says so. Where ``project``,
+    ``entity``, ``group``, ``tags`` or ``name`` is None or empty, wandb's own variables (WANDB_PROJECT,
+    ...) count.
 
     ``resume_id``: the wandb run to continue, ``stored_run_id(run_dir)`` when resuming from a
     checkpoint; None makes a new one. Raises ``UserError`` for an unknown mode only.
@@ -114,7 +115,9 @@ class WandbSink:
 
     def _remember(self) -> None:
         """Keep the newest step sent: an online run is told it by the server, an offline one by nobody."""
-        write_text(_newest_path(Path(self.run_dir)), f"{self._newest}\n")
+        path = _newest_path(Path(self.run_dir))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, f"{self._newest}\n")
 
     def close(self) -> None:
         """Upload what is left, end the wandb run, and say in one line where it is."""
@@ -134,9 +137,10 @@ class WandbSink:
         self._run = None
 
     def _start(self) -> Any:
+        Path(self.run_dir).mkdir(parents=True, exist_ok=True)
+        _have_home(Path(self.run_dir))
         import wandb  # slow to import, and not needed by a run that does not log to it
 
-        Path(self.run_dir).mkdir(parents=True, exist_ok=True)
         has_key = self.mode == "auto" and _has_api_key(wandb.setup().settings.base_url)
         online = self.mode == "online" or has_key
         try:
@@ -188,6 +192,14 @@ def _has_api_key(base_url: str) -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     return any(host in entries for host in hosts)
+
+
+def _have_home(run_dir: Path) -> None:
+    """wandb does not start without a home folder (a container's unknown user): then the run's serves."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = str(run_dir.absolute() / "wandb")
 
 
 def _id_path(run_dir: Path) -> Path:

@@ -164,7 +164,6 @@ TRITON_BACKENDS = ("native", "triton")
 def without_triton() -> str | None:
     """Why Triton's backends are not here, in one clause; None where they are."""
     try:
-        import triton
         import triton.language  # noqa: F401
     except Exception as error:  # a package that is half there raises what it likes
         if isinstance(error, ModuleNotFoundError) and error.name == "triton":

@@ -38,13 +38,15 @@ def launched() -> Launch:
         raise UserError(f"RANK: {rank} is set without WORLD_SIZE; {_CURE}")
     if not 0 <= rank < size:
         raise UserError(f"RANK: {rank} is no rank of WORLD_SIZE={size}; {_CURE}")
+    return Launch(rank, size, _number("LOCAL_RANK") or 0)
+
+
+def check_address() -> None:
+    """Raises UserError where the ranks of a launch are not told where to meet."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
-            raise UserError(
-                f"{name}: not set, where RANK={rank} and WORLD_SIZE={size} are; {_CURE}"
-            )
+            raise UserError(f"{name}: not set, where RANK and WORLD_SIZE are; {_CURE}")
     _number("MASTER_PORT")
-    return Launch(rank, size, _number("LOCAL_RANK") or 0)
 
 
 def is_main() -> bool:

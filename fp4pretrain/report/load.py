@@ -104,7 +104,7 @@ def _measured(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dic
 def _unigram_entropy(path: Path) -> float | None:
     """Of the run's validation text, nats a token; None for a run that did not say."""
     file = path / "data.json"
-    return json.loads(file.read_text())["unigram_entropy"] if file.is_file() else None
+    return json.loads(file.read_bytes())["unigram_entropy"] if file.is_file() else None
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

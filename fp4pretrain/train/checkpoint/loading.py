@@ -76,7 +76,11 @@ def _latest(folder: Path) -> int | None:
     """The step that ``latest`` names; None where it is missing or names nothing."""
     path = folder / LATEST
     try:
-        return step_of(folder / path.read_text()[:100].strip()) if path.is_file() else None
+        return (
+            step_of(folder / path.read_text(encoding="utf-8")[:100].strip())
+            if path.is_file()
+            else None
+        )
     except (OSError, ValueError):
         return None
 
