@@ -10,7 +10,6 @@ import ctypes
 import gc
 import os
 import signal
-import socket
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -128,7 +127,7 @@ def _meeting_place(timeout: timedelta) -> dict[str, Any]:
     one_node = environment.get("GROUP_WORLD_SIZE") == "1"
     if not one_node or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
-    host, port = _reachable(environment["MASTER_ADDR"]), int(environment["MASTER_PORT"])
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=timeout)
     start = f"start_{environment['TORCHELASTIC_RESTART_COUNT']}"
     return {
@@ -136,16 +135,6 @@ def _meeting_place(timeout: timedelta) -> dict[str, Any]:
         "rank": launch.rank,
         "world_size": launch.size,
     }
-
-
-def _reachable(host: str) -> str:
-    """``host``, or 127.0.0.1 where its name means nothing here: torchrun on one node gives the node's own
-    name, which need not resolve (a container's, a laptop's without a network)."""
-    try:
-        socket.getaddrinfo(host, None)
-    except OSError:
-        return "127.0.0.1"
-    return host
 
 
 def _die_with_launcher() -> None:
