@@ -219,6 +219,9 @@ def _train(arguments: argparse.Namespace) -> None:
         print("---\n".join(configs), end="")
         return
 
+    from fp4pretrain.ops.backend import without_triton
+
+    without_triton()  # before megatron-core looks for it
     from fp4pretrain.parallel.groups import leave
     from fp4pretrain.train.beside import train_all
 

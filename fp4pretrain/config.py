@@ -25,7 +25,7 @@ from yaml import YAMLError
 from fp4pretrain.checks import check
 from fp4pretrain.errors import UserError
 from fp4pretrain.numerics import QuantSpec
-from fp4pretrain.overrides import one_line, refuse_unknown
+from fp4pretrain.overrides import names_nothing, one_line, refuse_unknown
 from fp4pretrain.precision import Dgrad, Fprop, Keep, Plan, Recipe, Rotation, Tail, Wgrad
 from fp4pretrain.presets import config_dir
 
@@ -299,6 +299,7 @@ def compose(overrides: list[str]) -> RunConfig:
     """
     keys = schema_keys()
     refuse_unknown(overrides, keys=keys)
+    overrides = [text for text in overrides if not names_nothing(text)]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):

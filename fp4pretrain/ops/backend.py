@@ -13,6 +13,7 @@ row-wise and the column-wise copy of one tensor from a single read.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -162,12 +163,18 @@ TRITON_BACKENDS = ("native", "triton")
 
 @cache
 def without_triton() -> str | None:
-    """Why Triton's backends are not here, in one clause; None where they are."""
+    """Why Triton's backends are not here, in one clause; None where they are.
+
+    A Triton that cannot be imported is marked as absent for the rest of the process: torch and
+    megatron-core do without one that is missing, but not without one that raises, say, OSError.
+    """
     try:
+        import triton  # noqa: F401
         import triton.language  # noqa: F401
     except Exception as error:  # a package that is half there raises what it likes
         if isinstance(error, ModuleNotFoundError) and error.name == "triton":
             return "Triton is not installed"
+        sys.modules["triton"] = None  # type: ignore[assignment]
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return f"Triton is installed and cannot be imported: {reason}"
     return None
