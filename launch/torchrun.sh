@@ -64,7 +64,9 @@ nnodes="${NNODES:-1}"
 node_rank="${NODE_RANK:-${SLURM_NODEID:-0}}"
 restarts="${MAX_RESTARTS:-0}"
 port="${MASTER_PORT:-29500}"
-nproc="${NPROC_PER_NODE:-$("$(dirname "$(command -v torchrun)")/python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+python="$(dirname "$(command -v torchrun)")/python"
+[[ -x "$python" ]] || python=python3
+nproc="${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 
 if [[ ("$restarts" != 0 || "$nnodes" == *:*) && " $* " != *" resume=auto "* ]]; then
   echo "MAX_RESTARTS: what is started anew goes on from its checkpoints; add resume=auto" >&2

@@ -234,7 +234,7 @@ def _open(
         if count == 0:
             datasets.append(None)
             continue
-        opened = []
+        opened: list[Dataset] = []
         for member, tokens in zip(members, on_disk, strict=True):
             documents = np.asarray(member.splits[split.value], dtype=np.int32)
             share = count
