@@ -169,6 +169,21 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--force", action="store_true", help="compare unequal runs too")
 
     data = verb("data", "build, inspect and tokenize datasets", DATA_HELP, _data)
+    _data_jobs(data)
+
+    bench = verb("bench", "time kernels or linears on this GPU", BENCH_HELP, _bench)
+    bench.add_argument("what", choices=("kernels", "linear"))
+    bench.add_argument("overrides", nargs="*", metavar="key=value")
+    bench.add_argument("--precision", default="nvfp4,mxfp4_h16,fp8", metavar="RECIPE,...")
+    bench.add_argument("--out", type=_path, default=Path("runs/bench"), metavar="DIR")
+
+    doctor = verb("doctor", "what this machine can run, and why not", DOCTOR_HELP, _doctor)
+    doctor.add_argument("overrides", nargs="*", metavar="key=value")
+    doctor.add_argument("--precision", default="nvfp4", metavar="RECIPE")
+    return parser
+
+
+def _data_jobs(data: argparse.ArgumentParser) -> None:
     jobs = data.add_subparsers(title="jobs", required=True, metavar="JOB", dest="job")
     build = jobs.add_parser("build", help="text or JSON files to an indexed dataset")
     build.add_argument("--out", required=True, metavar="PREFIX")
@@ -186,17 +201,6 @@ def _parser() -> argparse.ArgumentParser:
     inspect = jobs.add_parser("inspect", help="what is in an indexed dataset")
     inspect.add_argument("prefix", metavar="PREFIX")
     inspect.add_argument("--tokenizer", help="to show the text; default: the one it was built with")
-
-    bench = verb("bench", "time kernels or linears on this GPU", BENCH_HELP, _bench)
-    bench.add_argument("what", choices=("kernels", "linear"))
-    bench.add_argument("overrides", nargs="*", metavar="key=value")
-    bench.add_argument("--precision", default="nvfp4,mxfp4_h16,fp8", metavar="RECIPE,...")
-    bench.add_argument("--out", type=_path, default=Path("runs/bench"), metavar="DIR")
-
-    doctor = verb("doctor", "what this machine can run, and why not", DOCTOR_HELP, _doctor)
-    doctor.add_argument("overrides", nargs="*", metavar="key=value")
-    doctor.add_argument("--precision", default="nvfp4", metavar="RECIPE")
-    return parser
 
 
 def _train_help() -> str:

@@ -97,7 +97,7 @@ def documents_of(
                 stream.seek(0)
                 plain = _decompressed(stream, name)
             yield from _text(plain, name, reading)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
         reason = str(error) or type(error).__name__
         raise UserError(
             f"inputs: {name} is damaged ({reason}); compress or copy it again"
