@@ -4,17 +4,25 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_FLAGS ?=
 NAME ?= $(shell date +%Y%m%d-%H%M%S)
-BIN := $(VENV)/bin
+# More for the command: make train ARGS='train.steps=50 model=gpt_30m', make test ARGS=tests/unit/data
+ARGS ?=
+BIN := $(abspath $(VENV))/bin
+# From any folder: make -f CHECKOUT/Makefile train. Runs and .venv are made where make was called. pip writes
+# into the sources that it installs: of a checkout that cannot be written it gets a copy.
+ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
+SOURCE := $(if $(shell test -w $(ROOT) && echo yes),$(ROOT),$(abspath $(VENV))/source)
+SOURCES := $(addprefix $(ROOT)/,fp4pretrain kernels configs pyproject.toml README.md LICENSE)
+PIP := $(BIN)/python -m pip install -q -c $(ROOT)/constraints.txt
 # Tests start up to four processes each; more threads would only get in each other's way.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: train test test-gpu chaos sanitize check bench clean
 
 train: $(VENV)/.installed ## FP8 then NVFP4 on this machine, and the gap between them
-	$(BIN)/fp4pretrain train precision=nvfp4 baseline=fp8 name=$(NAME)
+	$(BIN)/fp4pretrain train precision=nvfp4 baseline=fp8 name=$(NAME) $(ARGS)
 
 test: $(VENV)/.installed-dev ## the whole CPU suite
-	$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadgroup
+	cd $(ROOT) && $(THREADS) $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-gpu: $(VENV)/.installed-dev ## kernels, layers and NCCL layouts, on this machine's GPUs
 	$(BIN)/python -m pytest tests/gpu
@@ -26,12 +34,13 @@ sanitize: $(VENV)/.installed-dev ## compute-sanitizer over the kernels' GPU test
 	compute-sanitizer --error-exitcode 1 --target-processes all \
 		$(BIN)/python -m pytest tests/gpu/test_kernels_cuda.py
 
-check: $(VENV)/.installed-dev ## style, types, import directions, shell scripts
+check: $(VENV)/.installed-dev ## style, types, import directions, shell scripts, the pins of constraints.txt
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck launch/* scripts/*.sh .ci/run
+	$(BIN)/python scripts/resolve_constraints.py
 
 bench: $(VENV)/.installed ## kernels and linears beside BF16 and a device copy
 	$(BIN)/fp4pretrain bench kernels
@@ -40,12 +49,13 @@ bench: $(VENV)/.installed ## kernels and linears beside BF16 and a device copy
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+$(VENV)/.installed: $(ROOT)/pyproject.toml $(ROOT)/constraints.txt | $(VENV)/bin/python
+	test $(SOURCE) = $(ROOT) || { mkdir -p $(SOURCE) && cp -R $(SOURCES) $(SOURCE) && chmod -R u+w $(SOURCE); }
+	$(PIP) -e $(SOURCE)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(PIP) -e '$(SOURCE)[dev]'
 	touch $@
 
 clean:

@@ -14,7 +14,7 @@ from fp4pretrain.presets import groups
 from fp4pretrain.units import steps_of
 
 if TYPE_CHECKING:
-    from fp4pretrain.config import ModelConfig, RunConfig
+    from fp4pretrain.config import ModelConfig, RunConfig, WandbConfig
 
 CHOICES = {
     "model.activation": ("swiglu", "gelu", "squared_relu"),
@@ -119,6 +119,7 @@ def check(config: RunConfig) -> None:
     offered = groups()["precision"]
     if config.baseline is not None and config.baseline not in offered:
         raise UserError(f"baseline: {config.baseline!r} is no recipe; choose {', '.join(offered)}")
+    _check_wandb(config.logging.wandb)
     _check_model(config.model)
     _check_schedule(config)
     _check_data_path(config.data.path)
@@ -142,6 +143,25 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"train.global_batch: {config.train.global_batch} is no multiple of train.micro_batch="
             f"{config.train.micro_batch}; change one"
+        )
+
+
+def _check_wandb(w: WandbConfig) -> None:
+    """What wandb would refuse, and with it the run's whole logging there."""
+    for tag in w.tags:
+        if not 1 <= len(tag) <= 64:
+            raise UserError(
+                f"logging.wandb.tags: {tag!r} has {len(tag)} characters; wandb takes 1 to 64"
+            )
+    for key, value in (("project", w.project), ("group", w.group), ("name", w.name)):
+        if value is not None and len(value) > 128:
+            raise UserError(
+                f"logging.wandb.{key}: it has {len(value)} characters; wandb takes 128 at most"
+            )
+    if w.project is not None and (wrong := sorted(set(w.project) & set("/\\#?%:"))):
+        raise UserError(
+            f"logging.wandb.project: {w.project!r} holds {''.join(wrong)}, which wandb does not take; "
+            "leave it out"
         )
 
 

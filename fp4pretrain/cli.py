@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from fp4pretrain.console import plain_console
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import user_path, write_text
+from fp4pretrain.parallel.launch import is_main
 from fp4pretrain.presets import groups
 
 TRAIN_HELP = """\
@@ -59,11 +62,15 @@ DATA_HELP = """\
 Build and look at datasets: Megatron indexed datasets (PREFIX.bin, PREFIX.idx).
 
   fp4pretrain data build notes/ more.jsonl --out data/notes             bytes
+  fp4pretrain data build web.jsonl.zst --text-key content --out data/web
   fp4pretrain data train-bpe notes/ --vocab-size 8192 --out bpe.json    a tokenizer of your own
   fp4pretrain data build notes/ --out data/notes --tokenizer bpe.json
   fp4pretrain data inspect data/notes
   fp4pretrain data corpus --out data/text                               text that this machine has
   fp4pretrain data corpus torch notes/ linux-doc --out data/text        packages, folders, Debian packages
+
+Inputs: text, .jsonl and .ndjson (an object a line), .json (the same, or one array), each also as .gz or
+.zst, folders of them, and stdlib (this Python's standard library).
 """
 
 
@@ -85,17 +92,37 @@ or why it cannot.
 """
 
 
+# What a file system refuses, wherever it does -> the cure.
+_REFUSED = {
+    errno.EACCES: "change its permissions, or name another place",
+    errno.EPERM: "change its permissions, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENOSPC: "make room, or name a place that has some",
+    errno.EDQUOT: "make room, or name a place that has some",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb; exits with 0, or 2 after one line about the user's mistake."""
     _quiet_libraries()
+    plain_console(sys.stdout, sys.stderr)
     try:
         arguments, rest = _parser().parse_known_args(argv)
         _take_rest(arguments, rest)
         arguments.work(arguments)
     except UserError as error:
-        main = int(os.environ.get("RANK", "0")) == 0
-        if main if error.shown is None else error.shown:
+        shown = is_main() if error.shown is None else error.shown
+        if shown:
             print(f"fp4pretrain: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _REFUSED or error.filename is None:
+            raise
+        print(
+            f"fp4pretrain: {error.filename}: {error.strerror}; {_REFUSED[error.errno]}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("fp4pretrain: interrupted", file=sys.stderr)
@@ -107,6 +134,11 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def _path(text: str) -> Path:
+    """A path of the command line; ``--out=~/x`` reaches us as it is, no shell reads a ~ there."""
+    return user_path(text, key="path")
 
 
 def _take_rest(arguments: argparse.Namespace, rest: list[str]) -> None:
@@ -145,9 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--cfg", action="store_true", help="print the composed config and stop")
 
     compare = verb("compare", "the loss gap between finished runs", COMPARE_HELP, _compare)
-    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
-    compare.add_argument("--baseline", type=Path, metavar="RUN_DIR")
-    compare.add_argument("--out", type=Path, default=Path("runs"), metavar="PNG or DIR")
+    compare.add_argument("runs", nargs="+", type=_path, metavar="RUN_DIR")
+    compare.add_argument("--baseline", type=_path, metavar="RUN_DIR")
+    compare.add_argument("--out", type=_path, default=Path("runs"), metavar="PNG or DIR")
     compare.add_argument("--html", action="store_true", help="write a page beside the picture")
     compare.add_argument("--force", action="store_true", help="compare unequal runs too")
     compare.add_argument(
@@ -162,18 +194,38 @@ def _parser() -> argparse.ArgumentParser:
     noise.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
     data = verb("data", "build, inspect and tokenize datasets", DATA_HELP, _data)
+    _data_jobs(data)
+
+    bench = verb("bench", "time kernels or linears on this GPU", BENCH_HELP, _bench)
+    bench.add_argument("what", choices=("kernels", "linear"))
+    bench.add_argument("overrides", nargs="*", metavar="key=value")
+    bench.add_argument("--precision", default="nvfp4,mxfp4_h16,fp8", metavar="RECIPE,...")
+    bench.add_argument("--out", type=_path, default=Path("runs/bench"), metavar="DIR")
+
+    doctor = verb("doctor", "what this machine can run, and why not", DOCTOR_HELP, _doctor)
+    doctor.add_argument("overrides", nargs="*", metavar="key=value")
+    doctor.add_argument("--precision", default="nvfp4", metavar="RECIPE")
+    return parser
+
+
+def _data_jobs(data: argparse.ArgumentParser) -> None:
     jobs = data.add_subparsers(title="jobs", required=True, metavar="JOB", dest="job")
-    build = jobs.add_parser("build", help="text or JSONL files to an indexed dataset")
-    build.add_argument("inputs", nargs="+", metavar="FILE or DIR or stdlib")
+    build = jobs.add_parser("build", help="text or JSON files to an indexed dataset")
     build.add_argument("--out", required=True, metavar="PREFIX")
     build.add_argument("--tokenizer", default="byte", help="byte, a tokenizer.json, or a HF folder")
+    build.add_argument("--force", action="store_true", help="replace a dataset that is there")
     bpe = jobs.add_parser("train-bpe", help="train a byte-level BPE tokenizer")
-    bpe.add_argument("inputs", nargs="+", metavar="FILE or DIR or stdlib")
+    for job in (build, bpe):
+        job.add_argument("inputs", nargs="+", metavar="FILE or DIR or stdlib")
+        job.add_argument("--text-key", default="text", metavar="KEY", help="of JSON objects")
+        job.add_argument(
+            "--on-error", choices=("stop", "skip"), default="stop", help="at a broken record"
+        )
     bpe.add_argument("--vocab-size", type=int, required=True)
     bpe.add_argument("--out", required=True, metavar="tokenizer.json")
     inspect = jobs.add_parser("inspect", help="what is in an indexed dataset")
     inspect.add_argument("prefix", metavar="PREFIX")
-
+    inspect.add_argument("--tokenizer", help="to show the text; default: the one it was built with")
     corpus = jobs.add_parser("corpus", help="a dataset and its BPE of text that this machine has")
     corpus.add_argument(
         "sources",
@@ -186,17 +238,6 @@ def _parser() -> argparse.ArgumentParser:
     corpus.add_argument("--vocab-size", type=int, default=8192)
     corpus.add_argument("--workers", type=int, help="processes (default: one a core)")
     corpus.add_argument("--force", action="store_true", help="replace an existing dataset")
-
-    bench = verb("bench", "time kernels or linears on this GPU", BENCH_HELP, _bench)
-    bench.add_argument("what", choices=("kernels", "linear"))
-    bench.add_argument("overrides", nargs="*", metavar="key=value")
-    bench.add_argument("--precision", default="nvfp4,mxfp4_h16,fp8", metavar="RECIPE,...")
-    bench.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR")
-
-    doctor = verb("doctor", "what this machine can run, and why not", DOCTOR_HELP, _doctor)
-    doctor.add_argument("overrides", nargs="*", metavar="key=value")
-    doctor.add_argument("--precision", default="nvfp4", metavar="RECIPE")
-    return parser
 
 
 def _train_help() -> str:
@@ -219,6 +260,9 @@ def _train(arguments: argparse.Namespace) -> None:
         print("---\n".join(configs), end="")
         return
 
+    from fp4pretrain.ops.choice import without_triton
+
+    without_triton()  # before megatron-core looks for it
     from fp4pretrain.parallel.groups import leave
     from fp4pretrain.train.beside import train_all
 
@@ -269,7 +313,7 @@ def _noise(arguments: argparse.Namespace) -> None:
             )
     finally:
         leave(destroy=True)
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not is_main():
         return
     found = measure_noise(paths)
     text = json.dumps(found, indent=1, allow_nan=False)
@@ -286,15 +330,28 @@ def _noise(arguments: argparse.Namespace) -> None:
 def _data(arguments: argparse.Namespace) -> None:
     from fp4pretrain import data
 
+    if arguments.job == "inspect":
+        data.inspect(arguments.prefix, tokenizer=arguments.tokenizer)
+        return
+    reading = data.Reading(arguments.text_key, skip=arguments.on_error == "skip")
     if arguments.job == "build":
-        data.prepare_text(arguments.inputs, arguments.out, arguments.tokenizer)
+        data.prepare_text(
+            arguments.inputs,
+            arguments.out,
+            arguments.tokenizer,
+            reading=reading,
+            force=arguments.force,
+        )
         data.inspect(arguments.out)
-    elif arguments.job == "train-bpe":
-        print(data.train_bpe(arguments.inputs, arguments.vocab_size, arguments.out))
     elif arguments.job == "corpus":
         _corpus(arguments)
     else:
-        data.inspect(arguments.prefix)
+        print(
+            data.train_bpe(arguments.inputs, arguments.vocab_size, arguments.out, reading=reading)
+        )
+    if reading.skipped:
+        first = reading.first_skipped
+        print(f"warning: {reading.skipped} broken records passed over, the first: {first}")
 
 
 def _corpus(arguments: argparse.Namespace) -> None:
@@ -341,7 +398,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     Console(highlight=False).print(shown)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{arguments.what}.json"
-    path.write_text(json.dumps(found, indent=1))
+    write_text(path, json.dumps(found, indent=1))
     print(path)
 
 
@@ -364,3 +421,4 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that its cache is a temporary one

@@ -26,7 +26,7 @@ from fp4pretrain.checks import check
 from fp4pretrain.errors import UserError
 from fp4pretrain.fingerprint import check_names
 from fp4pretrain.naming import recipe_name
-from fp4pretrain.overrides import adding_rules, one_line, refuse_unknown
+from fp4pretrain.overrides import adding_rules, names_nothing, one_line, refuse_unknown
 from fp4pretrain.precision import Plan, Recipe
 from fp4pretrain.precision_config import PrecisionConfig, fill_rules, plan_from
 from fp4pretrain.presets import config_dir, groups
@@ -207,10 +207,11 @@ class ProfileConfig:
 
 @dataclass
 class WandbConfig:
-    """``mode`` auto: online where an API key is set, offline otherwise."""
+    """``mode`` auto: $WANDB_MODE, or online where an API key is set and offline otherwise. ``project``
+    null: $WANDB_PROJECT, or fp4pretrain. What is null or empty is what wandb's own variables say."""
 
     mode: str = "auto"
-    project: str = "fp4pretrain"
+    project: str | None = None
     entity: str | None = None
     group: str | None = None
     name: str | None = None
@@ -280,6 +281,7 @@ def compose(overrides: list[str]) -> RunConfig:
     """
     keys = schema_keys()
     refuse_unknown(overrides, keys=keys)
+    overrides = [text for text in overrides if not names_nothing(text)]
     composed, choices = _composed(tuple(overrides), keys)
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fp4pretrain.ops.choice import available, refusals
+from fp4pretrain.ops.choice import TRITON_BACKENDS, available, refusals, without_triton
 from fp4pretrain.precision import GEMMS, Recipe
 
 
@@ -19,7 +19,9 @@ def examine(
     recipe: Recipe, device: torch.device, *, mxfp4_emulation: str = "fp8"
 ) -> list[tuple[str, str, bool, str]]:
     """(backend, GEMM, can run, instruction or reason) for every backend, ``auto``'s order."""
-    rows = []
+    missing = without_triton()
+    absent = () if missing is None else TRITON_BACKENDS
+    rows = [(name, gemm, False, str(missing)) for name in absent for gemm in GEMMS]
     for backend in available(mxfp4_emulation=mxfp4_emulation).values():
         for name in GEMMS:
             reasons = refusals(backend, [recipe], device, gemms=(name,))

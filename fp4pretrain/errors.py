@@ -16,3 +16,10 @@ class UserError(Exception):
     def __init__(self, line: str = "", *, shown: bool | None = None) -> None:
         super().__init__(line)
         self.shown = shown
+
+
+class LocalError(UserError):
+    """A UserError that one rank alone may meet, so that the rank that has it prints it."""
+
+    def __init__(self, line: str = "", *, shown: bool | None = True) -> None:
+        super().__init__(line, shown=shown)

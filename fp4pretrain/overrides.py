@@ -46,6 +46,16 @@ _REPLACED = {
 _NAMED = ("data.path.", "data.valid.")
 
 
+# Groups whose default is null: no option of theirs.
+_MAY_BE_EMPTY = ("experiment",)
+
+
+def names_nothing(text: str) -> bool:
+    """Whether an override sets a group to its default, null, which Hydra takes in a file only."""
+    override = _parsed(text)
+    return override.key_or_group in _MAY_BE_EMPTY and override.value() is None
+
+
 def refuse_unknown(overrides: Sequence[str], *, keys: Collection[str]) -> None:
     """Raises UserError for an override that cannot be read, or sets no key of ``keys``, or names an
     option that its group lacks, or holds several values (a sweep's)."""
@@ -182,6 +192,8 @@ def _check_options(group: str, value: Any, offered: Sequence[str]) -> None:
     if isinstance(value, dict):
         return  # sets keys of the group, which Hydra checks
     for option in value if isinstance(value, list) else [value]:
+        if option is None and group in _MAY_BE_EMPTY:
+            continue
         if option not in offered:
             known = ", ".join(offered)
             given = "null" if option is None else repr(str(option))

@@ -22,6 +22,7 @@
 #   RDZV_ID          the job's name there (default fp4pretrain)
 #   RDZV_CONF        its options, such as join_timeout=3600: seconds to wait for nodes (default 600)
 #   LOCAL_ADDR       this node's address for the others, where its host name does not resolve to it
+#                    (default on one node: 127.0.0.1)
 #
 # The network interface is named to the libraries, where a node has several: NCCL_SOCKET_IFNAME=eth0
 # and GLOO_SOCKET_IFNAME=eth0 (gloo writes checkpoints on GPUs too).
@@ -50,11 +51,22 @@ case "${1:-}" in
     ;;
 esac
 
+# The environment that this is called in, or the one that make has made.
+if ! command -v torchrun >/dev/null; then
+  PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin:$PATH"
+  if ! command -v torchrun >/dev/null; then
+    echo "torchrun: not found; activate the environment that fp4pretrain is installed in, or run make train" >&2
+    exit 2
+  fi
+fi
+
 nnodes="${NNODES:-1}"
 node_rank="${NODE_RANK:-${SLURM_NODEID:-0}}"
 restarts="${MAX_RESTARTS:-0}"
 port="${MASTER_PORT:-29500}"
-nproc="${NPROC_PER_NODE:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+python="$(dirname "$(command -v torchrun)")/python"
+[[ -x "$python" ]] || python=python3
+nproc="${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 
 if [[ ("$restarts" != 0 || "$nnodes" == *:*) && " $* " != *" resume=auto "* ]]; then
   echo "MAX_RESTARTS: what is started anew goes on from its checkpoints; add resume=auto" >&2
@@ -68,6 +80,7 @@ if [[ -n "${RDZV_ENDPOINT:-}" ]]; then
   where+=(${RDZV_CONF:+--rdzv-conf "$RDZV_CONF"})
 elif [[ "$nnodes" == 1 ]]; then
   where+=(--standalone) # finds a free port, so that two runs can share a machine
+  LOCAL_ADDR="${LOCAL_ADDR:-127.0.0.1}" # this node's own name need not resolve
 elif [[ -z "${MASTER_ADDR:-}" ]]; then
   echo "MASTER_ADDR: not set for $nnodes nodes; give the host name of node 0" >&2
   exit 2

@@ -47,7 +47,7 @@ def train(folder: Path, layout: str, overrides: list[str]) -> list[dict[str, Any
     training = [*command, "-m", "fp4pretrain", "train", *run, *overrides]
     if not metrics.exists():
         subprocess.run(training, check=True, env=environment)
-    return [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,7 +96,9 @@ def main() -> None:
             folder = arguments.out / f"{recipe}-{layout}".replace(" ", "_")
             rows = train(folder, layout, [f"precision={recipe}", *overrides])
             found.setdefault(recipe, {})[layout] = summary(rows)
-            (arguments.out / "layouts.json").write_text(json.dumps(found, indent=1))
+            (arguments.out / "layouts.json").write_text(
+                json.dumps(found, indent=1), encoding="utf-8"
+            )
         print(table({recipe: found[recipe]}), flush=True)
 
 

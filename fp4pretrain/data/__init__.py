@@ -16,6 +16,7 @@ from fp4pretrain.data.build import inspect, prepare_text, train_bpe
 from fp4pretrain.data.datasets import RandomTokens, RunData, build_datasets
 from fp4pretrain.data.entropy import unigram_entropy
 from fp4pretrain.data.indexed import DatasetIndex, read_index
+from fp4pretrain.data.records import Reading
 from fp4pretrain.data.spec import DataSpec, validate
 from fp4pretrain.data.tokenizers import Tokenizer, load_tokenizer
 from fp4pretrain.data.validation import ValidationSet
@@ -26,6 +27,7 @@ __all__ = [
     "EvaluationSampler",
     "MicrobatchSampler",
     "RandomTokens",
+    "Reading",
     "RunData",
     "Tokenizer",
     "ValidationSet",

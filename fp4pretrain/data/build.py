@@ -12,7 +12,7 @@ import json
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,32 +21,46 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fp4pretrain.data.indexed import DatasetIndex, read_index, unwritable, write_dataset
+from fp4pretrain.data.ids import PADDING, scan
+from fp4pretrain.data.indexed import DatasetIndex, is_meta, read_index, write_dataset
+from fp4pretrain.data.records import Reading
 from fp4pretrain.data.text import STDLIB, TextFile, list_files, read_documents
-from fp4pretrain.data.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer
+from fp4pretrain.data.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, tokenizer_files
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import unwritable, user_path, write_text
 
 _CORPUS_FORMAT = 1  # raise it when the same files come to give other tokens
-_BATCH_CHARACTERS = 1 << 22  # texts encoded at once: enough for every core, little memory
+_BATCH_CHARACTERS = 1 << 20  # texts encoded at once: enough for every core, little memory
 _BYTES = 256
 
 
 def prepare_text(
-    inputs: Sequence[str | Path], out_prefix: str | Path, tokenizer: str = "byte"
+    inputs: Sequence[str | Path],
+    out_prefix: str | Path,
+    tokenizer: str = "byte",
+    *,
+    reading: Reading | None = None,
+    force: bool = False,
 ) -> DatasetIndex:
-    """Tokenize text or JSON-lines files and folders into the indexed dataset OUT_PREFIX.{bin,idx}.
+    """Tokenize text or JSON files and folders into the indexed dataset OUT_PREFIX.{bin,idx,json}.
 
     Args:
         inputs: files, folders, or "stdlib"; see `fp4pretrain.data.text` for their order.
-        out_prefix: where to write; an existing dataset there is replaced, whole.
+        out_prefix: where to write; what is there is replaced at the end, or left as it is.
         tokenizer: see `load_tokenizer`.
+        reading: the key of the text and what to do with broken records; it counts those passed over.
+        force: replace a dataset that is there.
 
     Raises:
-        UserError: a missing or unreadable input, no text, an unknown tokenizer, no write access.
+        UserError: a missing or unreadable input, a broken record, no text, an unknown tokenizer, no
+            write access, a dataset in the way, or an output that is an input.
     """
     files = list_files(inputs)
+    prefix = str(user_path(out_prefix, key="out"))
+    loaded = load_tokenizer(tokenizer)
+    _check_target(prefix, [file.path for file in files] + tokenizer_files(tokenizer), force=force)
     source = ", ".join(str(given) for given in inputs)
-    return _tokenize(files, str(out_prefix), tokenizer=load_tokenizer(tokenizer), source=source)
+    return _tokenize(files, prefix, tokenizer=loaded, source=source, reading=reading or Reading())
 
 
 def stdlib_corpus(cache: Path, tokenizer: Tokenizer, *, build: bool) -> str:
@@ -76,11 +90,17 @@ def stdlib_corpus(cache: Path, tokenizer: Tokenizer, *, build: bool) -> str:
             "folder that all nodes share (and run the same Python on each)"
         )
     source = f"{STDLIB} of Python {platform.python_version()}"
-    _tokenize(files, prefix, tokenizer=tokenizer, source=source, key="data.cache_dir")
+    _tokenize(files, prefix, tokenizer=tokenizer, source=source)
     return prefix
 
 
-def train_bpe(inputs: Sequence[str | Path], vocab_size: int, out: str | Path) -> Path:
+def train_bpe(
+    inputs: Sequence[str | Path],
+    vocab_size: int,
+    out: str | Path,
+    *,
+    reading: Reading | None = None,
+) -> Path:
     """Train a byte-level BPE on `inputs` and save it as a tokenizer.json.
 
     Byte-level: its alphabet is all 256 bytes, so it encodes any text without an unknown token.
@@ -90,12 +110,13 @@ def train_bpe(inputs: Sequence[str | Path], vocab_size: int, out: str | Path) ->
         vocab_size: number of ids wanted, the end token and the 256 bytes included; little text
             may give fewer.
         out: a .json file, or a folder that gets a tokenizer.json.
+        reading: as for `prepare_text`.
 
     Returns:
         The file written, to be named in `data.tokenizer`.
 
     Raises:
-        UserError: a vocabulary below 257, no text, or no write access.
+        UserError: a vocabulary below 257, no text, no write access, or an output that is an input.
     """
     if vocab_size < _BYTES + 1:
         raise UserError(
@@ -114,15 +135,14 @@ def train_bpe(inputs: Sequence[str | Path], vocab_size: int, out: str | Path) ->
         show_progress=False,
     )
     files = list_files(inputs)
-    with _progress("reading", files) as documents:
-        trained.train_from_iterator(
-            chain.from_iterable(texts for _, texts in documents), trainer=trainer
-        )
-    path = Path(out).expanduser()
+    path = user_path(out, key="out")
     path = path if path.suffix == ".json" else path / "tokenizer.json"
+    _refuse_input(path, [file.path for file in files])
+    with _progress("reading", files, reading) as documents:
+        trained.train_from_iterator(documents, trainer=trainer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(trained.to_str(pretty=True))
+        write_text(path, trained.to_str(pretty=True) + "\n")
     except OSError as error:
         raise unwritable("out", path.parent, error) from None
     return path
@@ -141,27 +161,62 @@ def inspect(
     Raises:
         UserError: as `read_index`, or an unknown tokenizer.
     """
-    index = read_index(str(prefix), key="prefix")
-    lengths = index.lengths()
+    index = read_index(str(user_path(prefix, key="prefix")), key="prefix")
+    lengths, ids = index.lengths(), scan(index)
     table = Table(title=str(prefix), show_header=False)
     rows = {
         "documents": f"{index.documents:,}",
         "tokens": f"{index.tokens:,}",
         "tokens a document": f"{lengths.mean():,.0f} ({lengths.min():,} to {lengths.max():,})",
-        "largest id": f"{index.largest_id():,}",
+        "largest id": f"{ids.largest:,}",
         "dtype": str(index.dtype),
         "size": f"{index.size_bytes / 2**20:,.1f} MiB",
         "tokenizer": str(index.meta.get("tokenizer", "not recorded")),
         "source": str(index.meta.get("source", "not recorded")),
     }
-    named = tokenizer or index.meta.get("tokenizer")
-    if named is not None:
-        first = index.read(0, min(160, index.tokens))
-        rows["begins"] = load_tokenizer(str(named)).decode(first.tolist())
+    if ids.smallest < PADDING:
+        rows["smallest id"] = f"{ids.smallest:,}: cannot be trained on"
+    if ids.padding:
+        rows["padding (id -1)"] = f"{ids.padding:,} of {ids.scanned:,} tokens read"
+    if tokenizer is not None:
+        rows["begins"] = _sample(index, tokenizer)
+    elif "tokenizer" in index.meta:
+        try:
+            rows["begins"] = _sample(index, str(index.meta["tokenizer"]))
+        except UserError:  # moved since, or named by a path from another folder
+            rows["begins"] = (
+                "its tokenizer is not there now; name it with --tokenizer to see the text"
+            )
     for name, value in rows.items():
         table.add_row(name, value.replace("[", r"\["))
     (console or Console()).print(table)
     return index
+
+
+def _sample(index: DatasetIndex, tokenizer: str) -> str:
+    first = index.read(0, min(160, index.tokens))
+    return load_tokenizer(tokenizer).decode(first[first >= 0].tolist())
+
+
+def _check_target(prefix: str, inputs: Sequence[Path], *, force: bool) -> None:
+    """Raises UserError where PREFIX's files are inputs, not a dataset's, or there without `force`."""
+    for suffix in (".bin", ".idx", ".json"):
+        _refuse_input(Path(prefix + suffix), inputs)
+    meta = Path(f"{prefix}.json")
+    if meta.exists() and not is_meta(meta):
+        raise UserError(
+            f"out: {meta} is there and is no dataset's; choose another --out, which names new files"
+        )
+    there = [name for name in (f"{prefix}.idx", f"{prefix}.bin") if Path(name).exists()]
+    if there and not force:
+        raise UserError(
+            f"out: {there[0]} exists; add --force to replace it, or choose another --out"
+        )
+
+
+def _refuse_input(out: Path, inputs: Sequence[Path]) -> None:
+    if out.exists() and any(path.exists() and out.samefile(path) for path in inputs):
+        raise UserError(f"out: {out} is one of the inputs; choose another --out")
 
 
 def _tokenize(
@@ -170,34 +225,32 @@ def _tokenize(
     *,
     tokenizer: Tokenizer,
     source: str,
-    key: str = "out_prefix",
+    reading: Reading | None = None,
 ) -> DatasetIndex:
-    with _progress("tokenizing", files) as documents:
+    key = "out" if reading is not None else "data.cache_dir"
+    with _progress("tokenizing", files, reading) as documents:
         ids = _encode(documents, tokenizer)
         return write_dataset(ids, prefix, tokenizer=tokenizer, source=source, key=key)
 
 
-def _encode(
-    documents: Iterator[tuple[TextFile, list[str]]], tokenizer: Tokenizer
-) -> Iterator[NDArray[np.int64]]:
+def _encode(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[NDArray[np.int64]]:
     """Ids a document, in order, encoded in batches that keep a parallel tokenizer busy."""
     batch: list[str] = []
     waiting = 0
-    for _, texts in documents:
-        for text in texts:
-            batch.append(text)
-            waiting += len(text)
-            if waiting >= _BATCH_CHARACTERS:
-                yield from tokenizer.encode_batch(batch)
-                batch, waiting = [], 0
+    for text in documents:
+        batch.append(text)
+        waiting += len(text)
+        if waiting >= _BATCH_CHARACTERS:
+            yield from tokenizer.encode_batch(batch)
+            batch, waiting = [], 0
     if batch:
         yield from tokenizer.encode_batch(batch)
 
 
 @contextmanager
 def _progress(
-    label: str, files: Sequence[TextFile]
-) -> Iterator[Iterator[tuple[TextFile, list[str]]]]:
+    label: str, files: Sequence[TextFile], reading: Reading | None
+) -> Iterator[Iterator[str]]:
     """The documents of `files`, moving a bar by the bytes read; silent away from a terminal."""
     console = Console(stderr=True)
     bar = Progress(
@@ -210,10 +263,4 @@ def _progress(
     )
     with bar:
         task = bar.add_task(label, total=sum(file.size for file in files))
-
-        def moving() -> Iterator[tuple[TextFile, list[str]]]:
-            for file, texts in read_documents(files):
-                yield file, texts
-                bar.advance(task, file.size)
-
-        yield moving()
+        yield read_documents(files, reading, watch=partial(bar.wrap_file, task_id=task))

@@ -296,7 +296,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def _alone(folder: Path) -> Iterator[None]:
     """`folder`, locked while this process builds in it, gone once the build is done."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
+    with open(folder / "lock", "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

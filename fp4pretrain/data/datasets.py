@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from fp4pretrain.data.build import stdlib_corpus
 from fp4pretrain.data.documents import Documents, open_documents
+from fp4pretrain.data.ids import padding_line
 from fp4pretrain.data.order import Blend, TrainingSamples
 from fp4pretrain.data.spec import (
     DataSpec,
@@ -175,7 +176,10 @@ def _mock(spec: DataSpec, tokenizer: Tokenizer) -> RunData:
 def _open(spec: DataSpec, part: Part, *, tokenizer: Tokenizer, build: bool) -> Documents:
     documents = open_documents(part.prefix, cache=spec.cache, key=part.key, build=build)
     check_dataset(spec, documents.index, key=part.key, tokenizer=tokenizer)
-    return documents
+    if build and (line := padding_line(documents.index)):
+        print(f"warning: {part.key}: {line}", flush=True)
+    limit = spec.vocab_size if spec.vocab_size is not None else tokenizer.vocab_size
+    return replace(documents, id_limit=limit)
 
 
 def _training(spec: DataSpec, part: Part, documents: Documents, *, member: int) -> TrainingSamples:

@@ -35,11 +35,13 @@ class Documents:
         index: where they lie.
         hashes: [documents] uint64, of the token ids of each, whatever type they are stored in.
         digest: of all hashes in their order: equal for equal datasets, wherever they lie.
+        id_limit: the model's number of ids, which no token may reach; None where any is taken.
     """
 
     index: DatasetIndex
     hashes: NDArray[np.uint64]
     digest: str
+    id_limit: int | None = None
 
     def between(self, low: float, high: float) -> NDArray[np.int64]:
         """Numbers of the documents, ascending, whose hash lies in [low, high) of its range 0 to 1."""

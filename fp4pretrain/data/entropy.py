@@ -44,7 +44,12 @@ def _frequencies(source: Any, max_tokens: int) -> NDArray[np.float64]:
             found[: len(counts)] += counts
             counts = found
     elif isinstance(source, DatasetIndex):
-        counts = np.bincount(source.read(0, min(source.tokens, max_tokens)))
+        counts = _counts(source.read(0, min(source.tokens, max_tokens)))
     else:
-        counts = np.bincount(np.asarray(source).reshape(-1)[:max_tokens])
+        counts = _counts(np.asarray(source).reshape(-1)[:max_tokens])
     return np.asarray(counts / counts.sum(), dtype=np.float64)
+
+
+def _counts(ids: NDArray[Any], *, minlength: int = 0) -> NDArray[np.int64]:
+    """How often each id occurs; padding (-1) does not count."""
+    return np.bincount(ids[ids >= 0], minlength=minlength)

@@ -11,6 +11,7 @@ the middle of a run, on one rank. `read_index` reads the same bytes first, in mi
 
 from __future__ import annotations
 
+import array
 import json
 import shutil
 import struct
@@ -27,13 +28,18 @@ from numpy.typing import NDArray
 
 from fp4pretrain.data.tokenizers import Tokenizer
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import unwritable, write_text
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 # megatron.core.datasets.indexed_dataset.DType, less the two float codes: tokens are integers.
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_CODES = {np.dtype(kind): code for code, kind in _DTYPES.items()}
+_UINT16_IDS = 65500  # megatron-core stores vocabularies from here on as int32
+_LONGEST = 2**31 - 1  # tokens of a document: the index holds lengths as int32
+_MARKS = 1 << 20  # documents whose index is checked or written at once
+_META_BYTES = 1 << 20  # more than any PREFIX.json of ours
 _DAY = 24 * 3600.0
-_SCAN_TOKENS = 1 << 24  # 32 MB of uint16: a fraction of a second
 
 
 @dataclass(frozen=True)
@@ -78,23 +84,24 @@ class DatasetIndex:
             f"{self.prefix}.bin", self.dtype, end - begin, offset=begin * self.dtype.itemsize
         )
 
-    def largest_id(self) -> int:
-        """The largest token id: of all tokens up to 16 Mi of them, of 64 even samples beyond."""
-        if "largest_id" in self.meta:
-            return int(self.meta["largest_id"])
-        if self.tokens <= _SCAN_TOKENS:
-            return int(self.read(0, self.tokens).max())
-        length = _SCAN_TOKENS // 64
-        begins = np.linspace(0, self.tokens - length, 64).astype(np.int64).tolist()
-        return max(int(self.read(begin, begin + length).max()) for begin in begins)
-
 
 def read_index(prefix: str, *, key: str = "data.path") -> DatasetIndex:
     """Read and check PREFIX.idx, and the size of PREFIX.bin against it.
 
     Raises:
-        UserError: a file is missing, is not an indexed dataset, or is cut short.
+        UserError: a file is missing, cannot be read, is not an indexed dataset, is cut short, or has
+            an index whose documents do not follow each other.
     """
+    try:
+        return _read_index(prefix, key)
+    except OSError as error:
+        raise UserError(
+            f"{key}: {error.filename or prefix} cannot be read ({error.strerror}); change its "
+            "permissions, or give another prefix"
+        ) from None
+
+
+def _read_index(prefix: str, key: str) -> DatasetIndex:
     for suffix in (".idx", ".bin"):
         if not Path(prefix + suffix).is_file():
             raise UserError(
@@ -123,8 +130,14 @@ def read_index(prefix: str, *, key: str = "data.path") -> DatasetIndex:
         )
     dtype: np.dtype[Any] = np.dtype(_DTYPES[code])
     pointers = raw[lengths_end:pointers_end].view(np.int64)
-    last = int(raw[lengths_end - 4 : lengths_end].view(np.int32)[0])
-    expected = int(pointers[-1]) + last * dtype.itemsize
+    lengths = raw[_HEADER.size : lengths_end].view(np.int32)
+    marked = raw[pointers_end : pointers_end + 8 * marks].view(np.int64)
+    wrong = _damage(lengths, pointers, marked, itemsize=dtype.itemsize)
+    if wrong is not None:
+        raise UserError(
+            f"{key}: {prefix}.idx is damaged ({wrong}); build or copy the dataset again"
+        )
+    expected = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize
     actual = Path(f"{prefix}.bin").stat().st_size
     if actual != expected or expected == 0:
         raise UserError(
@@ -133,6 +146,36 @@ def read_index(prefix: str, *, key: str = "data.path") -> DatasetIndex:
         )
     tokens = expected // dtype.itemsize
     return DatasetIndex(prefix, dtype, pointers, tokens, _read_meta(prefix, key))
+
+
+def _damage(
+    lengths: NDArray[np.int32],
+    pointers: NDArray[np.int64],
+    marks: NDArray[np.int64],
+    *,
+    itemsize: int,
+) -> str | None:
+    """What is wrong with an index, None for nothing: documents end to end from byte 0 on, and marks
+    (where Megatron's documents begin, counted in sequences) from 0 to the last, none going back."""
+    expected = 0
+    for begin in range(0, len(lengths), _MARKS):
+        size = lengths[begin : begin + _MARKS].astype(np.int64) * itemsize
+        if (size < 0).any():
+            at = int(np.flatnonzero(size < 0)[0])
+            return f"document {begin + at} has {size[at] // itemsize:,} tokens"
+        ends = expected + np.cumsum(size)
+        found = pointers[begin : begin + _MARKS]
+        if (found != ends - size).any():
+            return (
+                f"document {begin + int(np.flatnonzero(found != ends - size)[0])} is out of place"
+            )
+        expected = int(ends[-1])
+    if len(marks) == 0 or marks[0] != 0 or marks[-1] != len(lengths):
+        return "its documents do not cover its sequences"
+    for begin in range(0, len(marks), _MARKS):
+        if (np.diff(marks[begin : begin + _MARKS + 1]) < 0).any():
+            return "its documents go back"
+    return None
 
 
 def write_dataset(
@@ -151,32 +194,23 @@ def write_dataset(
     Raises:
         UserError: the folder cannot be written, or there is no document.
     """
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # seconds
-
     target = Path(prefix)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with folder_aside(target.parent) as folder:
             made = str(Path(folder, target.name))
-            builder = IndexedDatasetBuilder(
-                f"{made}.bin", dtype=DType.optimal_dtype(tokenizer.vocab_size)
-            )
-            largest = -1
-            for ids in documents:
-                builder.add_document(np.append(ids, tokenizer.eod), [len(ids) + 1])
-                largest = max(largest, tokenizer.eod, int(ids.max(initial=0)))
-            builder.finalize(f"{made}.idx")
+            largest = _write_tokens(documents, made, tokenizer=tokenizer)
             if largest < 0:
                 raise UserError("inputs: no document in them; give files that hold text")
             meta = {
                 "source": source,
-                "tokenizer": tokenizer.name,
+                "tokenizer": tokenizer.place,
                 "tokenizer_fingerprint": tokenizer.fingerprint,
                 "vocab_size": tokenizer.vocab_size,
                 "eod": tokenizer.eod,
                 "largest_id": largest,
             }
-            Path(f"{made}.json").write_text(json.dumps(meta, indent=2) + "\n")
+            write_text(f"{made}.json", json.dumps(meta, indent=2) + "\n")
             for suffix in (".bin", ".json", ".idx"):
                 Path(made + suffix).replace(prefix + suffix)
     except OSError as error:
@@ -202,6 +236,42 @@ def write_index(path: Path, lengths: NDArray[np.int64], *, dtype: np.dtype[Any])
         stream.write(np.arange(count + 1, dtype="<i8").tobytes())
 
 
+def _write_tokens(
+    documents: Iterable[NDArray[np.int64]], made: str, *, tokenizer: Tokenizer
+) -> int:
+    """MADE.bin and MADE.idx; returns the largest id, -1 without documents.
+
+    The bytes of megatron-core's IndexedDatasetBuilder, which keeps some 100 bytes a document in memory:
+    here it is the 4 of its length.
+    """
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size < _UINT16_IDS else np.int32)
+    lengths = array.array("i")
+    largest = -1
+    with open(f"{made}.bin", "wb") as tokens:
+        for ids in documents:
+            if len(ids) >= _LONGEST:
+                raise UserError(
+                    f"inputs: document {len(lengths)} has {len(ids):,} tokens, where {_LONGEST - 1:,} "
+                    "are the most; divide it"
+                )
+            tokens.write(np.append(ids, tokenizer.eod).astype(dtype).tobytes())
+            lengths.append(len(ids) + 1)
+            largest = max(largest, tokenizer.eod, int(ids.max(initial=0)))
+    sizes = np.frombuffer(lengths, dtype=np.int32) if lengths else np.zeros(0, np.int32)
+    with open(f"{made}.idx", "wb") as index:
+        index.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype], len(sizes), len(sizes) + 1))
+        index.write(sizes.tobytes())
+        byte = 0
+        for begin in range(0, len(sizes), _MARKS):
+            size = sizes[begin : begin + _MARKS].astype(np.int64) * dtype.itemsize
+            ends = byte + np.cumsum(size)
+            index.write((ends - size).tobytes())
+            byte = int(ends[-1])
+        for begin in range(0, len(sizes) + 1, _MARKS):
+            index.write(np.arange(begin, min(begin + _MARKS, len(sizes) + 1)).tobytes())
+    return largest
+
+
 @contextmanager
 def folder_aside(parent: Path) -> Iterator[str]:
     """A folder in ``parent`` to build in, gone afterwards; what killed builders left is removed.
@@ -217,20 +287,27 @@ def folder_aside(parent: Path) -> Iterator[str]:
         yield folder
 
 
-def unwritable(key: str, folder: Path, error: OSError) -> UserError:
-    """The one line for a folder that cannot be written (permissions, a file in its place, full)."""
-    reason = error.strerror or str(error)
-    return UserError(f"{key}: cannot write in {folder} ({reason}); set {key} to a writable folder")
+def is_meta(file: Path) -> bool:
+    """Whether PREFIX.json is one that `write_dataset` wrote, and not a file of the user's."""
+    try:
+        return "tokenizer_fingerprint" in _read_meta(str(file).removesuffix(".json"), "out")
+    except UserError:
+        return False
 
 
 def _read_meta(prefix: str, key: str) -> dict[str, Any]:
     file = Path(f"{prefix}.json")
     if not file.is_file():
         return {}
-    try:
-        meta = json.loads(file.read_text())
-    except ValueError:
-        meta = None
+    meta = None
+    if file.stat().st_size <= _META_BYTES:
+        try:
+            meta = json.loads(file.read_bytes())
+        except (ValueError, RecursionError):
+            meta = None
     if not isinstance(meta, dict):
-        raise UserError(f"{key}: {file} is not a JSON object; remove it or build the dataset again")
+        raise UserError(
+            f"{key}: {file} is not what `fp4pretrain data build` writes beside a dataset; give your "
+            "own file another name, or build the dataset again"
+        )
     return meta

@@ -107,7 +107,10 @@ class TrainingSamples(torch.utils.data.Dataset[Sample]):
             )
         else:
             order, ends, samples = self._made(number)
-        return Epoch(TokenStream(self._documents.index, order, ends=ends), samples)
+        return Epoch(
+            TokenStream(self._documents.index, order, ends=ends, id_limit=self._documents.id_limit),
+            samples,
+        )
 
     def _made(self, epoch: int) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[Any]]:
         random = np.random.RandomState([*self._seed, epoch % _SEED_WORD])

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp4pretrain.data.indexed import DatasetIndex, read_index, unwritable
+from fp4pretrain.data.ids import check_ids
+from fp4pretrain.data.indexed import DatasetIndex, read_index
 from fp4pretrain.data.text import STDLIB, list_files
 from fp4pretrain.data.tokenizers import Tokenizer, load_tokenizer
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import unwritable, user_path
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,26 @@ class DataSpec:
 
     @property
     def cache(self) -> Path:
-        """`cache_dir`, or $XDG_CACHE_HOME/fp4pretrain, or ~/.cache/fp4pretrain."""
+        """`cache_dir`, or $XDG_CACHE_HOME/fp4pretrain, or ~/.cache/fp4pretrain; or one
+        in the temporary folder where that cannot be written."""
         if self.cache_dir is not None:
-            return Path(self.cache_dir).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fp4pretrain")
+            return user_path(self.cache_dir, key="data.cache_dir")
+        if named := os.environ.get("XDG_CACHE_HOME"):
+            return Path(named, "fp4pretrain")
+        return _home_cache() / "fp4pretrain"
+
+
+def _home_cache() -> Path:
+    """~/.cache; where no home folder can be written, as in a container that runs as an unknown user,
+    a folder of this user's among the temporary ones."""
+    try:
+        home = Path.home()
+        nearest = next(path for path in (home / ".cache", home, *home.parents) if path.exists())
+        if os.access(nearest, os.W_OK | os.X_OK):
+            return home / ".cache"
+    except (RuntimeError, OSError):
+        pass
+    return Path(tempfile.gettempdir(), f"cache-of-{os.getuid()}")
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,7 @@ def parts_of(spec: DataSpec) -> list[Part]:
     if spec.path is None:
         return []
     if isinstance(spec.path, str):
-        return [Part("data.path", str(Path(spec.path).expanduser()), 1.0)]
+        return [Part("data.path", str(user_path(spec.path, key="data.path")), 1.0)]
     if not spec.path:
         raise UserError(
             "data.path: the blend is empty; name at least one {prefix: ..., weight: ...}"
@@ -93,7 +111,7 @@ def parts_of(spec: DataSpec) -> list[Part]:
         weight = member.get("weight", 1.0)
         if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
             raise UserError(f"{key}.weight: {weight} is not above 0; give a positive number")
-        parts.append(Part(key, str(Path(member["prefix"]).expanduser()), float(weight)))
+        parts.append(Part(key, str(user_path(member["prefix"], key=key)), float(weight)))
     total = sum(part.weight for part in parts)
     return [Part(part.key, part.prefix, part.weight / total) for part in parts]
 
@@ -184,11 +202,7 @@ def check_dataset(spec: DataSpec, index: DatasetIndex, *, key: str, tokenizer: T
             f"data.tokenizer: {tokenizer.name} is not what {index.prefix} was built with; "
             f"set data.tokenizer={made_by} or build the dataset again"
         )
-    if spec.vocab_size is not None and (largest := index.largest_id()) >= spec.vocab_size:
-        raise UserError(
-            f"model.vocab_size: {spec.vocab_size} leaves out token id {largest} of {index.prefix}; "
-            f"set model.vocab_size={largest + 1} or more"
-        )
+    check_ids(index, vocab_size=spec.vocab_size, key=key)
 
 
 def _check_split(spec: DataSpec, index: DatasetIndex, *, key: str) -> None:

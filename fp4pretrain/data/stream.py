@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fp4pretrain.data.ids import refuse_sample
 from fp4pretrain.data.indexed import DatasetIndex
 
 Sample: TypeAlias = dict[str, torch.Tensor]
@@ -22,13 +23,20 @@ class TokenStream:
         index: the dataset.
         order: [documents] numbers of its documents.
         ends: [documents] int64, how many tokens stand before the end of each, in this order.
+        id_limit: the model's number of ids; None where any id is taken.
     """
 
     def __init__(
-        self, index: DatasetIndex, order: NDArray[Any], *, ends: NDArray[np.int64] | None = None
+        self,
+        index: DatasetIndex,
+        order: NDArray[Any],
+        *,
+        ends: NDArray[np.int64] | None = None,
+        id_limit: int | None = None,
     ) -> None:
         self.index = index
         self.order = order
+        self._id_limit = id_limit
         self.ends = np.cumsum(index.lengths()[order]) if ends is None else ends
         self._tokens = np.memmap(f"{index.prefix}.bin", dtype=index.dtype, mode="r")
 
@@ -37,7 +45,10 @@ class TokenStream:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def read(self, begin: int, end: int) -> NDArray[np.int64]:
-        """Tokens [begin, end), fewer where the stream ends."""
+        """Tokens [begin, end), fewer where the stream ends.
+
+        Raises LocalError for an id that the model has not, naming the document.
+        """
         end = min(end, len(self))
         pieces = [np.zeros(0, dtype=np.int64)]
         place = int(np.searchsorted(self.ends, begin, side="right"))
@@ -47,7 +58,15 @@ class TokenStream:
             last = self.index.offset(document + 1)  # of the file; `stop` is of the stream
             low = last - (stop - begin)
             high = low + min(end, stop) - begin
-            pieces.append(self._tokens[low:high].astype(np.int64))
+            piece = self._tokens[low:high].astype(np.int64)
+            if self._id_limit is not None:
+                refuse_sample(
+                    piece,
+                    document=document,
+                    prefix=str(self.index.prefix),
+                    vocab_size=self._id_limit,
+                )
+            pieces.append(piece)
             begin, place = min(end, stop), place + 1
         return np.concatenate(pieces)
 

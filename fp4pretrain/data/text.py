@@ -1,32 +1,34 @@
-"""Where documents come from: text files, JSON lines, folders, and Python's own standard library.
+"""Where documents come from: files, folders, and Python's own standard library.
 
-An input is a path or the word ``stdlib``. A ``.jsonl`` file holds one document a line, in its
-``text``; any other file is text. Every machine has Python's standard library (source and
-docstrings, tens of MB): it is the corpus of a run that names none.
+An input is a path or the word ``stdlib``. ``records`` reads what is in a file. Every machine has
+Python's standard library (source and docstrings, tens of MB): it is the corpus of a run that names none.
 
-Two choices serve the split, which gives megatron-core's validation set the LAST documents:
-- A folder's files come in the order of a hash of their relative path: always the same, and its
-  tail is a fair sample of the whole, where an alphabetical tail would be all xml and zipfile.
-- Text is cut at line breaks into documents of 64 Ki characters, so that one big file can be split
-  at all, and a few huge tables do not fill the validation set.
+A folder's files come in the order of a hash of their relative path: always the same, and its tail is
+a fair sample of the whole, where an alphabetical tail would be all xml and zipfile. (megatron-core's
+validation set is the LAST documents. For its sake too, text is cut into documents of 64 Ki characters:
+one big file can be split at all, and a few huge tables do not fill the validation set.)
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+from fp4pretrain.data.records import Reading, documents_of, kind_of, open_file
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import user_path
 
 STDLIB = "stdlib"
-DOCUMENT_CHARACTERS = 1 << 16
-# What a folder contributes. A file named by itself is read whatever its suffix.
-TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".tex", ".jsonl", ".py", ".c", ".h", ".cpp"})
+# What a folder contributes, compressed or not. A file named by itself is read whatever its suffix;
+# .json is read only so: in a folder it is as often a setting as a corpus.
+TEXT_SUFFIXES = frozenset(
+    {".txt", ".md", ".rst", ".tex", ".jsonl", ".ndjson", ".py", ".c", ".h", ".cpp"}
+)
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
 
@@ -44,82 +46,60 @@ def list_files(inputs: Sequence[str | Path]) -> list[TextFile]:
     """Every file behind `inputs`, in the order in which its documents are written.
 
     Raises:
-        UserError: an input that does not exist, or no text in any of them.
+        UserError: an input that does not exist or cannot be read, or no text in any of them.
     """
     files: list[TextFile] = []
     for given in inputs:
-        path = Path(given).expanduser()
-        if str(given) == STDLIB:
-            files += _stdlib_files()
-        elif path.is_dir():
-            files += _folder_files(path, TEXT_SUFFIXES, skip=frozenset({"__pycache__"}))
-        elif path.is_file():
-            files.append(TextFile(path, str(given), path.stat().st_size, named=True))
-        else:
+        try:
+            files += _files_of(given)
+        except OSError as error:  # a folder that may not be entered, a name that is too long
             raise UserError(
-                f"inputs: {given} does not exist; give text or .jsonl files, folders, or {STDLIB}"
-            )
+                f"inputs: {error.filename or given} cannot be read ({error.strerror}); change its "
+                "permissions, or give another input"
+            ) from None
     if not any(file.size for file in files):
         names = ", ".join(str(given) for given in inputs) or "nothing"
         raise UserError(
             f"inputs: no text in {names}; give files, or folders of "
-            f"{' '.join(sorted(TEXT_SUFFIXES))} files"
+            f"{' '.join(sorted(TEXT_SUFFIXES))} files (.json files one by one)"
         )
     return files
 
 
-def read_documents(files: Sequence[TextFile]) -> Iterator[tuple[TextFile, list[str]]]:
-    """Each file with its non-empty documents, in order.
+def read_documents(
+    files: Sequence[TextFile],
+    reading: Reading | None = None,
+    *,
+    watch: Callable[[BinaryIO], BinaryIO] | None = None,
+) -> Iterator[str]:
+    """The non-empty documents of the files, in order, one at a time.
+
+    Args:
+        files: of `list_files`.
+        reading: how records are read; it counts those passed over.
+        watch: wraps each open file, to follow how far it was read.
 
     Raises:
-        UserError: a file named by the user that is not UTF-8, or a JSON line without a text.
+        UserError: a file that cannot be read, a named one that is not UTF-8, a broken record.
     """
+    reading = reading or Reading()
     for file in files:
-        yield file, list(_documents_of(file))
+        with open_file(file.path, file.name) as stream:
+            watched = stream if watch is None else watch(stream)
+            yield from documents_of(watched, file.name, reading, may_skip_file=not file.named)
 
 
-def _documents_of(file: TextFile) -> Iterator[str]:
-    try:
-        text = file.path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        if file.named:
-            raise UserError(f"inputs: {file.name} is not UTF-8 text; convert it first") from None
-        return
-    if file.path.suffix == ".jsonl":
-        yield from _json_lines(text, file.name)
-    else:
-        yield from cut(text, DOCUMENT_CHARACTERS)
-
-
-def _json_lines(text: str, name: str) -> Iterator[str]:
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        document = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(document, str):
-            raise UserError(
-                f'inputs: {name} line {number} is not a JSON object with a string "text"; '
-                "write one such object a line"
-            )
-        if document:
-            # JSON can spell half a surrogate pair, which no UTF-8 holds: "?" in its place.
-            yield document.encode(errors="replace").decode()
-
-
-def cut(text: str, limit: int) -> Iterator[str]:
-    """`text` in pieces of at most `limit` characters, each ending at a line break if it has one."""
-    begin = 0
-    while begin < len(text):
-        end = min(begin + limit, len(text))
-        if end < len(text):
-            end = text.rfind("\n", begin, end) + 1 or end
-        yield text[begin:end]
-        begin = end
+def _files_of(given: str | Path) -> list[TextFile]:
+    if str(given) == STDLIB:
+        return _stdlib_files()
+    path = user_path(given, key="inputs")
+    if path.is_dir():
+        return _folder_files(path, TEXT_SUFFIXES, skip=frozenset({"__pycache__"}))
+    if path.is_file():
+        return [TextFile(path, str(given), path.stat().st_size, named=True)]
+    raise UserError(
+        f"inputs: {given} does not exist; give text or .jsonl files, folders, or {STDLIB}"
+    )
 
 
 def _stdlib_files() -> list[TextFile]:
@@ -135,11 +115,15 @@ def _stdlib_files() -> list[TextFile]:
 
 def _folder_files(root: Path, suffixes: frozenset[str], *, skip: frozenset[str]) -> list[TextFile]:
     found = []
-    for folder, folders, names in os.walk(root):
+
+    def refuse(error: OSError) -> None:  # os.walk would leave out a folder that it cannot list
+        raise error
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if name not in skip]  # and do not descend
         for name in names:
             path = Path(folder, name)
-            if path.suffix in suffixes and path.is_file():
+            if kind_of(name) in suffixes and path.is_file():
                 label = path.relative_to(root).as_posix()
                 found.append(TextFile(path, label, path.stat().st_size, named=False))
     return sorted(found, key=lambda file: hashlib.sha256(file.name.encode()).digest())

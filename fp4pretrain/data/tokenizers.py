@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import user_path
 
 END_OF_TEXT = "<|endoftext|>"
 # Tried in this order where no tokenizer_config.json names an eos_token.
@@ -51,6 +52,12 @@ class Tokenizer(ABC):
     def unique_identifiers(self) -> OrderedDict[str, str | int]:
         """What megatron-core hashes into the names of its index caches."""
         return OrderedDict(fingerprint=self.fingerprint, vocab_size=self.vocab_size, eod=self.eod)
+
+    @property
+    def place(self) -> str:
+        """`name` as it means the same file from any folder."""
+        path = user_path(self.name, key="data.tokenizer")
+        return str(path.resolve()) if self.name != "byte" and path.exists() else self.name
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
@@ -145,15 +152,33 @@ class TransformersTokenizer(Tokenizer):
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
 
 
+def tokenizer_files(name: str) -> list[Path]:
+    """The files behind what `data.tokenizer` names; none for byte."""
+    path = user_path(name, key="data.tokenizer")
+    if name == "byte" or not path.exists():
+        return []
+    return [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
+
+
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names.
 
     Raises:
         UserError: unknown name, missing path, unreadable file, or no end-of-document token.
     """
+    try:
+        return _load(name)
+    except OSError as error:
+        raise UserError(
+            f"data.tokenizer: {error.filename or name} cannot be read ({error.strerror}); change its "
+            "permissions, or give another tokenizer"
+        ) from None
+
+
+def _load(name: str) -> Tokenizer:
     if name == "byte":
         return ByteTokenizer()
-    path = Path(name).expanduser()
+    path = user_path(name, key="data.tokenizer")
     if path.is_dir():
         file = path / "tokenizer.json"
         return FileTokenizer(name, file) if file.is_file() else TransformersTokenizer(name, path)
@@ -172,7 +197,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def _end_id(vocabulary: dict[str, int], config: Path, name: str) -> int:
     """The id that ends a document: the config's eos_token, else the first customary name."""
-    named: Any = json.loads(config.read_text()).get("eos_token") if config.is_file() else None
+    named: Any = json.loads(config.read_bytes()).get("eos_token") if config.is_file() else None
     if isinstance(named, dict):  # older files write {"content": "</s>", ...}
         named = named.get("content")
     for token in (named, *_END_TOKENS):

@@ -47,7 +47,13 @@ class ValidationSet(torch.utils.data.Dataset[Sample]):
             by_hash = np.argsort(hashes, kind="stable")
             ordered = hashes[by_hash].astype("<u8")
             facts.append(hashlib.blake2b(ordered.data, digest_size=16).hexdigest())
-            self._streams.append(TokenStream(part.documents.index, part.numbers[by_hash]))
+            self._streams.append(
+                TokenStream(
+                    part.documents.index,
+                    part.numbers[by_hash],
+                    id_limit=part.documents.id_limit,
+                )
+            )
         counts = [-(-(len(stream) - 1) // seq_length) for stream in self._streams]
         wanted = [part.weight for part in held_out]
         self._chosen = [

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import write_text
 from fp4pretrain.observe.sink import DECIDED, HAPPENED, Row
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -148,9 +148,7 @@ def _truncate_after(path: Path, step: int) -> None:
     """Rewrite the file without the rows that are repeated, in one atomic replacement."""
     stay = kept(read_rows(path), step)
     lines = [line for line, stays in zip(_finished_lines(path), stay, strict=True) if stays]
-    rewritten = path.with_suffix(".rewritten")
-    rewritten.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(rewritten, path)
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def _set_aside(path: Path) -> None:

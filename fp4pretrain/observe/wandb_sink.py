@@ -21,9 +21,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import write_text
 from fp4pretrain.observe.sink import DECIDED, HAPPENED, Row
 
 MODES = ("auto", "online", "offline", "disabled")
+PROJECT = "fp4pretrain"  # where neither the config nor wandb's own variables name one
+# $WANDB_MODE -> ours; wandb has older words for two of them.
+_MODES = {"dryrun": "offline", "run": "online", "shared": "online"}
 
 
 def stored_run_id(run_dir: Path | str) -> str | None:
@@ -37,9 +41,11 @@ class WandbSink:
     """Send rows to wandb.
 
     ``mode``: ``online``, ``offline`` (written under ``run_dir/wandb``, for ``wandb sync`` later),
-    ``disabled`` (nothing, not even the import), or ``auto``: online where an API key is set (the
-    environment or netrc, as ``wandb login`` leaves it), otherwise offline. An online run that
-    cannot reach its server goes on offline, and says so.
+    ``disabled`` (nothing, not even the import), or ``auto``: what WANDB_MODE says; without it online
+    where an API key is set (the environment or netrc, as ``wandb login`` leaves it), otherwise offline.
+    An online run that cannot reach its server goes on offline, and says so. Where ``project``,
+    ``entity``, ``group``, ``tags`` or ``name`` is None or empty, wandb's own variables (WANDB_PROJECT,
+    ...) count.
 
     ``resume_id``: the wandb run to continue, ``stored_run_id(run_dir)`` when resuming from a
     checkpoint; None makes a new one. Raises ``UserError`` for an unknown mode only.
@@ -62,6 +68,8 @@ class WandbSink:
             raise UserError(
                 f"logging.wandb.mode: unknown mode {self.mode!r}; choose {', '.join(MODES)}"
             )
+        if self.mode == "auto" and (named := os.environ.get("WANDB_MODE")):
+            self.mode = _MODES.get(named, named)
         if self.mode == "disabled":
             return
         try:
@@ -87,6 +95,7 @@ class WandbSink:
                 # a list is for metrics.jsonl, where runs are compared
                 shown = {k: v for k, v in row.items() if k != "event" and not isinstance(v, list)}
                 self._run.log(shown, step=step)
+                self._remember()
         except Exception as error:  # as above
             _say(f"stopped at step {step} ({_first_line(error)}); metrics.jsonl goes on")
             self._run = None
@@ -100,10 +109,17 @@ class WandbSink:
         self._newest = max(row["step"], self._run.starting_step, self._newest)
         values = {"tokens": row["tokens"], f"events/{event}": row.get("count", 1)}
         self._run.log(values, step=self._newest)
+        self._remember()
         if not self._run.offline:
             told = {k: v for k, v in row.items() if k not in ("event", "count", "tokens")}
             text = ", ".join(f"{key} {value}" for key, value in told.items())
             self._run.alert(title=f"{self._run.name}: {event}"[:63], text=text, level="WARN")
+
+    def _remember(self) -> None:
+        """Keep the newest step sent: an online run is told it by the server, an offline one by nobody."""
+        path = _newest_path(Path(self.run_dir))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, f"{self._newest}\n")
 
     def close(self) -> None:
         """Upload what is left, end the wandb run, and say in one line where it is."""
@@ -112,7 +128,9 @@ class WandbSink:
         if not self._run.offline:  # asking an offline run for its url prints a warning
             where = f"this run is at {self._run.url}"
         else:
-            where = f"kept offline; upload it with: wandb sync {self._run.settings.sync_dir}"
+            parts = sorted(Path(self.run_dir).glob(f"wandb/offline-run-*-{self._run.id}"))
+            folders = " ".join(map(str, parts)) or self._run.settings.sync_dir
+            where = f"kept offline; upload it with: wandb sync {folders}"
         try:
             self._run.finish()
         except Exception as error:  # as above
@@ -121,9 +139,10 @@ class WandbSink:
         self._run = None
 
     def _start(self) -> Any:
+        Path(self.run_dir).mkdir(parents=True, exist_ok=True)
+        _have_home(Path(self.run_dir))
         import wandb  # slow to import, and not needed by a run that does not log to it
 
-        Path(self.run_dir).mkdir(parents=True, exist_ok=True)
         has_key = self.mode == "auto" and _has_api_key(wandb.setup().settings.base_url)
         online = self.mode == "online" or has_key
         try:
@@ -137,7 +156,9 @@ class WandbSink:
         run.define_metric("*", step_metric="tokens")
         path = _id_path(Path(self.run_dir))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(run.id + "\n", encoding="utf-8")
+        if self.resume_id is not None and stored_run_id(self.run_dir) == self.resume_id == run.id:
+            self._newest = _newest_sent(Path(self.run_dir)) + 1
+        write_text(path, run.id + "\n")
         return run
 
     def _init(self, wandb: Any, mode: str) -> Any:
@@ -145,11 +166,11 @@ class WandbSink:
             mode=mode,
             dir=self.run_dir,
             config=dict(self.config),
-            project=self.project,
+            project=self.project or os.environ.get("WANDB_PROJECT") or PROJECT,
             entity=self.entity,
             group=self.group,
-            tags=list(self.tags),
-            name=self.name,
+            tags=list(self.tags) or None,
+            name=self.name or os.environ.get("WANDB_NAME") or Path(self.run_dir).name,
             id=self.resume_id,
             resume=None if self.resume_id is None else "allow",
             settings=wandb.Settings(
@@ -175,8 +196,28 @@ def _has_api_key(base_url: str) -> bool:
     return any(host in entries for host in hosts)
 
 
+def _have_home(run_dir: Path) -> None:
+    """wandb does not start without a home folder (a container's unknown user): then the run's serves."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = str(run_dir.absolute() / "wandb")
+
+
 def _id_path(run_dir: Path) -> Path:
     return run_dir / "wandb" / "run_id"
+
+
+def _newest_path(run_dir: Path) -> Path:
+    return run_dir / "wandb" / "newest_step"
+
+
+def _newest_sent(run_dir: Path) -> int:
+    """The newest step that the wandb run in ``run_dir`` was sent; -1 where none is recorded."""
+    try:
+        return int(_newest_path(run_dir).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return -1
 
 
 def _first_line(error: Exception) -> str:

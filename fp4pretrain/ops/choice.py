@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ def available(*, mxfp4_emulation: str = "fp8") -> dict[str, Backend]:
     ``mxfp4_emulation``: fp8 or bf16; see ``TritonBackend``.
     """
     found: list[Backend] = []
-    if importlib.util.find_spec("triton") is not None:  # Linux only
+    if without_triton() is None:
         from fp4pretrain.ops.native_backend import NativeBackend
         from fp4pretrain.ops.triton_backend import TritonBackend
 
@@ -29,6 +30,29 @@ def available(*, mxfp4_emulation: str = "fp8") -> dict[str, Backend]:
             TritonBackend(mxfp4_emulation=mxfp4_emulation),
         ]
     return {b.name: b for b in (*found, ReferenceBackend())}
+
+
+# The backends whose kernels are written in Triton.
+TRITON_BACKENDS = ("native", "triton")
+
+
+@cache
+def without_triton() -> str | None:
+    """Why Triton's backends are not here, in one clause; None where they are.
+
+    A Triton that cannot be imported is marked as absent for the rest of the process: torch and
+    megatron-core do without one that is missing, but not without one that raises, say, OSError.
+    """
+    try:
+        import triton  # noqa: F401
+        import triton.language  # noqa: F401
+    except Exception as error:  # a package that is half there raises what it likes
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "Triton is not installed"
+        sys.modules["triton"] = None  # type: ignore[assignment]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"Triton is installed and cannot be imported: {reason}"
+    return None
 
 
 def refusals(
@@ -67,6 +91,9 @@ def choose(
     falls back silently. ``group``: the ranks that decide together; what one refuses, all do.
     """
     backends = available(mxfp4_emulation=mxfp4_emulation)
+    missing = without_triton()
+    if name in TRITON_BACKENDS and missing is not None:
+        raise UserError(f"precision.backend: {name} needs Triton ({missing}); use auto")
     if name != "auto" and name not in backends:
         raise UserError(
             f"precision.backend: {name!r} is not here; choose auto, {', '.join(backends)}"
@@ -74,7 +101,7 @@ def choose(
     wanted = list(backends) if name == "auto" else [name]
     recipes = plan.recipes()
     refused = _agreed({n: refusals(backends[n], recipes, device) for n in wanted}, group)
-    passed: list[str] = []
+    passed = [] if missing is None else [f"{name} ({missing})" for name in TRITON_BACKENDS]
     for candidate in wanted:
         reasons = refused[candidate]
         if not reasons:

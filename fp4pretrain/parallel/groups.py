@@ -1,7 +1,7 @@
 """Joining and leaving: device, process group, megatron-core's model-parallel groups, seeds.
 
-Everything is read from torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*); a process
-started by plain ``python`` is a world of one.
+Everything is read from torchrun's environment (``launch``); a process started by plain ``python`` is a
+world of one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.parallel.agreement import Meeting
+from fp4pretrain.parallel.launch import check_address, launched
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MEETING = timedelta(minutes=10)  # for all ranks to come, before a config is known
@@ -42,8 +43,8 @@ class World:
 
 
 def world_size() -> int:
-    """The number of ranks torchrun started, 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of ranks torchrun started, 1 without torchrun. Raises UserError as ``launched``."""
+    return launched().size
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -52,7 +53,7 @@ def pick_device(wanted: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("parallel.device: cuda is asked for and torch sees none; use cpu or auto")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = launched().local_rank
     if local >= torch.cuda.device_count():
         raise UserError(
             f"--nproc-per-node: local rank {local} has no GPU (torch sees "
@@ -127,9 +128,11 @@ def meet() -> Meeting:
     """
     _die_with_launcher()
     environment = os.environ
-    if "RANK" not in environment:
+    launch = launched()
+    if not environment.get("RANK"):
         return Meeting(dist.HashStore(), 0, 1)
-    rank, size = int(environment["RANK"]), world_size()
+    check_address()
+    rank, size = launch.rank, launch.size
     # The nodes of several do not count their starts alike.
     one_node = environment.get("GROUP_WORLD_SIZE") == "1"
     if not one_node or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":

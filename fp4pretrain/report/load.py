@@ -167,7 +167,7 @@ def _parts(rows: Sequence[dict[str, Any]], key: str) -> Parts | None:
 def _unigram_entropy(path: Path) -> float | None:
     """Of the run's validation text, nats a token; None for a run that did not say."""
     file = path / "data.json"
-    return json.loads(file.read_text())["unigram_entropy"] if file.is_file() else None
+    return json.loads(file.read_bytes())["unigram_entropy"] if file.is_file() else None
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

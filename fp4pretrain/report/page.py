@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from fp4pretrain.files import write_text
 from fp4pretrain.report.comparison import Comparison
 from fp4pretrain.report.notes import notes
 
@@ -41,11 +42,11 @@ def write_page(comparison: Comparison, path: Path) -> None:
         _differences(comparison),
     ]
     body = "\n".join(parts)
-    path.write_text(
+    write_text(
+        path,
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n",
-        encoding="utf-8",
     )
 
 

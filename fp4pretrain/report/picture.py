@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fp4pretrain.files import replacing
 from fp4pretrain.report.comparison import Comparison, Result, gap_text, tokens_text
 from fp4pretrain.report.gap import match, trailing_mean
 from fp4pretrain.report.load import Curve, FloatArray
@@ -58,7 +59,8 @@ def draw(comparison: Comparison, path: Path) -> None:
     lower.set_xlim(0, 1.01 * end)
     lower.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: tokens_text(tokens)))
     lower.set_xlabel("tokens", fontsize=11)
-    figure.savefig(path, dpi=160, bbox_inches="tight", pad_inches=0.15)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=160, bbox_inches="tight", pad_inches=0.15)
 
 
 def _draw_losses(axes: Axes, comparison: Comparison) -> None:

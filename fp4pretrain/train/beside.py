@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import chain
@@ -18,6 +17,7 @@ from fp4pretrain.fingerprint import plan_digest, within
 from fp4pretrain.naming import flat, shortened, shortest, word
 from fp4pretrain.parallel.agreement import attempted
 from fp4pretrain.parallel.groups import meet
+from fp4pretrain.parallel.launch import is_main
 from fp4pretrain.report import Options, compare, table
 from fp4pretrain.train.main import check_run, train
 from fp4pretrain.train.run_dir import RESTART, check_free, find_checkpoint, run_path
@@ -161,7 +161,7 @@ def _placed(config: RunConfig, varied: list[str]) -> RunConfig:
 
 
 def _report(trained: list[Path]) -> None:
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not is_main():
         return
     baseline, run = trained
     comparison = compare([baseline, run], out=run / "compare.png", options=Options(html=True))

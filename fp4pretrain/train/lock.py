@@ -141,7 +141,7 @@ def _read(descriptor: int) -> dict[str, Any] | None:
 def _machine() -> str:
     """The same for all that shares a kernel, and so its locks; another after a restart of it."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return socket.gethostname()
 

@@ -254,7 +254,7 @@ def _sinks(trainer: Trainer, path: Path, found: Changes, *, fresh: bool) -> Sink
                 entity=w.entity,
                 group=w.group,
                 tags=w.tags,
-                name=w.name or path.name,
+                name=w.name,
                 resume_id=stored_run_id(path) if goes_on else None,
             )
         )

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from fp4pretrain.config import RunConfig
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import user_path, write_text
 from fp4pretrain.train import checkpoint
 
 CHECKPOINTS = "checkpoints"
@@ -34,7 +35,7 @@ _OURS = (".lock",)  # no sign of a run
 def run_path(config: RunConfig) -> Path:
     """``run_dir``, or ``runs/NAME`` with NAME from ``name`` or the recipe and seed."""
     if config.run_dir:
-        return Path(config.run_dir).expanduser()
+        return user_path(config.run_dir, key="run_dir")
     return Path("runs") / (config.name or f"{config.precision.name}-seed{config.seed}")
 
 
@@ -107,10 +108,10 @@ def prepare(
         (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         text = OmegaConf.to_yaml(OmegaConf.structured(config))
         _keep(path / "config.yaml", text)
-        _write(path / "config.yaml", text)
-        _write(path / "fingerprint.json", json.dumps(fingerprint, indent=1) + "\n")
-        _write(path / "plan.txt", plan_text + "\n")
-        _write(path / "data.json", json.dumps({"unigram_entropy": unigram_entropy}) + "\n")
+        write_text(path / "config.yaml", text)
+        write_text(path / "fingerprint.json", json.dumps(fingerprint, indent=1) + "\n")
+        write_text(path / "plan.txt", plan_text + "\n")
+        write_text(path / "data.json", json.dumps({"unigram_entropy": unigram_entropy}) + "\n")
     except OSError as error:
         raise _unwritable(path, error) from None
 
@@ -174,20 +175,13 @@ def _keep(file: Path, text: str) -> None:
 
 def _write_history(path: Path, history: Mapping[str, Any]) -> None:
     try:
-        _write(path / HISTORY, json.dumps(history, indent=1) + "\n")
+        write_text(path / HISTORY, json.dumps(history, indent=1) + "\n")
     except OSError as error:
         raise _unwritable(path, error) from None
 
 
-def _write(file: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = file.with_name(f".{file.name}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
-
-
 def _within(path: Path, folder: Path) -> bool:
-    return path.expanduser().resolve().is_relative_to(folder.resolve())
+    return user_path(path, key="resume").resolve().is_relative_to(folder.resolve())
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

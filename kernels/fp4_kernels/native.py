@@ -54,7 +54,10 @@ def native_gemm_kernel(
         if E4M3:
             a_scales = a_scales.to(tl.float8e4nv, bitcast=True)
             b_scales = b_scales.to(tl.float8e4nv, bitcast=True)
-        acc = tl.dot_scaled(a, a_scales, A_TYPE, b, b_scales, B_TYPE, acc)
+        # Triton 3.7's interpreter hands A_TYPE over as a plain word, which its dot_scaled does not take.
+        acc = tl.dot_scaled(
+            a, a_scales, tl.constexpr(A_TYPE), b, b_scales, tl.constexpr(B_TYPE), acc
+        )
     if alpha_ptr is not None:
         acc = acc * tl.load(alpha_ptr)
     out = out_ptr + m.to(tl.int64)[:, None] * N + n[None, :]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from backend_laws import check_operands, every_spec
+from dot_scaled import provide
 from fp4_kernels import amax as amax_kernels
 from fp4_kernels.block_gemm import TILE, block_matmul
 from fp4_kernels.native import native_matmul
@@ -30,6 +31,7 @@ from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.ops.triton_backend import TritonBackend
 from fp4pretrain.ops.triton_operand import multiply
 
+provide()
 TE = numerics.signs_te()
 NOISE = Noise(0x9E3779B97F4A7C15, 7, 48)
 GAPS = Noise(5, 3, 32, row_part=24, row_gap=40, col_part=64, col_gap=128)

@@ -13,11 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from fp4pretrain import fingerprint
 from fp4pretrain.config import RunConfig
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import user_path
 from fp4pretrain.train.changes import changes
 from fp4pretrain.train.checkpoint.files import Damaged, Manifest, check_file, read_manifest
 from fp4pretrain.train.checkpoint.saving import LATEST, RUN, step_of, steps_in
@@ -52,7 +54,7 @@ def candidates(folder: Path, resume: str | None) -> list[Path]:
     assert resume is not None
     if resume == "auto":
         return _newest_first(folder)
-    path = Path(resume).expanduser()
+    path = user_path(resume, key="resume")
     if (path / folder.name).is_dir():
         path = path / folder.name  # a run's folder stands for its checkpoints
     if (path / RUN).is_file():
@@ -75,7 +77,11 @@ def _latest(folder: Path) -> int | None:
     """The step that ``latest`` names; None where it is missing or names nothing."""
     path = folder / LATEST
     try:
-        return step_of(folder / path.read_text()[:100].strip()) if path.is_file() else None
+        return (
+            step_of(folder / path.read_text(encoding="utf-8")[:100].strip())
+            if path.is_file()
+            else None
+        )
     except (OSError, ValueError):
         return None
 
@@ -173,6 +179,20 @@ def _check(path: Path, found: dict[str, Any], config: RunConfig) -> None:
         )
 
 
+def _check_dtype(path: Path, manifest: Manifest, here: str) -> None:
+    """Raises Unusable where the weights were kept in another type than ``optim.params_dtype`` says."""
+    weights = [
+        t for key, t in manifest.tensors.items() if not key.startswith(("optimizer.", "rng."))
+    ]
+    kinds = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    there = {kinds.get(tensor.dtype) for tensor in weights}
+    if len(there) == 1 and there != {here}:
+        raise Unusable(
+            f"optim.params_dtype: {path} holds weights in {there.pop()} and this run's are in {here}; "
+            "set optim.params_dtype to theirs, or resume another run"
+        )
+
+
 def load(trainer: Trainer, path: Path, *, own: bool = False) -> None:
     """Continue from a checkpoint: weights, optimizer, schedule, position in the data, memory.
 
@@ -184,6 +204,7 @@ def load(trainer: Trainer, path: Path, *, own: bool = False) -> None:
     try:
         found, manifest = _described(path)
         _check(path, found, trainer.config)
+        _check_dtype(path, manifest, trainer.config.optim.params_dtype)
         if not own:
             changes(path, found, trainer.config, data=trainer.fingerprint["data"])
     except UserError as error:

@@ -14,7 +14,6 @@ checkpoint (a run started now repeats the trouble, and goes back again), then th
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import write_text
 from fp4pretrain.train import checkpoint
 from fp4pretrain.train.checkpoint.saving import step_of
 from fp4pretrain.train.trainer import Trainer
@@ -49,7 +49,7 @@ def entries(run: Path) -> list[Entry]:
     """All entries of a run's folder, oldest first. Raises UserError where they cannot be read."""
     path = run / _RECORD
     try:
-        return [Entry(**one) for one in json.loads(path.read_text())] if path.is_file() else []
+        return [Entry(**one) for one in json.loads(path.read_bytes())] if path.is_file() else []
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"resume: {path} is damaged ({type(error).__name__}); remove it to forget which data the "
@@ -66,12 +66,8 @@ def entry_for(run: Path, *, step: int, rollbacks: int) -> Entry | None:
 def record(run: Path, entry: Entry) -> None:
     """Add an entry. Entries with its number or a higher one are of a future that was given up."""
     kept = [e for e in entries(run) if e.rollbacks < entry.rollbacks]
-    temporary = run / f".{_RECORD}"
-    with temporary.open("w") as file:
-        json.dump([asdict(e) for e in [*kept, entry]], file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, run / _RECORD)
+    text = json.dumps([asdict(e) for e in [*kept, entry]], indent=1)
+    write_text(run / _RECORD, text, sync=True)
 
 
 def load_good(
@@ -95,9 +91,7 @@ def load_good(
             say(f"{error}; trying the one before it")
             continue
         if trainer.world.is_main:
-            temporary = folder / f".{checkpoint.LATEST}"
-            temporary.write_text(f"{path.name}\n")
-            os.replace(temporary, folder / checkpoint.LATEST)
+            write_text(folder / checkpoint.LATEST, f"{path.name}\n")
         return path
     return None
 

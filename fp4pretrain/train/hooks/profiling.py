@@ -67,7 +67,7 @@ class Profiling(Hook):
         self._profile.export_chrome_trace(str(path))
         self._profile = None
         if trainer.world.is_main and on_gpu:
-            with gzip.open(path, "rt") as trace:
+            with gzip.open(path, "rt", encoding="utf-8") as trace:
                 times = overlap(json.load(trace)["traceEvents"])
             steps = trainer.config.profile.steps
             self._logging.write(

@@ -98,7 +98,7 @@ class Watchdog(Hook):
     def _report(self, trainer: Trainer, signal: Path, waited: float) -> None:
         rank = trainer.world.rank
         self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / f"rank_{rank}.txt").open("a") as file:
+        with (self._folder / f"rank_{rank}.txt").open("a", encoding="utf-8") as file:
             file.write(
                 f"{datetime.now():%Y-%m-%d %H:%M:%S} rank {rank}, process {os.getpid()} on "
                 f"{socket.gethostname()}: {waited:.0f} s after step {trainer.step}\n"

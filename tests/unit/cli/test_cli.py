@@ -116,6 +116,10 @@ FOLDERS = [
         ["resume=auto", "model.tie_embeddings=true"],
         r"resume: .*tie_embeddings is False .* set model",
     ),
+    (
+        ["resume=auto", "optim.params_dtype=fp32"],
+        r"optim.params_dtype: .* holds weights in bf16 and this run's are in fp32; set",
+    ),
     (["resume={run}/plan.txt"], r"resume: .* is no checkpoint; give auto"),
     (["resume={run}/nowhere"], r"resume: .* is no checkpoint"),
     (["resume={run}/checkpoints/step_00000009"], r"resume: .* is no checkpoint"),
@@ -298,6 +302,7 @@ def test_only_the_main_rank_speaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as caught:
         cli.main(["data", "inspect", "nowhere"])
     assert caught.value.code == 2

@@ -396,3 +396,31 @@ def _default(key: str) -> Any:
     for part in key.split("."):
         node = getattr(node, part)
     return node
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            f"logging.wandb.tags=[ok,{'t' * 65}]",
+            "logging.wandb.tags: 't+' has 65 characters; wandb",
+        ),
+        (
+            f"logging.wandb.name={'n' * 129}",
+            "logging.wandb.name: it has 129 characters; wandb takes",
+        ),
+        (
+            "logging.wandb.project='a/b'",
+            "logging.wandb.project: 'a/b' holds /, which wandb does not",
+        ),
+    ],
+)
+def test_what_wandb_would_refuse_is_refused_before_it_costs_the_log(
+    override: str, says: str
+) -> None:
+    assert re.match(says, _line([override]))
+
+
+def test_a_group_that_may_be_empty_can_be_said_to_be() -> None:
+    assert compose(["experiment=null"]) == compose([])
+    assert _line(["model=null"]).startswith("model: null is unknown; choose")

@@ -106,8 +106,11 @@ C10D = "--rdzv-backend c10d --rdzv-id"
 @pytest.mark.parametrize(
     ("settings", "options"),
     [
-        ("", "--nnodes 1 --nproc-per-node 8 --max-restarts 0 --standalone"),
-        ("MAX_RESTARTS=3", "--nnodes 1 --nproc-per-node 8 --max-restarts 3 --standalone"),
+        ("", "--nnodes 1 --nproc-per-node 8 --max-restarts 0 --standalone --local-addr 127.0.0.1"),
+        (
+            "MAX_RESTARTS=3",
+            "--nnodes 1 --nproc-per-node 8 --max-restarts 3 --standalone --local-addr 127.0.0.1",
+        ),
         (
             "NNODES=2 NODE_RANK=1 MASTER_ADDR=n0",
             "--nnodes 2 --nproc-per-node 8 --max-restarts 0 "
@@ -306,3 +309,24 @@ def test_termination_ends_torchrun(tmp_path: Path) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(agent, 0)
     script.stdout.close()
+
+
+def test_torchrun_is_found_in_the_environment_that_make_made_or_its_absence_said(
+    tmp_path: Path,
+) -> None:
+    """Called from a shell in which no environment is active."""
+    (tmp_path / "launch").mkdir()
+    script = tmp_path / "launch" / "torchrun.sh"
+    script.write_bytes((LAUNCH / "torchrun.sh").read_bytes())
+    script.chmod(0o755)
+    command = ["/bin/bash", str(script), "--print", "model=tiny"]
+    env = {"PATH": "/usr/bin:/bin"}
+    if not any((Path(folder) / "torchrun").exists() for folder in ("/usr/bin", "/bin")):
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"torchrun: not found; activate .*\n", done.stderr)
+        binaries = tmp_path / ".venv" / "bin"
+        binaries.mkdir(parents=True)
+        _with_commands(binaries, {"PATH": ""}, torchrun="#!/bin/sh\n", python="#!/bin/sh\necho 3\n")
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        assert "--nproc-per-node 3" in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,81 @@ def test_auto_finds_a_key_where_wandb_would(
         (tmp_path / "netrc").write_text(entry + "\n")
         (tmp_path / "netrc").chmod(0o600)
     assert _has_api_key("https://server.example") is found
+
+
+def test_a_resumed_offline_run_sends_each_step_once(tmp_path: Path) -> None:
+    """Nobody tells an offline run how far it was: the steps after its checkpoint are trained again and
+    logged again, and the server that both parts are sent to would have them twice."""
+    sent: list[list[int]] = []
+    for steps in (range(1, 9), range(5, 13)):
+        sink = WandbSink(CONFIG, tmp_path, mode="offline", resume_id=stored_run_id(tmp_path))
+        assert sink._run is not None
+        log, part = sink._run.log, []
+
+        def recorded(values: dict, step: int, log=log, part=part) -> None:  # type: ignore[no-untyped-def]
+            part.append(step)
+            log(values, step=step)
+
+        sink._run.log = recorded
+        for step in steps:
+            sink.write({"event": "train", "step": step, "tokens": step, "loss": 1.0})
+        sink.close()
+        sent.append(part)
+    assert sent == [[*range(1, 9)], [*range(9, 13)]]
+    fresh = WandbSink(CONFIG, tmp_path, mode="offline")
+    assert fresh._newest == 0
+    fresh.close()
+
+
+def test_a_resumed_offline_runs_parts_are_uploaded_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        sink = WandbSink(CONFIG, tmp_path, mode="offline", resume_id=stored_run_id(tmp_path))
+        time.sleep(1.1)  # its folders are named by the second
+        capfd.readouterr()
+        sink.close()
+    told = capfd.readouterr().out
+    assert all(str(folder) in told for folder in tmp_path.glob("wandb/offline-run-*"))
+    assert told.count("offline-run-") == 2
+
+
+@pytest.mark.parametrize("mode", ["offline", "dryrun", "disabled"])
+def test_wandbs_own_mode_counts_where_the_config_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)  # would be online
+    monkeypatch.setenv("WANDB_MODE", mode)
+    asked: list[str] = []
+    monkeypatch.setattr(WandbSink, "_init", lambda *given: asked.append(given[2]) or _Fake())
+    sink = WandbSink(CONFIG, tmp_path, mode="auto")
+    assert asked == ([] if mode == "disabled" else ["offline"])
+    assert (sink.run_id is None) is (mode == "disabled")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    WandbSink(CONFIG, tmp_path, mode="online")
+    assert asked[-1] == "online"
+
+
+class _Fake(_Recorder):
+    id = "fake"
+
+    def __init__(self) -> None:
+        super().__init__(offline=True)
+
+    def define_metric(self, *names: str, **how: str) -> None:
+        """wandb's, of which nothing is needed here."""
+
+
+def test_wandbs_own_names_count_where_the_config_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_NAME", "their name")
+    for given, expected in (
+        ({}, ("theirs", "their name", ())),
+        ({"project": "p", "name": "n", "tags": ["c"]}, ("p", "n", ("c",))),
+    ):
+        sink = WandbSink(CONFIG, tmp_path, mode="offline", **given)  # type: ignore[arg-type]
+        assert sink._run is not None
+        assert (sink._run.project, sink._run.name, sink._run.tags) == expected
+        sink.close()

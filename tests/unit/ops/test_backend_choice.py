@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,3 +167,47 @@ def test_a_gemm_is_a_bt_and_may_be_added_to_what_is_there(
     assert added is total
     assert torch.equal(total, 1 + out)
     assert torch.equal(reference.gemm(qa, qb, out_dtype=torch.bfloat16), out.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("package", "reason"),
+    [
+        (None, "Triton is not installed"),
+        ("raise OSError('libcuda.so: cannot open')\n", "cannot be imported: libcuda.so: cannot"),
+        ("import no_such_part\n", "cannot be imported: No module named 'no_such_part'"),
+    ],
+)
+def test_what_needs_no_triton_runs_without_it(
+    tmp_path: Path, package: str | None, reason: str
+) -> None:
+    """`auto` on a CPU, doctor's table, and a named backend's line, in a process that cannot import it."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(package or "")
+    code = (
+        "import sys\n"
+        + ("sys.modules['triton'] = None\n" if package is None else "")
+        + "import torch\n"
+        "from fp4pretrain import cli\n"
+        "from fp4pretrain.config import compose, plan_of\n"
+        "from fp4pretrain.ops import choose\n"
+        "print(choose('auto', plan_of(compose([])), torch.device('cpu'))[1])\n"
+        "cli.main(['doctor'])\n"
+        "import fp4pretrain.train.main\n"
+        "choose('triton', plan_of(compose([])), torch.device('cpu'))\n"
+    )
+    root = Path(__file__).resolve().parents[3]
+    paths = os.pathsep.join([str(tmp_path), str(root), str(root / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": paths, "COLUMNS": "300"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    chosen, *table = done.stdout.splitlines()
+    assert chosen.startswith("backend reference (auto; not native ("), done.stderr
+    assert reason in chosen
+    assert sum(reason in line for line in table) == 6
+    assert sum("reference" in line for line in table) == 3
+    assert "precision.backend: triton needs Triton (" in done.stderr.splitlines()[-1]
+    assert reason in done.stderr
