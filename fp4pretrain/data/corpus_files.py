@@ -30,7 +30,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fp4pretrain.data.text import DOCUMENT_CHARACTERS, cut
+from fp4pretrain.data.records import DOCUMENT_CHARACTERS, cut
 from fp4pretrain.errors import UserError
 
 PACKAGES, STDLIB, SYSTEM = "packages", "stdlib", "system"
@@ -147,7 +147,7 @@ def read_piece(piece: Piece) -> tuple[list[bytes], str | None]:
     reason = why_not(text.encode(errors="replace"), lines=lines)
     if reason is not None:
         return [], reason
-    documents = (part for one in texts for part in cut(one, DOCUMENT_CHARACTERS))
+    documents = (part for one in texts for part in cut(iter((one,)), DOCUMENT_CHARACTERS))
     return [part.encode(errors="replace") for part in documents if part.strip()], None
 
 
