@@ -18,7 +18,7 @@ its GEMM comes. Nothing here waits for the GPU but ``counters``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
@@ -143,7 +143,8 @@ class TritonBackend:
                 sides[cast.transpose].append(i)
             else:
                 padded.append(i)
-        jobs = [_Job(x, pair, (0, 0)) for pair in zip_longest(*sides)]
+        pairs: Iterator[Any] = zip_longest(*sides)
+        jobs = [_Job(x, pair, (0, 0)) for pair in pairs]
         jobs += [_padded_job(x, casts[i], i) for i in padded]
         amaxes = [_amaxes(job, copies) for job in jobs]
         if reduce_amax is not None:
