@@ -69,9 +69,9 @@ def inputs_beyond_cache(size: int, device: torch.device) -> int:
 def steady_microseconds(works: Sequence[Callable[[], object]], *, passes: int = 4) -> float:
     """A call's GPU time in a stream of ``works``, the same on other inputs (``inputs_beyond_cache``).
 
-    Nothing is cleared in between: a call finds the cache as its like left it, evicts what that left to
-    be written and leaves as much. (Clearing with zeros charges a kernel that only reads with writing
-    them back.) The stream is a CUDA graph, so the host is left out; median of nine replays.
+    Nothing is cleared in between: each call runs with the L2 cache in the state that the previous call
+    left, which is the steady state of training. (Clearing the cache with zeros would charge a kernel
+    that only reads with writing those zeros back.) The stream is a CUDA graph, so the host is left out; median of nine replays.
     """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

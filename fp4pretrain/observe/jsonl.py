@@ -102,9 +102,9 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
 def kept(rows: Sequence[Row], step: int) -> list[bool]:
     """Which rows stay where a run goes on from ``step``.
 
-    Those up to that step, those of what happened, and those of what was decided before the run went
-    back to that step or an earlier one: it did so then and will not decide it again. What was decided
-    after that will be decided again.
+    Three kinds stay: rows up to that step; rows of accidents; and rows of the guard's decisions from
+    before a rollback to that step or an earlier one. The resumed run starts after that rollback, so it
+    does not make those decisions again. It does make every later decision again.
     """
     back = [
         index

@@ -122,9 +122,10 @@ def join(
 def meet() -> Meeting:
     """All ranks, before any group is formed: at the store through which they form theirs later.
 
-    On one node that is the store of torchrun, which listens before and after every start. Torch's
-    ranks would use it too, but read there where those of the start before were (2.13); and a port
-    that is only chosen for rank 0, seconds before it opens it, may be taken by then.
+    On one node that is torchrun's own store, which listens all the time. Torch 2.13 by itself would
+    use this store too, but after a restart the new ranks would read the addresses that the ranks of
+    the previous start left there: so every start has a prefix of its own. A port chosen for rank 0
+    instead could be taken by another process before rank 0 opens it.
     """
     _die_with_launcher()
     environment = os.environ

@@ -57,7 +57,7 @@ def unpack_kernel(
 
 @triton.jit
 def _chosen(lo, hi, selector, FAST: tl.constexpr):
-    """int32 of the four bytes, of eight in hi:lo, that the lower nibbles of ``selector``, 0 to 7, name."""
+    """int32: four of the eight bytes in hi:lo (``prmt``). Nibble i of ``selector`` (0 to 7) says which."""
     if FAST:
         return tl.inline_asm_elementwise(
             "prmt.b32 $0, $1, $2, $3;",

@@ -134,8 +134,8 @@ def _key(leaf: ShardedTensor) -> str:
 
 
 def _box(leaf: ShardedTensor, device: torch.device) -> Box:
-    """A copy, with the axes (the layer's number) that a rank's own tensor does not have. What is in
-    host memory while the run is on a GPU was gathered for this save and is nobody else's."""
+    """A copy, with the axes (the layer's number) that a rank's own tensor does not have. A tensor
+    in host memory, while the run is on a GPU, was gathered for this save alone, so it is not copied."""
     live = leaf.data.device.type == device.type
     data = leaf.data.detach().to("cpu", copy=live)
     data = data.reshape((1,) * leaf.prepend_axis_num + tuple(leaf.local_shape))

@@ -64,7 +64,8 @@ def entry_for(run: Path, *, step: int, rollbacks: int) -> Entry | None:
 
 
 def record(run: Path, entry: Entry) -> None:
-    """Add an entry. Entries with its number or a higher one are of a future that was given up."""
+    """Add an entry. It replaces entries with its number or a higher one: they were written after the
+    step that the run has now been rolled back to."""
     kept = [e for e in entries(run) if e.rollbacks < entry.rollbacks]
     text = json.dumps([asdict(e) for e in [*kept, entry]], indent=1)
     write_text(run / _RECORD, text, sync=True)

@@ -118,7 +118,7 @@ FOLDERS = [
     ),
     (
         ["resume=auto", "optim.params_dtype=fp32"],
-        r"optim.params_dtype: .* holds weights in bf16 and this run's are in fp32; set",
+        r"resume_with: .*dtype=bf16, and here it is fp32",
     ),
     (["resume={run}/plan.txt"], r"resume: .* is no checkpoint; give auto"),
     (["resume={run}/nowhere"], r"resume: .* is no checkpoint"),
