@@ -71,7 +71,8 @@ def steady_microseconds(works: Sequence[Callable[[], object]], *, passes: int = 
 
     Nothing is cleared in between: each call runs with the L2 cache in the state that the previous call
     left, which is the steady state of training. (Clearing the cache with zeros would charge a kernel
-    that only reads with writing those zeros back.) The stream is a CUDA graph, so the host is left out; median of nine replays.
+    that only reads with writing those zeros back.) The stream is a CUDA graph, so the host is left out;
+    median of nine replays.
     """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
