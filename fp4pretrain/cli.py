@@ -318,7 +318,7 @@ def _noise(arguments: argparse.Namespace) -> None:
     found = measure_noise(paths)
     text = json.dumps(found, indent=1, allow_nan=False)
     path = arguments.out / "noise.json"
-    path.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
     if arguments.json:
         print(text)
         return
@@ -333,6 +333,9 @@ def _data(arguments: argparse.Namespace) -> None:
     if arguments.job == "inspect":
         data.inspect(arguments.prefix, tokenizer=arguments.tokenizer)
         return
+    if arguments.job == "corpus":
+        _corpus(arguments)
+        return
     reading = data.Reading(arguments.text_key, skip=arguments.on_error == "skip")
     if arguments.job == "build":
         data.prepare_text(
@@ -343,8 +346,6 @@ def _data(arguments: argparse.Namespace) -> None:
             force=arguments.force,
         )
         data.inspect(arguments.out)
-    elif arguments.job == "corpus":
-        _corpus(arguments)
     else:
         print(
             data.train_bpe(arguments.inputs, arguments.vocab_size, arguments.out, reading=reading)

@@ -37,6 +37,7 @@ from fp4pretrain.data.corpus_files import DEFAULT_SOURCES, LeftOut, Piece, list_
 from fp4pretrain.data.indexed import DatasetIndex, read_index, unwritable, write_index
 from fp4pretrain.data.tokenizers import load_tokenizer
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import write_text
 
 _FORMAT = 1  # raise it when the same files come to give other tokens
 _GROUP_BYTES = 2 << 20  # files of one task: hundreds of tasks, so that all cores end together
@@ -187,7 +188,7 @@ def _build(
         "text_bytes": sum(kept),
         "left_out": left_out.reasons,
     }
-    (folder / "whole.json").write_text(json.dumps(meta, indent=2) + "\n")
+    write_text(folder / "whole.json", json.dumps(meta, indent=2) + "\n")
     shutil.copyfile(trained, folder / "whole.tokenizer.json")
     Path(f"{prefix}.idx").unlink(missing_ok=True)
     for suffix in _SUFFIXES:
@@ -318,14 +319,14 @@ def _identity(pieces: list[Piece], vocab_size: int) -> str:
 def _continue_or_begin(folder: Path, identity: str) -> None:
     """Keep what a killed build of the same files left in `folder`; else empty it."""
     mark = folder / "identity"
-    if mark.exists() and mark.read_text() == identity:
+    if mark.exists() and mark.read_text(encoding="utf-8") == identity:
         return
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != "lock":
             path.unlink()
-    mark.write_text(identity)
+    write_text(mark, identity)
 
 
 def _has(folder: Path, name: str) -> bool:

@@ -220,7 +220,7 @@ def _json_texts(text: str) -> list[str] | None:
 def _read(stream: BinaryIO, piece: Piece) -> bytes | None:
     if piece.name.endswith(".gz"):
         stream.seek(0)
-        with gzip.open(stream) as unpacked:
+        with gzip.open(stream, "rb") as unpacked:
             data = unpacked.read(_WHOLE_BYTES + 1)
         return data if len(data) <= _WHOLE_BYTES else None
     stream.seek(max(piece.begin - 1, 0))
@@ -291,7 +291,11 @@ def _installed(name: str) -> Iterator[tuple[str, str]]:
         return
     lists = [_DPKG / f"{name}.list", *_DPKG.glob(f"{name}:*.list")] if "/" not in name else []
     for listed in filter(Path.is_file, lists):
-        yield from ((one, one) for one in listed.read_text().splitlines() if os.path.isfile(one))
+        yield from (
+            (one, one)
+            for one in listed.read_text(encoding="utf-8").splitlines()
+            if os.path.isfile(one)
+        )
         return
     raise UserError(
         f"sources: {name} is no file, folder, importable package or Debian package; give one, or "

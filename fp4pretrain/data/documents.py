@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fp4pretrain.data.indexed import DatasetIndex, folder_aside, read_index, unwritable
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import write_text
 
 _FORMAT = 1  # raise it when the same documents come to have other hashes
 _CHUNK_TOKENS = 1 << 22  # tokens a thread holds at once: 16 MiB
@@ -76,7 +77,9 @@ def open_documents(prefix: str, *, cache: Path, key: str, build: bool) -> Docume
             "folder that all nodes share"
         )
     hashes = np.load(folder / _HASHES, mmap_mode="r")
-    return Documents(index, hashes, json.loads((folder / _ABOUT).read_text())["digest"])
+    return Documents(
+        index, hashes, json.loads((folder / _ABOUT).read_text(encoding="utf-8"))["digest"]
+    )
 
 
 def _edge(share: float) -> int:
@@ -106,7 +109,7 @@ def _write(index: DatasetIndex, folder: Path) -> None:
                 hashes[begin:end] = part
         np.save(target / _HASHES, hashes)
         digest = hashlib.blake2b(hashes.astype("<u8").data, digest_size=16).hexdigest()
-        (target / _ABOUT).write_text(json.dumps({"digest": digest, "prefix": index.prefix}) + "\n")
+        write_text(target / _ABOUT, json.dumps({"digest": digest, "prefix": index.prefix}) + "\n")
         try:
             target.rename(folder)
         except OSError:

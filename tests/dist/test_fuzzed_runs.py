@@ -53,14 +53,19 @@ def _value(key: str, rng: random.Random) -> str:
         "rounding": ["nearest", "stochastic", "stochastic_full"],
         "kind": ["none", "hadamard", "random_hadamard"],
         "resample": ["never", "layer", "step", "gemm"],
+        "ties": ["even", "away"],
+        "dtype": ["bf16", "fp32"],
+        "signs": ["seed", "te"],
     }.get(key.rpartition(".")[2], list(CHOICES.get(key, NUMBERS)))
     return rng.choice(meant if rng.random() < 0.75 else NUMBERS + WORDS)
 
 
 def _line(rng: random.Random) -> list[str]:
+    # schedules of large models warm up for more steps than these runs have
+    offered = {"precision": presets.groups()["precision"], "optim": ["tiny", "wsd", "cosine"]}
     overrides = [
-        f"{group}={rng.choice(presets.groups()[group])}"
-        for group in ("precision", "optim")
+        f"{group}={rng.choice(options)}"
+        for group, options in offered.items()
         if rng.random() < 0.4
     ]
     for key in rng.sample(_keys(), rng.choice((1, 1, 2, 3))):

@@ -17,7 +17,7 @@ CHECKOUT = ("Makefile", "pyproject.toml", "constraints.txt", "README.md", "LICEN
 SMALL = (
     "model.num_layers=2 model.hidden_size=64 model.num_attention_heads=2 model.num_query_groups=2 "
     "model.ffn_hidden_size=128 model.seq_length=64 train.micro_batch=1 train.global_batch=2 "
-    "train.steps=2 train.eval_batches=1 parallel.device=cpu"
+    "train.steps=2 data.valid_tokens=2048 parallel.device=cpu"
 )
 
 

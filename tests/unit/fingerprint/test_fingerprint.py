@@ -39,6 +39,7 @@ OTHERS = {
     "scale": "cap256",
     "kind": "hadamard",
     "resample": "step",
+    "dtype": "fp32",
     "signs": "seed",
     "size": 32,
 }
@@ -53,7 +54,8 @@ def leaves(node: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{field.name}"
 
 
-KEYS = list(leaves(RunConfig()))
+# a map of rules, not a value: the test of rules below
+KEYS = [key for key in leaves(RunConfig()) if key != "precision.rules"]
 
 
 def changed(config: RunConfig, key: str) -> RunConfig:
@@ -107,6 +109,19 @@ def test_every_key_is_in_the_fingerprint_or_harmless_for_a_reason(key: str) -> N
     else:
         assert moved[0]
         assert moved[1] == (key == "model.num_layers")
+
+
+def test_a_rule_is_in_the_plan_s_digest_whatever_it_is_called() -> None:
+    fc2 = ["recipe=fp8", "linears=[fc2]"]
+
+    def of(*rules: str) -> tuple[str, str]:
+        return digests(compose([f"precision.rules.{rule}" for rule in rules]))
+
+    base = of()
+    named, renamed = (of(*(f"{name}.{part}" for part in fc2)) for name in ("a", "b"))
+    assert named[0] == base[0] and named[1] != base[1]
+    assert renamed == named
+    assert of(*(f"a.{part}" for part in fc2), "a.start=0.5") != named
 
 
 def test_refused_casts_are_few() -> None:

@@ -80,7 +80,8 @@ def test_one_node_needs_no_name(tmp_path: Path, how: str) -> None:
     small = (
         "model.num_layers=2 model.hidden_size=64 model.num_attention_heads=2 model.num_query_groups=2 "
         "model.ffn_hidden_size=128 model.seq_length=64 train.micro_batch=1 train.global_batch=2 "
-        f"train.steps=1 train.eval_batches=1 data=mock logging=quiet parallel.device=cpu run_dir={tmp_path}/r"
+        f"train.steps=1 data.valid_tokens=2048 data=mock logging=quiet parallel.device=cpu "
+        f"run_dir={tmp_path}/r"
     )
     torchrun = f"{sys.executable} -m torch.distributed.run"
     if how.startswith("launch"):
