@@ -119,7 +119,9 @@ def test_variants(ranks, variant: str) -> None:
     reference = single(ranks, SMALL + recipe + model)
     reply = ranks.run("first_steps", SMALL + recipe + model + parallel, size=size, steps=STEPS)
     name = recipe[0].removeprefix("precision=")
-    agree(reply, reference, recipe=name, splits_sums="parallel.tensor=2" in parallel)
+    # a head's norm divides by sums of 32 rounded products: measured 7.1e-4 in BF16, 5e-4 without it
+    norm = {"gradient": 1e-3} if name == "bf16" and "model.qk_norm=true" in model else {}
+    agree(reply, reference, recipe=name, splits_sums="parallel.tensor=2" in parallel, **norm)
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "fp8"])

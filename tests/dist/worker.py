@@ -99,7 +99,7 @@ def train_run(overrides: list[str], out: str, *, steps: int, device: str) -> dic
 def validation(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
     """The validation loss of the initial weights."""
     trainer = started(overrides, device)
-    return {"loss": evaluate(trainer, next(iter(trainer.data.valid)))}
+    return {"loss": evaluate(trainer, next(iter(trainer.data.valid))).loss}
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {

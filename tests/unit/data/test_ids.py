@@ -121,7 +121,7 @@ def test_a_moved_tokenizer_does_not_hide_the_dataset(
     validate(
         replace(
             DataSpec(str(tmp_path / "d"), tokenizer=str(tmp_path / "moved.json"), seq_length=9),
-            split="1,1",
+            split="1,2",
             cache_dir=str(tmp_path / "cache"),
         ),
     )
