@@ -218,7 +218,7 @@ def write_dataset(
     return read_index(prefix, key=key)
 
 
-def write_index(path: Path, lengths: NDArray[np.int64], *, dtype: np.dtype[Any]) -> None:
+def write_index(path: Path, lengths: NDArray[Any], *, dtype: np.dtype[Any]) -> None:
     """Write the .idx of documents that lie end to end in a .bin, one sequence each.
 
     Args:
@@ -226,14 +226,18 @@ def write_index(path: Path, lengths: NDArray[np.int64], *, dtype: np.dtype[Any])
         lengths: [documents], tokens of each.
         dtype: of the tokens in the .bin.
     """
-    code = next(code for code, of_code in _DTYPES.items() if of_code == dtype)
-    count = len(lengths)
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-    with open(path, "wb") as stream:
-        stream.write(_HEADER.pack(_MAGIC, 1, code, count, count + 1))
-        stream.write(lengths.astype("<i4").tobytes())
-        stream.write(np.concatenate([[0], ends[:-1]]).astype("<i8").tobytes())
-        stream.write(np.arange(count + 1, dtype="<i8").tobytes())
+    with open(path, "wb") as index:
+        index.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype], len(lengths), len(lengths) + 1))
+        index.write(lengths.astype("<i4", copy=False).tobytes())
+        byte = 0
+        for begin in range(0, len(lengths), _MARKS):
+            size = lengths[begin : begin + _MARKS].astype(np.int64) * dtype.itemsize
+            ends = byte + np.cumsum(size)
+            index.write((ends - size).astype("<i8").tobytes())
+            byte = int(ends[-1])
+        for begin in range(0, len(lengths) + 1, _MARKS):
+            marks = np.arange(begin, min(begin + _MARKS, len(lengths) + 1), dtype="<i8")
+            index.write(marks.tobytes())
 
 
 def _write_tokens(
@@ -258,17 +262,7 @@ def _write_tokens(
             lengths.append(len(ids) + 1)
             largest = max(largest, tokenizer.eod, int(ids.max(initial=0)))
     sizes = np.frombuffer(lengths, dtype=np.int32) if lengths else np.zeros(0, np.int32)
-    with open(f"{made}.idx", "wb") as index:
-        index.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype], len(sizes), len(sizes) + 1))
-        index.write(sizes.tobytes())
-        byte = 0
-        for begin in range(0, len(sizes), _MARKS):
-            size = sizes[begin : begin + _MARKS].astype(np.int64) * dtype.itemsize
-            ends = byte + np.cumsum(size)
-            index.write((ends - size).tobytes())
-            byte = int(ends[-1])
-        for begin in range(0, len(sizes) + 1, _MARKS):
-            index.write(np.arange(begin, min(begin + _MARKS, len(sizes) + 1)).tobytes())
+    write_index(Path(f"{made}.idx"), sizes, dtype=dtype)
     return largest
 
 

@@ -48,6 +48,7 @@ KINDS = {
 
 
 def texts(path: Path, **how: object) -> list[str]:
+    # keywords of several types, as the test gives them
     return list(read_documents(list_files([path]), Reading(**how)))  # type: ignore[arg-type]
 
 

@@ -196,6 +196,7 @@ def test_a_resumed_offline_run_sends_each_step_once(tmp_path: Path) -> None:
         assert sink._run is not None
         log, part = sink._run.log, []
 
+        # defaults bind the loop's variables; their types are wandb's own
         def recorded(values: dict, step: int, log=log, part=part) -> None:  # type: ignore[no-untyped-def]
             part.append(step)
             log(values, step=step)
@@ -259,6 +260,7 @@ def test_wandbs_own_names_count_where_the_config_says_nothing(
         ({}, ("theirs", "their name", ())),
         ({"project": "p", "name": "n", "tags": ["c"]}, ("p", "n", ("c",))),
     ):
+        # keywords of several types, as the test gives them
         sink = WandbSink(CONFIG, tmp_path, mode="offline", **given)  # type: ignore[arg-type]
         assert sink._run is not None
         assert (sink._run.project, sink._run.name, sink._run.tags) == expected

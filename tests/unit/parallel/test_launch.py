@@ -73,6 +73,7 @@ def _can_rename_the_host() -> bool:
 
 
 @pytest.mark.slow
+# The host is renamed in a namespace of its own; without one the test would rename the machine.
 @pytest.mark.skipif(not _can_rename_the_host(), reason="no namespaces here")
 @pytest.mark.parametrize("how", ["launch/torchrun.sh", "torchrun"])
 def test_one_node_needs_no_name(tmp_path: Path, how: str) -> None:

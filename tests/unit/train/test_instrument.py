@@ -202,6 +202,7 @@ def test_warmup_is_linear_and_no_update_is_without_a_rate(
         param_groups = [{"lr": 0.0, "default_config": True}]  # noqa: RUF012
 
     optimizer = Optimizer()
+    # a stand-in with the parameter groups that a schedule reads
     schedule = build_schedule(config, optimizer)  # type: ignore[arg-type]
     rates = []
     for _ in range(100):
