@@ -44,21 +44,29 @@ def changes(
         differing |= _different(_digests(stored["data"]), _digests(data))
     longer = _same_past(stored, config, step=found["step"])
     named = list(config.resume_with)
-    if "seed" in named and config.data.seed is None:
-        named.append("data.seed")  # which then is the run's seed
-    for key in sorted(differing, key=lambda key: (key != "seed", key)):
-        was, now = differing[key]
-        if fingerprint.covered(key, named) or (longer and key in _LENGTH):
-            continue
-        name = "precision" if key.startswith("precision") else key
-        why = ""
-        if key in _LENGTH:
-            why = ", so that steps already done would have had another learning rate or recipe"
-        raise UserError(
-            f"resume_with: {path} was trained with {key}={_short(was)}, and here it is {_short(now)}"
-            f"{why}; give the run what it had, or go on with the change: resume_with=[{name}]"
-        )
+    if config.data.seed is None and ("seed" in named or "seed" in differing):
+        named.append("data.seed")  # it is the run's seed: one name for both
+    refused = [
+        key
+        for key in sorted(differing, key=lambda key: (key != "seed", key))
+        if not (fingerprint.covered(key, named) or (longer and key in _LENGTH))
+    ]
+    if refused:
+        raise UserError(_refusal(path, {key: differing[key] for key in refused}))
     return differing
+
+
+def _refusal(path: Path, refused: Changes) -> str:
+    was = ", ".join(f"{key}={_short(then)}" for key, (then, _) in refused.items())
+    now = ", ".join(_short(now) for _, now in refused.values())
+    why = ""
+    if any(key in _LENGTH for key in refused):
+        why = ", so that steps already done would have had another learning rate or recipe"
+    names = dict.fromkeys("precision" if key.startswith("precision") else key for key in refused)
+    return (
+        f"resume_with: {path} was trained with {was}, and here it is {now}{why}; give the run what it "
+        f"had, or go on with the change: resume_with=[{','.join(names)}]"
+    )
 
 
 def told(found: Changes) -> str:

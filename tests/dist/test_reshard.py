@@ -86,12 +86,19 @@ def test_another_layout_goes_on(ranks, source: str, target: str, extra: list[str
 
 def test_another_length_and_batch_go_on(ranks) -> None:
     """The position in the data is counted in samples, the schedule in steps: both are kept, and the
-    schedule's fractions are those of the new length."""
+    schedule's fractions are those of the new length. Another batch and another decay make another
+    experiment: each has to be asked for by name."""
     saved = begun(ranks, "1", [])
     other = ["train.steps=40", "train.global_batch=8", f"resume={saved['checkpoint']}"]
-    reply = ranks.run("checkpoint_tasks.go_on", [*SMALL, *RECIPE, *other], size=1, steps=STEPS)
-    run = json.loads((Path(reply["checkpoint"]) / "run.json").read_text())
-    assert (run["step"], run["consumed_samples"], run["schedule_step"]) == (STEPS, STEPS * 4, STEPS)
+    run = [*SMALL, *RECIPE, *other]
+    refusal = ranks.run("checkpoint_tasks.go_on", run, size=1, steps=STEPS)
+    cure = "resume_with=[optim.decay,optim.warmup,train.global_batch,train.steps]"
+    assert refusal["user_error"].endswith(cure)
+    run.append(cure)
+    reply = ranks.run("checkpoint_tasks.go_on", run, size=1, steps=STEPS)
+    state = json.loads((Path(reply["checkpoint"]) / "run.json").read_text())
+    position = (state["step"], state["consumed_samples"], state["schedule_step"])
+    assert position == (STEPS, STEPS * 4, STEPS)
     fresh = ranks.run("first_steps", [*SMALL, *RECIPE, *other[:2]], size=1, steps=2 * STEPS)
     assert [row["lr"] for row in reply["rows"]] == [row["lr"] for row in fresh["rows"]][STEPS:]
 
