@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from fp4pretrain.checks import schedule_steps
 from fp4pretrain.errors import UserError
 from fp4pretrain.naming import NOT_THE_RECIPE, flat
-from fp4pretrain.precision import Plan
+from fp4pretrain.numerics import QuantSpec
+from fp4pretrain.precision import GEMMS, Plan
 
 if TYPE_CHECKING:
     from fp4pretrain.config import RunConfig
@@ -49,6 +50,11 @@ HARMLESS = {
 # Keys whose content is in the order of the training data, and in the validation sets.
 ORDER, VALIDATION = "data.order", "data.validation"
 _TEXT = ("data.path", "data.tokenizer", "data.split", "data.mock", "data.valid")
+# Fields of QuantSpec that came later, and the values that change nothing.
+_LATER_FIELDS = {
+    name: getattr(QuantSpec, name)
+    for name in ("source", "split", "channels", "amax", "amax_value", "amax_steps")
+}
 BY_CONTENT = {
     ORDER: (*_TEXT, "data.seed"),
     VALIDATION: (*_TEXT, "data.valid_tokens"),
@@ -87,19 +93,30 @@ def plan_digest(config: RunConfig, plan: Plan) -> str:
     rules = [
         {
             "linears": [place for place in plan.linears() if rule.covers(*place, plan.num_layers)],
-            "gemms": {gemm: asdict(rule.recipe.gemm(gemm)) for gemm in sorted(rule.gemms)},
+            "gemms": {gemm: _digested(rule.recipe.gemm(gemm)) for gemm in sorted(rule.gemms)},
             "when": [str(rule.start), str(rule.stop)],
         }
         for rule in plan.ordered
     ]
     facts = {
-        "recipe": asdict(plan.recipe),
+        "recipe": {gemm: _digested(plan.recipe.gemm(gemm)) for gemm in GEMMS},
         "rules": rules,
         # a shard's own amax makes the layout a part of what is computed
         "amax": p.amax if p.amax == "tensor_parallel" else [p.amax, config.parallel.tensor],
         "mxfp4_emulation": p.mxfp4_emulation,
     }
     return digest(facts)
+
+
+def _digested(gemm: Any) -> dict[str, Any]:
+    """A GEMM's fields. Those that recipes did not always have count from where they say something, so
+    that plans of earlier runs keep their digests."""
+    found = asdict(gemm)
+    for operand in found.values():
+        for key, silent in _LATER_FIELDS.items():
+            if isinstance(operand, dict) and operand.get(key) == silent:
+                del operand[key]
+    return found
 
 
 def digest(facts: Any) -> str:

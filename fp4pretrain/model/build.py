@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fp4pretrain.model.init import initialize
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.nn.linear import Binding, ColumnParallelQuantLinear, QuantLinear
 from fp4pretrain.nn.spec import block_spec
-from fp4pretrain.ops import Backend
+from fp4pretrain.ops import AmaxState, Backend, Site, sites_of
 from fp4pretrain.precision import Plan, Progress, Recipe
 from fp4pretrain.precision.rules import HEAD, LINEARS
 
@@ -71,10 +72,11 @@ def log_denominator(logits: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class PlanBinding:
-    """All quantized linears of this rank's chunks, and the plan they follow."""
+    """All quantized linears of this rank's chunks, the plan they follow, the amaxes they remember."""
 
     plan: Plan
     linears: list[tuple[int | None, str, QuantLinear]]
+    amaxes: AmaxState
     progress: Progress = field(default_factory=Progress)
 
     def recipes(self) -> list[Recipe]:
@@ -171,6 +173,8 @@ def build_model(
     chunks_here = config.parallel.virtual_pipeline or 1
     chunks: list[GPT] = []
     linears: list[tuple[int | None, str, QuantLinear]] = []
+    amaxes = AmaxState(remembering_sites(plan), torch.device(torch.cuda.current_device()))
+    global_amax = config.precision.amax == "tensor_parallel"
     for index in range(chunks_here):
         stage = index if chunks_here > 1 else None
         chunk = _build_chunk(config, transformer, stage)
@@ -180,10 +184,10 @@ def build_model(
             std=config.model.init_std,
             num_layers=config.model.num_layers,
         )
-        global_amax = config.precision.amax == "tensor_parallel"
-        linears += _bind(chunk, backend=backend, clock=clock, global_amax=global_amax)
+        bind = partial(Binding, backend, clock, global_amax=global_amax, amaxes=amaxes)
+        linears += _bind(chunk, bind)
         chunks.append(chunk)
-    binding = PlanBinding(plan, linears)
+    binding = PlanBinding(plan, linears, amaxes)
     binding.apply(Progress())
     return chunks, binding
 
@@ -206,26 +210,24 @@ def _build_chunk(config: RunConfig, transformer: TransformerConfig, stage: int |
     return chunk.to(torch.cuda.current_device())
 
 
-def _bind(
-    chunk: GPT, *, backend: Backend, clock: Clock, global_amax: bool
-) -> list[tuple[int | None, str, QuantLinear]]:
+def _bind(chunk: GPT, bind: Callable[..., Binding]) -> list[tuple[int | None, str, QuantLinear]]:
     """Bind every linear of a chunk; returns them as (global layer or None for the head, name, linear)."""
     found: list[tuple[int | None, str, QuantLinear]] = []
     for layer in chunk.decoder.layers:
         for index, name in enumerate(LINEARS):
             linear = layer.get_submodule(name)
-            linear.bind(
-                Binding(
-                    backend,
-                    clock,
-                    layer=layer.layer_number - 1,
-                    linear=index,
-                    global_amax=global_amax,
-                )
-            )
+            linear.bind(bind(layer=layer.layer_number - 1, linear=index))
             found.append((layer.layer_number - 1, name, linear))
     if chunk.post_process:
-        head = Binding(backend, clock, layer=-1, linear=_HEAD, global_amax=global_amax)
-        chunk.output_layer.bind(head)
+        chunk.output_layer.bind(bind(layer=-1, linear=_HEAD))
         found.append((None, HEAD, chunk.output_layer))
     return found
+
+
+def remembering_sites(plan: Plan) -> dict[Site, int]:
+    """The sites of the whole model whose amaxes outlive a step, and for how many steps."""
+    recipes = {}
+    for layer, name in plan.linears():
+        place = (-1, _HEAD) if layer is None else (layer, LINEARS.index(name))
+        recipes[place] = plan.recipes_of(layer, name)
+    return sites_of(recipes)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp4pretrain.nn.weights import WeightCache
-from fp4pretrain.ops import Backend, Cast, LinearCasts, Operand, cast_operands
+from fp4pretrain.ops import AmaxState, Backend, Cast, LinearCasts, Operand, cast_operands, multiply
 from fp4pretrain.parallel.bridge import plain_torch
 
 
@@ -39,10 +39,29 @@ class LinearCall:
     gather: bool  # sequence parallel: x is a shard of the tokens
     allreduce_dgrad: bool
     training: bool
+    amaxes: AmaxState | None = None
 
     def cast(self, x: Tensor, casts: Sequence[Cast]) -> list[Operand]:
         """Operands of x; scales that other ranks' elements take part in are reduced over them."""
-        return cast_operands(self.backend, x, casts, amax_group=self.tp_group)
+        return cast_operands(
+            self.backend,
+            x,
+            casts,
+            amax_group=self.tp_group,
+            amaxes=self.amaxes,
+            record=self.training,
+        )
+
+    def wgrad_x(self, x_tk: Tensor) -> Operand:
+        """wgrad's operand of x [t, k], made in the backward pass and multiplied at once."""
+        cast = self.casts.wgrad_x
+        if cast.spec.source == "forward":
+            return self.wgrad_x_from(self.cast(x_tk, [self.casts.fprop_x])[0], x_tk.shape[1])
+        return self.cast(x_tk, [replace(cast, kept=False)])[0]
+
+    def wgrad_x_from(self, fprop_x: Operand, k: int) -> Operand:
+        """wgrad's operand of x [t, k] where its source is what fprop multiplied."""
+        return self.cast(fprop_x.dequantize()[:, :k], [self.casts.wgrad_x])[0]
 
 
 class QuantLinearFunction(torch.autograd.Function):
@@ -58,12 +77,14 @@ class QuantLinearFunction(torch.autograd.Function):
         x_tk = total.reshape(-1, total.shape[-1])
         save = call.training and weight.requires_grad
         save_operand = save and not call.gather
-        x_casts = [casts.fprop_x] + ([casts.wgrad_x] if save_operand else [])
+        from_forward = casts.wgrad_x.spec.source == "forward"
+        x_casts = [casts.fprop_x] + ([casts.wgrad_x] if save_operand and not from_forward else [])
         x_operands = call.cast(x_tk, x_casts)
         w_operand = call.weights.forward(
             weight, casts, call.weights_version, call.cast, backward_too=call.training
         )
-        y_tn = call.backend.gemm(
+        y_tn = multiply(
+            call.backend,
             x_operands[0],
             w_operand,
             out_dtype=x.dtype,
@@ -75,8 +96,8 @@ class QuantLinearFunction(torch.autograd.Function):
         ctx.x_dtype = x.dtype
         # x itself is saved only where it must be gathered again (its shard is smaller than a cast
         # of the whole); weight for dgrad's cast of it and its main gradient.
-        ctx.wgrad_x = x_operands[1].hollow() if save_operand else None
-        operand = x_operands[1].tensors() if save_operand else ()
+        ctx.saved_x = x_operands[-1].hollow() if save_operand else None
+        operand = x_operands[-1].tensors() if save_operand else ()
         ctx.save_for_backward(weight, x if save and call.gather else None, *operand)
         # Not a view: megatron-core's cross entropy works on FP32 logits in place.
         return torch.ops.aten._unsafe_view(y_tn, [*total.shape[:-1], y_tn.shape[-1]])
@@ -99,7 +120,8 @@ class QuantLinearFunction(torch.autograd.Function):
         reducing = None
         if need_dx:
             w_operand = call.weights.backward(weight, casts, call.weights_version, call.cast)
-            dx_tk = call.backend.gemm(
+            dx_tk = multiply(
+                call.backend,
                 dy_operands[0],
                 w_operand,
                 out_dtype=ctx.x_dtype,
@@ -110,10 +132,11 @@ class QuantLinearFunction(torch.autograd.Function):
             if gathering is not None:
                 total, handle = gathering
                 handle.wait()
-                now = replace(casts.wgrad_x, kept=False)  # its GEMM comes at once
-                (wgrad_x,) = call.cast(total.reshape(-1, total.shape[-1]), [now])
+                wgrad_x = call.wgrad_x(total.reshape(-1, total.shape[-1]))
             else:
-                wgrad_x = ctx.wgrad_x.filled(tuple(operand))
+                wgrad_x = ctx.saved_x.filled(tuple(operand))
+                if casts.wgrad_x.spec.source == "forward":
+                    wgrad_x = call.wgrad_x_from(wgrad_x, ctx.x_shape[-1])
             dw = _weight_gradient(weight, dy_operands[-1], wgrad_x, call)
         db = dy_tn.sum(dim=0) if ctx.use_bias else None
         if reducing is not None:
@@ -148,14 +171,14 @@ def _weight_gradient(weight: Any, dy: Any, x: Any, call: LinearCall) -> Tensor |
     Then the returned gradient is a dummy that DDP knows not to add (``grad_added_to_main_grad``);
     autograd needs one to fire the hooks that start the gradient's reduction.
     """
-    multiply = partial(call.backend.gemm, dy, x, fast_accum=call.casts.recipe.wgrad.fast_accum)
+    product = partial(multiply, call.backend, dy, x, fast_accum=call.casts.recipe.wgrad.fast_accum)
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
-        return multiply(out_dtype=weight.dtype)
+        return product(out_dtype=weight.dtype)
     if main_grad.dtype == torch.float32:
-        multiply(out_dtype=torch.float32, accumulate_into=main_grad)
+        product(out_dtype=torch.float32, accumulate_into=main_grad)
     else:
-        main_grad.add_(multiply(out_dtype=main_grad.dtype))
+        main_grad.add_(product(out_dtype=main_grad.dtype))
     weight.grad_added_to_main_grad = True
     make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
     return make(weight)

@@ -34,12 +34,21 @@ class WeightCache:
     ) -> Operand:
         """fprop's w. ``backward_too``: dgrad's will be asked for, so both come from one read."""
         wanted = [casts.fprop_w]
-        if backward_too and not casts.w_redrawn and not casts.w_shared:
+        alone = casts.w_redrawn or casts.w_shared or casts.dgrad_w.spec.source == "forward"
+        if backward_too and not alone:
             wanted.append(casts.dgrad_w)
         return self._get(weight, casts, version, make, wanted)[casts.fprop_w]
 
     def backward(self, weight: Tensor, casts: LinearCasts, version: int, make: Make) -> Operand:
-        """dgrad's w: the operand of the transposed weight [k, n]."""
+        """dgrad's w: the operand of the transposed weight [k, n], from w or from fprop's operand."""
+        if casts.dgrad_w.spec.source == "forward":
+            fprop = self._get(weight, casts, version, make, [casts.fprop_w])[casts.fprop_w]
+            copied = fprop.dequantize()[:, : weight.shape[1]]
+            if casts.w_redrawn:
+                return make(copied, [casts.dgrad_w])[0]
+            return self._get(weight, casts, version, make, [casts.dgrad_w], of=copied)[
+                casts.dgrad_w
+            ]
         if casts.w_redrawn:
             return make(weight.detach(), [casts.dgrad_w])[0]
         if casts.w_shared:
@@ -52,15 +61,23 @@ class WeightCache:
         return self._get(weight, casts, version, make, [casts.dgrad_w])[casts.dgrad_w]
 
     def _get(
-        self, weight: Tensor, casts: LinearCasts, version: int, make: Make, wanted: list[Cast]
+        self,
+        weight: Tensor,
+        casts: LinearCasts,
+        version: int,
+        make: Make,
+        wanted: list[Cast],
+        *,
+        of: Tensor | None = None,
     ) -> dict[Cast, Any]:
+        """The held operands with those that are wanted, cast from ``of`` (the weight) if missing."""
         moment = version, weight.data_ptr(), weight._version
         if moment != self._moment:
             self._moment, self._held = moment, {}
         found = self._held
         missing = [cast for cast in dict.fromkeys(wanted) if cast not in found]
         if missing:
-            made = make(weight.detach(), missing)
+            made = make(weight.detach() if of is None else of, missing)
             found = found | dict(zip(missing, made, strict=True))
             current = casts.fprop_w, casts.dgrad_w
             self._held = {c: o for c, o in found.items() if c in current and c.spec.quantized}

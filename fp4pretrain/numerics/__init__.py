@@ -22,7 +22,7 @@ from fp4pretrain.numerics.noise import Noise, derive_key, random_signs
 from fp4pretrain.numerics.quantize import QuantizedTensor, emulate, quantize
 from fp4pretrain.numerics.rotation import hadamard_matrix, rotate, signs_te
 from fp4pretrain.numerics.scaling import spanning_amax
-from fp4pretrain.numerics.spec import QuantSpec
+from fp4pretrain.numerics.spec import QuantSpec, every_spec
 
 __all__ = [
     "FORMATS",
@@ -35,6 +35,7 @@ __all__ = [
     "cosine",
     "derive_key",
     "emulate",
+    "every_spec",
     "gemm_reference",
     "hadamard_matrix",
     "quantize",

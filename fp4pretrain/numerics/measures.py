@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4pretrain.numerics.blocks import block_view, spread
-from fp4pretrain.numerics.scaling import operand_scales
+from fp4pretrain.numerics.scaling import decoded_scales, operand_scales
 from fp4pretrain.numerics.spec import QuantSpec
 
 
@@ -52,4 +52,4 @@ def saturation_fraction(x: Tensor, spec: QuantSpec, *, amax: Tensor | None = Non
     scales = operand_scales(padded, spec, amax)
     scaled = block_view(padded.float(), spec.block_shape((rows, cols))).abs()
     clipped = scaled * spread(scales.encode) > spec.row.element.max
-    return (clipped & spread(scales.stored.float() != 0)).sum() / x.numel()
+    return (clipped & spread(decoded_scales(scales.stored) != 0)).sum() / x.numel()

@@ -11,18 +11,27 @@ no scale, so every element is cast as it would be in the longer matrix.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fp4pretrain.numerics.blocks import block_view, over_blocks, row_slices, spread
-from fp4pretrain.numerics.formats import BF16
+from fp4pretrain.numerics.formats import BF16, E4M3
 from fp4pretrain.numerics.noise import Noise, noise_bytes, noise_words
 from fp4pretrain.numerics.rounding import decode, encode, round_to_grid_
-from fp4pretrain.numerics.scaling import BlockScales, capped_rule, operand_scales
+from fp4pretrain.numerics.scaling import (
+    BlockScales,
+    capped_rule,
+    decoded_scales,
+    mx_stretch,
+    operand_scales,
+    stored_scales,
+)
 from fp4pretrain.numerics.spec import QuantSpec
+
+_EDEN_GROUP = 128
 
 
 @dataclass
@@ -35,7 +44,7 @@ class QuantizedTensor:
         codes: uint8 [rows, padded / 2], the even element in the low nibble (4 bits); uint8
             [rows, padded] (6 bits); float8 [rows, padded] (mxfp8, fp8); bfloat16 [rows, cols] (bf16).
         scales: of the innermost level, one a block, [row blocks, col blocks]: float8_e4m3fn (nvfp4),
-            float8_e8m0fnu (mx), fp32 factors of dequantization (fp8); None (bf16).
+            uint8 (UE5M3), float8_e8m0fnu (mx), fp32 factors of dequantization (fp8); None (bf16).
         amax: fp32 amax that the outer scale was made from (a scalar for nvfp4 and per-tensor fp8),
             else None.
         spec: how it was cast.
@@ -55,7 +64,7 @@ class QuantizedTensor:
             return one
         if len(self.spec.row.levels) > 1:
             outer = self._outer_decode()
-            if self.spec.amax_span == "block":
+            if self.spec.amax_span == "block" or not self.codes.numel():
                 return one
             if self.spec.amax_span == "tensor":
                 return outer
@@ -63,7 +72,7 @@ class QuantizedTensor:
             return over_blocks(outer, blocks, (1, self.shape[1]))[: self.shape[0]]
         if self.spec.amax_span != "block":
             return self.scales.reshape(()) if self.scales.numel() == 1 else self.scales
-        return one * (4.0 / 3.0) if self.spec.scale == "unbiased" else one
+        return one * mx_stretch(self.spec)[1]
 
     def values(self) -> Tensor:
         """Elements times the scales that lie on them, fp32 [rows, cols].
@@ -78,7 +87,7 @@ class QuantizedTensor:
         padded = self.spec.padded_shape(self.shape)
         values = F.pad(values, (0, 0, 0, padded[0] - rows))
         block = self.spec.block_shape(padded)
-        factors = self.scales.to(torch.float32)
+        factors = decoded_scales(self.scales)
         if len(self.spec.row.levels) > 1 and self.spec.amax_span == "block":
             factors = factors * over_blocks(
                 self._outer_decode(), self.spec.block_shape(padded, 1), block
@@ -97,7 +106,12 @@ class QuantizedTensor:
 
 @torch.no_grad()
 def quantize(
-    x: Tensor, spec: QuantSpec, *, noise: Noise | None = None, amax: Tensor | None = None
+    x: Tensor,
+    spec: QuantSpec,
+    *,
+    noise: Noise | None = None,
+    amax: Tensor | None = None,
+    group: int = 0,
 ) -> QuantizedTensor:
     """Cast ``x`` as ``spec`` says.
 
@@ -106,6 +120,8 @@ def quantize(
         noise: the draw for stochastic rounding; not used by nearest rounding.
         amax: fp32 amaxes to use in place of x's own where they span the contraction axis (tensor
             parallelism): a scalar for one scale a tensor, [rows] for one a row.
+        group: elements along cols whose scales ``rounding: eden`` corrects alike: the size of the
+            rotation that x went through, 128 if 0. ``source`` and ``split`` are for the caller.
 
     Raises:
         ValueError: for stochastic rounding without noise, or an x that is not a matrix.
@@ -119,6 +135,8 @@ def quantize(
         return _empty(x, spec, shape, amax)
     scales = operand_scales(x, spec, amax)
     elements = _round_scaled(x, spec, scales, noise, dequantize=False)
+    if spec.rounding_row.scales:
+        scales = _corrected(x, elements, spec, scales, noise, group or _EDEN_GROUP)
     if spec.row.scale_type != "fp32":  # the scale alone carries the NaN: codes are 0
         elements.nan_to_num_(nan=0.0)
         block = spec.block_shape((x.shape[0], x.shape[1]))
@@ -132,7 +150,12 @@ def quantize(
 
 @torch.no_grad()
 def emulate(
-    x: Tensor, spec: QuantSpec, *, noise: Noise | None = None, amax: Tensor | None = None
+    x: Tensor,
+    spec: QuantSpec,
+    *,
+    noise: Noise | None = None,
+    amax: Tensor | None = None,
+    group: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """``(values, alpha)`` with ``values * alpha == quantize(...).dequantize()`` bit for bit.
 
@@ -150,9 +173,50 @@ def emulate(
     if not x.numel():
         return torch.zeros((rows, cols), device=x.device), torch.ones((), device=x.device)
     scales = operand_scales(x, spec, amax)
-    values = _round_scaled(x, spec, scales, noise, dequantize=True)
+    corrects = spec.rounding_row.scales
+    values = _round_scaled(x, spec, scales, noise, dequantize=not corrects)
+    if corrects:
+        scales = _corrected(x, values, spec, scales, noise, group or _EDEN_GROUP)
+        assert scales.decode is not None
+        block_view(values, spec.block_shape((x.shape[0], x.shape[1]))).mul_(spread(scales.decode))
     alpha = scales.alpha if scales.alpha.dim() == 0 else scales.alpha[:rows]
     return values[:rows, :cols], alpha
+
+
+def _corrected(
+    x: Tensor,
+    elements: Tensor,
+    spec: QuantSpec,
+    scales: BlockScales,
+    noise: Noise | None,
+    group: int,
+) -> BlockScales:
+    """MS-EDEN's block scales (arXiv:2601.22813, sec. 4): times <x, x> / <x, q>, rounded by noise.
+
+    x and q are one group of ``group`` neighbours before and after they were rounded, both in units of
+    their scales. Over random rotations the corrected cast is unbiased. The noise of a block is that of
+    its first element; stochastic rounding onto E4M3 keeps the correction's mean.
+    """
+    assert noise is not None
+    assert scales.decode is not None
+    rows, cols = x.shape
+    block_cols = spec.block_shape((rows, cols))[1]
+    scaled = (block_view(x, (1, block_cols)) * spread(scales.encode)).reshape(rows, cols)
+    short = -cols % group
+    x_g, q_g = (F.pad(t, (0, short)).view(rows, -1, group) for t in (scaled, elements))
+    # each block's part of the sums counts in the units of the group, not of the block
+    weight = F.pad(scales.decode, (0, short // block_cols)).square()
+    weight_g = weight.repeat_interleave(block_cols, 1).view(rows, -1, group)
+    x_g = torch.where(weight_g == 0, 0.0, x_g)  # a block whose scale underflowed counts as zeros
+    norms = (x_g.square() * weight_g).sum(-1)
+    products = (x_g * q_g * weight_g).sum(-1)
+    factor = torch.where(products == 0, 1.0, norms / products)
+    factor_b = factor.repeat_interleave(group // block_cols, 1)[:, : cols // block_cols]
+    decode = (scales.decode * factor_b).clamp(max=E4M3.max)
+    bits = noise_bytes(noise, (rows, cols), x.device)[:, ::block_cols]
+    round_to_grid_(decode, E4M3, ties="even", noise=bits)
+    stored = stored_scales(decode, "e4m3")
+    return replace(scales, stored=stored, decode=decoded_scales(stored))
 
 
 def _checked(x: Tensor, spec: QuantSpec, noise: Noise | None) -> tuple[Tensor, tuple[int, int]]:
@@ -182,12 +246,20 @@ def _empty(
     """The cast of a matrix without elements."""
     one = torch.ones((1, 1), device=x.device)
     codes = encode(x[: shape[0]], spec.row.element)
-    if amax is None:
-        amax = torch.zeros((), device=x.device) if spec.amax_span == "tensor" else None
+    if amax is None and spec.amax_span == "tensor":
+        amax = torch.zeros((), device=x.device)
+    elif len(spec.row.levels) > 1 and spec.amax_span != "tensor":
+        outer = [max(n, 1) for n in spec.block_shape((x.shape[0], x.shape[1]), 1)]
+        amax = torch.zeros(x.shape[0] // outer[0], x.shape[1] // outer[1], device=x.device)
     if spec.amax_span != "block" and len(spec.row.levels) == 1:
         stored = one if spec.amax_span == "tensor" else one.expand(shape[0], 1)
         return QuantizedTensor(codes, stored, amax, spec, shape)
-    scales = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu, "fp32": torch.float32}
+    scales = {
+        "e4m3": torch.float8_e4m3fn,
+        "ue5m3": torch.uint8,
+        "e8m0": torch.float8_e8m0fnu,
+        "fp32": torch.float32,
+    }
     block = [max(n, 1) for n in spec.block_shape((x.shape[0], x.shape[1]))]
     stored = torch.ones((x.shape[0] // block[0], x.shape[1] // block[1]), device=x.device)
     return QuantizedTensor(codes, stored.to(scales[spec.row.scale_type]), amax, spec, shape)
@@ -206,7 +278,7 @@ def _round_scaled(
     out = torch.empty(shape, dtype=torch.float32, device=x.device)
     x_b, out_b = (block_view(t, (block_rows, block_cols)) for t in (x, out))
     bits_b = scratch = None
-    if noise is not None and spec.stochastic:
+    if noise is not None and spec.stochastic and not spec.rounding_row.scales:
         bits_b = block_view(_noise_bits(spec, noise, shape, x.device), (block_rows, block_cols))
     for rows in row_slices(shape, block_rows, x.device):
         blocks = slice(rows.start // block_rows, rows.stop // block_rows)

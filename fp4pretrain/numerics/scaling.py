@@ -10,7 +10,8 @@ block's amax is) gets the scale NaN, so a non-finite input never becomes a finit
 
 Sources: Transformer Engine (core_nvfp4.cuh, reference_nvfp4.py); OCP MX v1.0; torchao; AMD (ROCm
 TE, AITER) for ``even``; arXiv:2506.08027 for ``rceil``; arXiv:2502.20586 for mxfp4's ``unbiased``;
-arXiv:2601.22813 for nvfp4's; arXiv:2512.02010 for ``four_over_six``.
+arXiv:2601.22813 for nvfp4's and for ``eden``; arXiv:2512.02010 for ``four_over_six``; arXiv:2610.00053
+for ``full_grid`` and ``full_grid_adaptive``.
 """
 
 from __future__ import annotations
@@ -29,17 +30,20 @@ from fp4pretrain.numerics.blocks import (
     spread,
     tensor_amax,
 )
-from fp4pretrain.numerics.formats import Element
+from fp4pretrain.numerics.formats import E4M3, UE5M3, Element
 from fp4pretrain.numerics.rounding import round_to_grid_
 from fp4pretrain.numerics.spec import QuantSpec
 
 FLT_MAX = torch.finfo(torch.float32).max
-E4M3_MAX = 448.0
+# arXiv:2610.00053: a tile whose largest element is under this share of its scale takes half the scale.
+_ADAPTIVE_BELOW = 0.87
+# MS-EDEN's search for the least error leaves elements up to 1/0.93 of the largest to clip.
+_EDEN_SHRINK = 0.93
 
 
 @dataclass(frozen=True)
 class CappedRule:
-    """A rule of E4M3 block scales: an outer amax becomes element ``element_max`` under scale ``cap``."""
+    """A rule of rounded block scales: an outer amax becomes ``element_max`` under scale ``cap``."""
 
     cap: float
     element_max: float
@@ -51,18 +55,51 @@ class CappedRule:
 
 
 def capped_rule(spec: QuantSpec) -> CappedRule:
-    """The numbers of a rule of E4M3 block scales, from the largest value of the element.
+    """The numbers of a rule of rounded block scales, from the largest values of element and scale.
 
     Cap 256: scaling a block to 4 in place of 6 multiplies its scale by 1.5, and 384 is an E4M3
-    number. ``unbiased``: E4M3 rounds a scale down by at most 16/17, so even then nothing clips.
+    number. ``unbiased``: three mantissa bits round a scale down by at most 16/17, so even then
+    nothing clips. ``eden``: what clips is made good by the correction of the scales.
     """
-    largest = spec.row.element.max
+    largest, cap = spec.row.element.max, _scale_element(spec).max
     return {
-        "default": CappedRule(E4M3_MAX, largest),
-        "unbiased": CappedRule(E4M3_MAX, largest * 16.0 / 17.0),
+        "default": CappedRule(cap, largest),
+        "unbiased": CappedRule(cap, largest * 16.0 / 17.0),
         "cap256": CappedRule(256.0, largest),
         "four_over_six": CappedRule(256.0, largest),
+        "eden": CappedRule(256.0, largest * 16.0 / (17.0 * _EDEN_SHRINK)),
     }[spec.scale]
+
+
+def _scale_element(spec: QuantSpec) -> Element:
+    """The grid that block scales are rounded to."""
+    return {"e4m3": E4M3, "ue5m3": UE5M3}[spec.row.scale_type]
+
+
+def stored_scales(scale: Tensor, type_: str) -> Tensor:
+    """Non-negative fp32 scales rounded to nearest as they are kept: float8_e4m3fn, or UE5M3's byte.
+
+    UE5M3 (arXiv:2609.02846): five bits of exponent (bias 15), three of mantissa, no sign; code 255 is
+    NaN here, and a code of 0 is read as the scale 1.
+    """
+    if type_ == "e4m3":
+        return scale.clamp(max=E4M3.max).to(torch.float8_e4m3fn)
+    rounded = round_to_grid_(scale.clone(), UE5M3, ties="even")
+    normal = ((rounded.view(torch.int32) >> 20) - ((127 - 15) << 3)).clamp(min=0)
+    subnormal = (rounded * 2.0**17).to(torch.int32)
+    code = torch.where(rounded < 2.0**UE5M3.emin, subnormal, normal)
+    return torch.where(rounded.isnan(), 255, code).to(torch.uint8)
+
+
+def decoded_scales(stored: Tensor) -> Tensor:
+    """fp32 values of scales as they are kept; see ``stored_scales``."""
+    if stored.dtype != torch.uint8:
+        return stored.to(torch.float32)
+    code = stored.to(torch.int32)
+    normal = ((code + ((127 - 15) << 3)) << 20).view(torch.float32)
+    value = torch.where(code < 8, code.to(torch.float32) * 2.0**-17, normal)
+    value = torch.where(code == 0, 1.0, value)
+    return torch.where(code == 255, torch.nan, value)
 
 
 @dataclass(frozen=True)
@@ -70,7 +107,7 @@ class BlockScales:
     """The scales of one operand, one entry a block of the innermost level, [row blocks, col blocks].
 
     Attributes:
-        stored: what is kept: float8_e4m3fn, float8_e8m0fnu or fp32.
+        stored: what is kept: float8_e4m3fn, float8_e8m0fnu, uint8 (UE5M3) or fp32.
         encode: fp32 factor an element is multiplied with before it is rounded.
         decode: fp32 factor a rounded element is multiplied with; None where alpha says it all.
         alpha: fp32 factor that remains for the GEMM's result: a scalar, or [rows, 1].
@@ -109,7 +146,7 @@ def spanning_amax(x: Tensor, spec: QuantSpec) -> Tensor | None:
 
 
 def _capped_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None) -> BlockScales:
-    """E4M3 scales of blocks under FP32 scales of outer blocks (NVFP4: of the tensor)."""
+    """E4M3 or UE5M3 scales of blocks under FP32 scales of outer blocks (NVFP4: of the tensor)."""
     rule = capped_rule(spec)
     shape = (x.shape[0], x.shape[1])
     block, outer = spec.block_shape(shape), spec.block_shape(shape, 1)
@@ -120,9 +157,9 @@ def _capped_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None) -> BlockScal
         scale_b = _four_over_six(x, amax_b, encode_outer, spec, block)
     else:
         inverse_max = torch.tensor(1.0 / rule.element_max, device=x.device)
-        scale_b = _clamp_e4m3(amax_b * (encode_outer * inverse_max))
-    stored = torch.where(_finite(amax_b), scale_b, torch.nan).to(torch.float8_e4m3fn)
-    decode = stored.to(torch.float32)
+        scale_b = amax_b * (encode_outer * inverse_max)
+    stored = stored_scales(torch.where(_finite(amax_b), scale_b, torch.nan), spec.row.scale_type)
+    decode = decoded_scales(stored)
     encode = _capped_encode(decode, encode_outer)
     decode_outer = amax / torch.tensor(rule.outer_max, device=x.device)
     if spec.amax_span == "block":  # the outer scale changes along the contraction axis
@@ -159,10 +196,6 @@ def _finite(amax: Tensor) -> Tensor:
     return amax < torch.inf  # false for NaN too
 
 
-def _clamp_e4m3(scale: Tensor) -> Tensor:
-    return scale.clamp(-E4M3_MAX, E4M3_MAX)  # Inf too: min(_, FLT_MAX) of the definition is implied
-
-
 def _capped_encode(decode: Tensor, encode_outer: Tensor) -> Tensor:
     """min(1 / (fp32(s_b) * S_dec), FLT_MAX): FLT_MAX where the block scale is 0."""
     return _inverse(decode * _inverse(encode_outer)).clamp(max=FLT_MAX)
@@ -182,8 +215,7 @@ def _four_over_six(
     """
     scale = amax_b / torch.tensor(6.0, device=x.device) * encode_outer
     scale_6, scale_4 = (
-        _clamp_e4m3(wanted).to(torch.float8_e4m3fn).to(torch.float32)
-        for wanted in (scale, scale * 1.5)
+        decoded_scales(stored_scales(wanted, "e4m3")) for wanted in (scale, scale * 1.5)
     )
     error_6, error_4 = (
         _squared_error(x, candidate, encode_outer, spec, block) for candidate in (scale_6, scale_4)
@@ -220,14 +252,27 @@ def _mx_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None) -> BlockScales:
     amax_b = block_amax(x, spec.block_shape((x.shape[0], x.shape[1])))
     stored = mx_scale_bytes(amax_b, spec.row.element, spec.scale).view(torch.float8_e8m0fnu)
     decode = stored.to(torch.float32)
-    shrink, alpha = (0.75, 4.0 / 3.0) if spec.scale == "unbiased" else (1.0, 1.0)
+    stretch, alpha = mx_stretch(spec)
     return BlockScales(
         stored=stored,
-        encode=_inverse(decode) * shrink,
+        encode=(_inverse(decode) * stretch).clamp(max=FLT_MAX),
         decode=decode,
         alpha=torch.tensor(alpha, device=x.device),
         amax=None,
     )
+
+
+def mx_stretch(spec: QuantSpec) -> tuple[float, float]:
+    """What a rule multiplies scaled elements with, and the inverse that the GEMM's result gets.
+
+    ``unbiased``: 3/4, so that nothing clips under the floor exponent. ``full_grid``: 6, so that a
+    power of two under its own scale lands on E2M1's largest element.
+    """
+    if spec.scale == "unbiased":
+        return 0.75, 4.0 / 3.0
+    if spec.scale.startswith("full_grid"):
+        return spec.row.element.max, 1.0 / spec.row.element.max
+    return 1.0, 1.0
 
 
 def mx_scale_bytes(amax_b: Tensor, element: Element, rule: str) -> Tensor:
@@ -238,6 +283,11 @@ def mx_scale_bytes(amax_b: Tensor, element: Element, rule: str) -> Tensor:
     """
     if rule == "rceil":
         byte = e8m0_round_up(amax_b * torch.tensor(1.0 / element.max, device=amax_b.device))
+    elif rule in ("full_grid", "full_grid_adaptive"):
+        byte = e8m0_round_up(amax_b)
+        if rule == "full_grid_adaptive":  # half the scale where the grid's upper end would be empty
+            scale = byte.clamp(max=254).to(torch.uint8).view(torch.float8_e8m0fnu).float()
+            byte = byte - ((amax_b / scale < _ADAPTIVE_BELOW) & (byte > 0)).to(byte.dtype)
     else:
         bits = amax_b.view(torch.int32)
         if rule == "ceil":
@@ -286,4 +336,9 @@ def _fp32_scales(x: Tensor, spec: QuantSpec, amax: Tensor | None) -> BlockScales
     )
 
 
-_SCALES = {"e4m3": _capped_scales, "e8m0": _mx_scales, "fp32": _fp32_scales}
+_SCALES = {
+    "e4m3": _capped_scales,
+    "ue5m3": _capped_scales,
+    "e8m0": _mx_scales,
+    "fp32": _fp32_scales,
+}

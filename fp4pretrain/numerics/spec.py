@@ -5,6 +5,8 @@ A spec that exists can be computed: it picks a row of ``FORMATS`` and says how t
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +15,11 @@ from fp4pretrain.errors import UserError
 from fp4pretrain.numerics.formats import FORMATS, ROUNDINGS, WHOLE, Block, Format, Rounding
 
 # Significant bits that a scale of each type adds to a product; a power of two adds none.
-_SCALE_BITS = {"e4m3": 4, "e8m0": 0}
+_SCALE_BITS = {"e4m3": 4, "ue5m3": 4, "e8m0": 0}
 _BF16_BITS = 8
+SOURCES = ("tensor", "forward")
+SPLITS = ("none", "mean", "channels")
+AMAXES = ("current", "fixed", "held", "delayed")
 
 
 def _check(key: str, value: str, allowed: Iterable[str], owner: str) -> None:
@@ -26,8 +31,21 @@ def _check(key: str, value: str, allowed: Iterable[str], owner: str) -> None:
 class QuantSpec:
     """How one operand is cast.
 
-    ``block`` and ``scale`` given as "default" become the format's first block and first scale rule,
-    so two specs that compute the same thing are equal.
+    ``block`` and ``scale`` given as "default" become the format's first block and first scale rule
+    (``rounding: eden`` brings its own), so two specs that compute the same thing are equal.
+
+    Attributes:
+        format, block, rounding, ties, scale: words of the tables in ``formats`` and ``scaling``.
+        source: what is cast: the tensor, or the copy that the forward pass multiplied (``forward``,
+            for dgrad's w and wgrad's x; arXiv:2601.22813).
+        split: what an operand is a sum of, each term cast alone: ``none``; ``mean``, the mean over
+            tokens and what remains (arXiv:2603.10444); ``channels``, the cast matrix and what it lost
+            in the ``channels`` share of the contraction axis that lost most (arXiv:2602.02047).
+        channels: that share, from above 0 to 1.
+        amax: the amax that a scale of the whole tensor is made from: measured (``current``);
+            ``fixed``, which is ``amax_value`` (arXiv:2605.06067); ``held``, measured every
+            ``amax_steps`` steps (arXiv:2609.02846); ``delayed``, the largest of the last
+            ``amax_steps`` steps (arXiv:2209.05433).
 
     Raises:
         UserError: naming the field, for an unknown value or a combination that has no meaning.
@@ -38,21 +56,77 @@ class QuantSpec:
     rounding: str = "nearest"
     ties: str = "even"
     scale: str = "default"
+    source: str = "tensor"
+    split: str = "none"
+    channels: float = 0.09
+    amax: str = "current"
+    amax_value: float = 1.0
+    amax_steps: int = 50
 
     def __post_init__(self) -> None:
         _check("format", self.format, FORMATS, "fp4pretrain")
         row = self.row
+        if self.rounding == "eden" and self.scale == "default":
+            object.__setattr__(self, "scale", "eden")
         for key, offered in (("block", tuple(row.blocks)), ("scale", row.scale_rules)):
             if getattr(self, key) == "default":
                 object.__setattr__(self, key, offered[0])
             _check(key, getattr(self, key), offered, self.format)
         _check("rounding", self.rounding, row.roundings, self.format)
         _check("ties", self.ties, row.ties, self.format)
+        _check("source", self.source, SOURCES, "fp4pretrain")
+        _check("split", self.split, SPLITS, "fp4pretrain")
+        _check("amax", self.amax, AMAXES, "fp4pretrain")
+        self._check_estimator()
+        self._check_amax()
+        self._settle_unused()
+
+    def _check_estimator(self) -> None:
         if self.scale == "four_over_six" and self.stochastic:
             raise UserError(
                 "scale: four_over_six picks a scale by its nearest-rounding error and is for the "
                 "forward pass; use rounding=nearest, or scale=unbiased"
             )
+        if self.rounding_row.scales != (self.scale == "eden"):
+            raise UserError(
+                f"rounding: eden and scale: eden are one estimator, and here they are {self.rounding} and "
+                f"{self.scale}; leave scale out, or give both"
+            )
+        if self.scale == "eden" and self.block != "1d":
+            raise UserError("rounding: eden corrects the scales of 1d blocks; use block: 1d")
+        for key in ("source", "split"):
+            if not self.quantized and getattr(self, key) != getattr(type(self), key):
+                raise UserError(
+                    f"{key}: {getattr(self, key)} says how a cast is made, and bf16 is none"
+                )
+        if self.split == "channels" and not 0 < self.channels <= 1:
+            raise UserError(
+                f"channels: {self.channels} is no share; use a number above 0, up to 1"
+            )
+
+    def _check_amax(self) -> None:
+        if self.amax == "current":
+            return
+        if self.amax_span != "tensor":
+            raise UserError(
+                f"amax: {self.amax} is for a scale of the whole tensor, which {self.format} with block "
+                f"{self.block} does not have; use amax: current"
+            )
+        if self.amax == "fixed" and not 0 < self.amax_value < float("inf"):
+            raise UserError(f"amax_value: {self.amax_value} is no magnitude; use one above 0")
+        if self.amax != "fixed" and self.amax_steps < 1:
+            raise UserError(f"amax_steps: {self.amax_steps} is no number of steps; use 1 or more")
+
+    def _settle_unused(self) -> None:
+        """Numbers that nothing reads get their defaults, so that equal casts are equal."""
+        used = {
+            "channels": self.split == "channels",
+            "amax_value": self.amax == "fixed",
+            "amax_steps": self.amax in ("held", "delayed"),
+        }
+        for key, read in used.items():
+            if not read:
+                object.__setattr__(self, key, getattr(type(self), key))
 
     @property
     def row(self) -> Format:
@@ -124,3 +198,13 @@ class QuantSpec:
             rows = -(-rows // (block_rows or 1)) * (block_rows or 1)
             cols = -(-cols // (block_cols or 1)) * (block_cols or 1)
         return rows, cols
+
+
+def every_spec() -> list[QuantSpec]:
+    """All casts that the tables of formats, roundings and scale rules offer, by default amaxes."""
+    found = []
+    for row in FORMATS.values():
+        for fields in itertools.product(row.blocks, row.roundings, row.ties, row.scale_rules):
+            with contextlib.suppress(UserError):  # a combination without a meaning
+                found.append(QuantSpec(row.name, *fields))
+    return list(dict.fromkeys(found))

@@ -6,13 +6,15 @@ triton              NVIDIA, Ampere and later  exact BF16, or FP8; packed FP4 whe
 reference           any device, plain torch   element x block scale, exact
 """
 
-from fp4pretrain.ops.backend import Backend, cast_operands
+from fp4pretrain.ops.amaxes import AmaxState, sites_of
+from fp4pretrain.ops.backend import Backend, cast_operands, multiply
 from fp4pretrain.ops.casts import Cast, LinearCasts, Shard, linear_casts
 from fp4pretrain.ops.choice import choose
 from fp4pretrain.ops.keys import Moment, Site
 from fp4pretrain.ops.operand import Operand
 
 __all__ = [
+    "AmaxState",
     "Backend",
     "Cast",
     "LinearCasts",
@@ -23,4 +25,6 @@ __all__ = [
     "cast_operands",
     "choose",
     "linear_casts",
+    "multiply",
+    "sites_of",
 ]

@@ -21,8 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp4pretrain.numerics import QuantSpec
+from fp4pretrain.ops.amaxes import AmaxState
 from fp4pretrain.ops.casts import Cast
 from fp4pretrain.ops.operand import Operand
+from fp4pretrain.ops.split import SumOperand, pairs, split_operand
 from fp4pretrain.precision import Gemm, Recipe
 
 # Given amaxes (scalars or vectors, fp32) of which other ranks hold a part, returns the whole's.
@@ -49,8 +51,9 @@ class Backend(Protocol):
         """One ``Operand`` of x [rows, cols] for each cast, from one read of x where the backend can.
 
         ``reduce_amax`` is called at most once, with the amaxes (after rotation; fp32: a scalar for
-        one scale a tensor, [rows] for one a row) of the casts that are ``shared``, in order, and
-        returns what to use in their place: tensor parallelism all-reduces them there.
+        one scale a tensor, [rows] for one a row) of the casts that ask (``Cast.asks``), in order, and
+        returns what to use in their place: tensor parallelism all-reduces them there, and amaxes of
+        earlier steps replace them.
         """
 
     def gemm(
@@ -81,21 +84,80 @@ def cast_operands(
     casts: Sequence[Cast],
     *,
     amax_group: dist.ProcessGroup | None = None,
+    amaxes: AmaxState | None = None,
+    record: bool = False,
 ) -> list[Operand]:
     """Operands of x [rows, cols], one for each cast.
 
-    ``amax_group``: the amaxes of casts that are ``shared`` are all-reduced (max) over this group, so
-    that every shard of a tensor is cast by the scales of the whole tensor.
+    Args:
+        amax_group: the amaxes of casts that are ``shared`` are all-reduced (max) over this group, so
+            that every shard of a tensor is cast by the scales of the whole tensor.
+        amaxes: who answers casts whose ``spec.amax`` is not current.
+        record: let ``amaxes`` remember what this call measured.
     """
-    if amax_group is None or amax_group.size() == 1 or not any(c.shared for c in casts):
+    reduces = amax_group is not None and amax_group.size() > 1
+    asked = any((c.shared and reduces) or c.spec.amax != "current" for c in casts)
+    if not asked and all(c.spec.split == "none" for c in casts):
         return backend.quantize(x, casts)
 
-    def reduce_amax(amaxes: Sequence[Tensor]) -> Sequence[Tensor]:
-        if not amaxes:
-            return amaxes
-        flat = torch.cat([a.reshape(-1) for a in amaxes])
-        dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=amax_group)
-        parts = flat.split([a.numel() for a in amaxes])
-        return [p.reshape(a.shape) for p, a in zip(parts, amaxes, strict=True)]
+    def answer(measured: Sequence[Tensor]) -> Sequence[Tensor]:
+        found = list(measured)
+        shared = [i for i, cast in enumerate(asking) if cast.shared and reduces]
+        if shared:
+            whole = _all_reduced([found[i] for i in shared], amax_group)
+            for i, amax in zip(shared, whole, strict=True):
+                found[i] = amax
+        if amaxes is None:
+            return found
+        return [
+            amaxes.used(cast, amax, record=record) for cast, amax in zip(asking, found, strict=True)
+        ]
 
-    return backend.quantize(x, casts, reduce_amax)
+    def make(tensor: Tensor, plain: Sequence[Cast]) -> list[Operand]:
+        nonlocal asking
+        asking = [c for c in plain if c.asks and c.spec.amax_span != "block"]
+        if not asked or not asking:
+            return backend.quantize(tensor, plain)
+        return backend.quantize(tensor, plain, answer)
+
+    asking: list[Cast] = []
+    whole = [cast for cast in casts if cast.spec.split == "none"]
+    made = dict(zip(map(id, whole), make(x, whole), strict=True)) if whole else {}
+    for cast in casts:
+        if cast.spec.split != "none":
+            made[id(cast)] = split_operand(x, cast, make)
+    return [made[id(cast)] for cast in casts]
+
+
+def multiply(
+    backend: Backend,
+    a: Operand,
+    b: Operand,
+    *,
+    out_dtype: torch.dtype,
+    accumulate_into: Tensor | None = None,
+    fast_accum: bool = False,
+) -> Tensor:
+    """a @ b.T on a backend, where operands may be sums of terms; arguments as in ``Backend.gemm``."""
+    if not isinstance(a, SumOperand) and not isinstance(b, SumOperand):
+        return backend.gemm(
+            a, b, out_dtype=out_dtype, accumulate_into=accumulate_into, fast_accum=fast_accum
+        )
+    total = accumulate_into
+    for first, second in pairs(a, b):
+        total = backend.gemm(
+            first,
+            second,
+            out_dtype=torch.float32,
+            accumulate_into=total,
+            fast_accum=fast_accum,
+        )
+    assert total is not None
+    return total if accumulate_into is not None else total.to(out_dtype)
+
+
+def _all_reduced(amaxes: Sequence[Tensor], group: dist.ProcessGroup | None) -> Sequence[Tensor]:
+    flat = torch.cat([a.reshape(-1) for a in amaxes])
+    dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=group)
+    parts = flat.split([a.numel() for a in amaxes])
+    return [p.reshape(a.shape) for p, a in zip(parts, amaxes, strict=True)]

@@ -51,6 +51,11 @@ class Cast:
     shared: bool = False
     kept: bool = False
 
+    @property
+    def asks(self) -> bool:
+        """Whether a backend has to ask which amax the scales are made from."""
+        return self.shared or self.spec.amax != "current"
+
     @cached_property
     def kind(self) -> int:
         """A number for all but site and draw (noise, signs): casts of one kind are launched alike."""
@@ -179,6 +184,8 @@ def _prepare(
 ) -> _Prepared:
     made: dict[str, Cast] = {}
     drawn = []
+    # what of x waits for the backward pass
+    saved = ("fprop" if recipe.wgrad.x.source == "forward" else "wgrad"), "x"
     for gemm, operand, spec in recipe.operands():
         site = Site(*place, gemm, operand)
         chosen, rotation = recipe.gemm(gemm), recipe.gemm(gemm).rotation
@@ -194,7 +201,7 @@ def _prepare(
             signs=moment.signs(site, rotation),
             noise=moment.noise(site, row=row, col=col) if spec.stochastic else None,
             shared=global_amax and shard.split and _is_shared(spec, site, shard),
-            kept=(gemm, operand) == ("wgrad", "x"),
+            kept=(gemm, operand) == saved,
         )
         if spec.stochastic or resampled:
             drawn.append((site, f"{gemm}_{operand}", spec.stochastic, resampled))

@@ -71,8 +71,8 @@ class ReferenceBackend:
         oriented = [_oriented(x, cast) for cast in casts]
         amaxes = [spanning_amax(o, c.spec) for o, c in zip(oriented, casts, strict=True)]
         if reduce_amax is not None:
-            shared = [i for i, c in enumerate(casts) if c.shared and amaxes[i] is not None]
-            for i, amax in zip(shared, reduce_amax([amaxes[i] for i in shared]), strict=True):
+            asking = [i for i, c in enumerate(casts) if c.asks and amaxes[i] is not None]
+            for i, amax in zip(asking, reduce_amax([amaxes[i] for i in asking]), strict=True):
                 amaxes[i] = amax
         return [_emulated(o, cast, a) for o, cast, a in zip(oriented, casts, amaxes, strict=True)]
 
@@ -103,7 +103,7 @@ class ReferenceBackend:
 def _emulated(x: Tensor, cast: Cast, amax: Tensor | None) -> EmulatedOperand:
     if not cast.spec.quantized:
         return EmulatedOperand(x.bfloat16(), None)
-    values, alpha = emulate(x, cast.spec, noise=cast.noise, amax=amax)
+    values, alpha = emulate(x, cast.spec, noise=cast.noise, amax=amax, group=cast.rotation_size)
     if cast.spec.exact_in_bf16 and x.is_cuda:
         values = values.bfloat16()
     return EmulatedOperand(values, alpha)

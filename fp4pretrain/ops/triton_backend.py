@@ -346,7 +346,7 @@ def _reduce(
     amaxes: list[dict[int, Tensor]], casts: Sequence[Cast], reduce_amax: ReduceAmax
 ) -> None:
     """Replace the amaxes of shared casts, in the order of the casts, by the whole tensor's."""
-    where = {i: found for found in amaxes for i in found if casts[i].shared}
+    where = {i: found for found in amaxes for i in found if casts[i].asks}
     order = sorted(where)
     reduced = reduce_amax([where[i][i] for i in order])
     for i, amax in zip(order, reduced, strict=True):

@@ -176,6 +176,12 @@ def _check_shard(recipe: Recipe, linear: str, length: int, *, contracted: str, t
             "divide, so another layout would compute other numbers; change parallel.tensor or the "
             "model's sizes"
         )
+    for operand, spec in zip(OPERANDS[contracted], gemm.specs, strict=True):
+        if spec.split == "channels":
+            raise UserError(
+                f"precision.{contracted}.{operand}.split: channels are chosen among all features of "
+                f"{linear}, and a rank holds {length} of them; use parallel.tensor=1, or split: none"
+            )
     rows = math.lcm(*(r or 1 for r, _ in recipe.operand(tiled, "w").level_blocks))
     if length % rows:
         raise UserError(

@@ -151,6 +151,26 @@ class Recipe:
     def __post_init__(self) -> None:
         for gemm in GEMMS:
             _check_gemm(gemm, self.gemm(gemm))
+        for gemm, operand, spec in self.operands():
+            if spec.source == "forward":
+                self._check_source(gemm, operand)
+
+    def _check_source(self, gemm: str, operand: str) -> None:
+        """``source: forward`` needs a forward operand that is a copy of the tensor as it is."""
+        key, copied = f"precision.{gemm}.{operand}.source", ("dgrad.w", "wgrad.x")
+        if f"{gemm}.{operand}" not in copied:
+            raise UserError(
+                f"{key}: the forward pass casts x and w alone; forward is for {' and '.join(copied)}"
+            )
+        if not self.operand("fprop", operand).quantized:
+            raise UserError(
+                f"{key}: fprop's {operand} is bf16, so there is no cast copy; use tensor"
+            )
+        if self.fprop.rotation.active:
+            raise UserError(
+                f"{key}: fprop's copy of {operand} is rotated; use precision.fprop.rotation.kind=none, "
+                "or source: tensor"
+            )
 
     def gemm(self, name: str) -> Gemm:
         """The GEMM ``fprop``, ``dgrad`` or ``wgrad``."""
@@ -198,7 +218,13 @@ class Recipe:
                     f"{key}.rounding: stochastic rounding in the forward pass diverged in "
                     "arXiv:2509.25149 (sec. 4.4); nearest is usual"
                 )
-            if spec.block == "2d" and self.gemm(gemm).rotation.active:
+            rotation = self.gemm(gemm).rotation
+            if spec.rounding_row.scales and rotation.resample not in ("step", "gemm"):
+                said.append(
+                    f"precision.{gemm}.rotation.resample: eden is unbiased over rotations that are drawn "
+                    "anew (arXiv:2601.22813); use resample: gemm"
+                )
+            if spec.block.startswith("2d") and rotation.active:
                 said.append(
                     f"{key}.block: 2d tiles exist so that w and its transpose share codes; rotating "
                     "w undoes that; use block: 1d or no rotation"
@@ -225,10 +251,10 @@ class Recipe:
                 (
                     gemm,
                     operand,
-                    spec.format,
+                    _format_text(spec),
                     _block_text(spec) if quantized else "-",
                     rounding,
-                    spec.scale if quantized else "-",
+                    _scale_text(spec) if quantized else "-",
                     str(self.gemm(gemm).rotation),
                 )
             )
@@ -255,6 +281,28 @@ def _may_sum_fast(spec: QuantSpec) -> bool:
     return spec.format == "mxfp4"
 
 
+def _format_text(spec: QuantSpec) -> str:
+    """The format, and of what: the forward pass's copy, a sum of terms."""
+    split = {
+        "none": "",
+        "mean": ", mean + rest",
+        "channels": f", + {spec.channels:.2g} of channels",
+    }
+    source = " of fprop's" if spec.source == "forward" else ""
+    return f"{spec.format}{source}{split[spec.split]}"
+
+
+def _scale_text(spec: QuantSpec) -> str:
+    """The scale rule, and where the tensor's amax comes from if not from the tensor."""
+    amax = {
+        "current": "",
+        "fixed": f", amax {spec.amax_value:g}",
+        "held": f", amax every {spec.amax_steps} steps",
+        "delayed": f", amax of {spec.amax_steps} steps",
+    }
+    return spec.scale + amax[spec.amax]
+
+
 def _block_text(spec: QuantSpec) -> str:
     rows, cols = spec.row.blocks[spec.block]
     return f"{rows}x{cols}" if cols else spec.block
@@ -264,10 +312,24 @@ def _check_gemm(name: str, gemm: Gemm) -> None:
     families = set()
     for operand in OPERANDS[name]:
         spec: QuantSpec = getattr(gemm, operand)
-        if spec.block == "2d" and operand != "w":
+        if spec.block.startswith("2d") and operand != "w":
             raise UserError(
-                f"precision.{name}.{operand}.block: 2d is for w, whose transpose shares its codes; "
-                "use 1d"
+                f"precision.{name}.{operand}.block: {spec.block} is for w, whose transpose shares its "
+                f"codes; use {spec.block.replace('2d', '1d')}"
+            )
+        if spec.rounding_row.scales and gemm.rotation.kind != "random_hadamard":
+            raise UserError(
+                f"precision.{name}.rotation.kind: {operand}'s eden rounding is unbiased over random "
+                "rotations alone; use random_hadamard"
+            )
+        if spec.split == "mean" and operand == "w":
+            raise UserError(
+                f"precision.{name}.w.split: a weight has no tokens to take the mean of; use none"
+            )
+        if spec.split == "channels" and gemm.rotation.active:
+            raise UserError(
+                f"precision.{name}.{operand}.split: a rotation mixes the channels; use "
+                f"precision.{name}.rotation.kind=none, or split: none"
             )
         if spec.quantized:
             families.add(spec.row.family)

@@ -9,13 +9,12 @@ at four, after which it goes to FP32. BF16 results add half an ulp, 2^-9.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
 
 from fp4pretrain.bench.linear import casts_of
-from fp4pretrain.numerics import FORMATS, QuantSpec
+from fp4pretrain.numerics import QuantSpec
 from fp4pretrain.ops import Backend, Cast, Moment, Shard, linear_casts
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.ops.triton_backend import TritonBackend, TritonOperand
@@ -70,16 +69,6 @@ RECIPES = {
         dict(format="fp8_e4m3", block="1d"), fprop_w=dict(block="2d"), dgrad_w=dict(block="2d")
     ),
 }  # fmt: skip
-
-
-def every_spec() -> list[QuantSpec]:
-    """All casts that the table of formats offers."""
-    found = []
-    for row in FORMATS.values():
-        for fields in itertools.product(row.blocks, row.roundings, row.ties, row.scale_rules):
-            if not (fields[3] == "four_over_six" and fields[1] != "nearest"):
-                found.append(QuantSpec(row.name, *fields))
-    return found
 
 
 def check_recipe(

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from backend_laws import check_operands, every_spec
+from backend_laws import check_operands
 from dot_scaled import provide
 from fp4_kernels import amax as amax_kernels
 from fp4_kernels.block_gemm import TILE, block_matmul
@@ -358,7 +358,7 @@ def check_registry(part: str) -> list[str]:
     x = (torch.randn(32, 256, generator=g) * 2).bfloat16()
     noise = numerics.Noise(3, 5, 32)
     bad = []
-    for spec in every_spec()[int(part) :: 2]:
+    for spec in numerics.every_spec()[int(part) :: 2]:
         reason = TritonBackend().why_not_cast(spec, x.device)
         if reason is not None:
             bad += [f"{spec}: no clause: {reason!r}"] if "\n" in reason or not reason else []

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backend_laws import every_spec
 
 from fp4pretrain.errors import UserError
-from fp4pretrain.numerics import FORMATS, Noise, QuantSpec, emulate, gemm_reference, quantize
+from fp4pretrain.numerics import (
+    FORMATS,
+    Noise,
+    QuantSpec,
+    emulate,
+    every_spec,
+    gemm_reference,
+    quantize,
+)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +32,19 @@ from fp4pretrain.numerics import FORMATS, Noise, QuantSpec, emulate, gemm_refere
         ({"format": "fp8_e4m3", "ties": "away"}, "ties"),
         ({"format": "nvfp4", "ties": "odd"}, "ties"),
         ({"format": "nvfp4", "scale": "four_over_six", "rounding": "stochastic"}, "scale"),
+        ({"format": "nvfp4", "rounding": "eden", "scale": "cap256"}, "rounding"),
+        ({"format": "nvfp4", "scale": "eden"}, "rounding"),
+        ({"format": "nvfp4", "rounding": "eden", "block": "2d"}, "rounding"),
+        ({"format": "mxfp4", "rounding": "eden"}, "rounding"),
+        ({"format": "nvfp4", "source": "backward"}, "source"),
+        ({"format": "bf16", "source": "forward"}, "source"),
+        ({"format": "nvfp4", "split": "half"}, "split"),
+        ({"format": "bf16", "split": "mean"}, "split"),
+        ({"format": "nvfp4", "split": "channels", "channels": 0.0}, "channels"),
+        ({"format": "mxfp4", "amax": "held"}, "amax"),
+        ({"format": "fp8_e4m3", "block": "row", "amax": "delayed"}, "amax"),
+        ({"format": "nvfp4", "amax": "fixed", "amax_value": -1.0}, "amax_value"),
+        ({"format": "nvfp4", "amax": "held", "amax_steps": 0}, "amax_steps"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_cure(fields: dict, key: str) -> None:
@@ -103,14 +123,15 @@ def test_emulate_is_dequantize_bit_for_bit(spec: QuantSpec, dtype: torch.dtype) 
     assert torch.equal((values * alpha).view(torch.int32), q.dequantize().view(torch.int32))
     assert torch.equal(q.alpha(), alpha)
     assert torch.equal(values.bfloat16().float(), values) or not spec.exact_in_bf16
-    assert (q.amax is not None) == (spec.amax_span == "tensor")
+    assert (q.amax is not None) == (spec.amax_span == "tensor" or len(spec.row.levels) > 1)
     element = spec.row.element
     assert q.codes.dtype == element.dtype
     assert q.codes.shape == (256, 256 // (2 if element.packed else 1))
     if q.scales is not None:
         block = spec.block_shape((256, 256))
         assert q.scales.shape == (256 // block[0], 256 // block[1])
-        dtypes = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu, "fp32": torch.float32}
+        dtypes = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu}
+        dtypes |= {"ue5m3": torch.uint8, "fp32": torch.float32}
         assert q.scales.dtype == dtypes[spec.row.scale_type]
 
 
