@@ -90,7 +90,7 @@ class QuantSpec:
         if self.rounding_row.scales != (self.scale == "eden"):
             raise UserError(
                 f"rounding: eden and scale: eden are one estimator, and here they are {self.rounding} and "
-                f"{self.scale}; leave scale out, or give both"
+                f"{self.scale}; use rounding: eden and leave scale out, or use neither"
             )
         if self.scale == "eden" and self.block != "1d":
             raise UserError("rounding: eden corrects the scales of 1d blocks; use block: 1d")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -14,8 +14,8 @@ from megatron.core.transformer import TransformerConfig
 from fp4pretrain.config import compose, plan_of
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.nn.linear import Binding, ColumnParallelQuantLinear, RowParallelQuantLinear
-from fp4pretrain.numerics import quantize, rotate
-from fp4pretrain.ops import Cast, Moment, Site
+from fp4pretrain.numerics import Noise, derive_key, quantize, rotate
+from fp4pretrain.ops import AmaxState, Cast, Moment, Site, sites_of
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.precision import Recipe
 
@@ -87,6 +87,7 @@ def build(
             layer=LAYER,
             linear=LINEAR,
             recipe=recipe,
+            amaxes=AmaxState(sites_of({(LAYER, LINEAR): [recipe]}), linear.weight.device),
         )
     )
     return linear
@@ -127,12 +128,42 @@ def operand(
 
     Made by ``quantize(...).dequantize()`` of the stored codes, not by the backend's short cut.
     """
-    oriented = ORIENTED[gemm, name](tensor.detach().reshape(-1, tensor.shape[-1]))
+    matrix = tensor.detach().reshape(-1, tensor.shape[-1])
     if not cast:
-        return oriented.double()
-    spec, rotation = recipe.operand(gemm, name), recipe.gemm(gemm).rotation
+        return ORIENTED[gemm, name](matrix).double()
+    spec = recipe.operand(gemm, name)
     site = Site(LAYER, LINEAR, gemm, name)
-    multiple = recipe.gemm(gemm).contraction_multiple
+    noise = moment.noise(site) if spec.stochastic else None
+    if spec.source == "forward":
+        copied = operand(recipe, "fprop", name, tensor, moment, cast=True)
+        matrix = copied[:, : matrix.shape[1]].float()
+    if spec.split == "mean":
+        mean = matrix.float().mean(dim=0).to(matrix.dtype)
+        terms = [matrix - mean, mean.expand_as(matrix)]
+    else:
+        terms = [matrix]
+    total = torch.zeros(())
+    for number, term in enumerate(terms):
+        if number and noise is not None:
+            noise = replace(noise, key=derive_key(noise.key, 0x7E, number))
+        total = total + _cast(recipe, site, ORIENTED[gemm, name](term), moment, noise)
+    if spec.split == "channels":
+        exact = ORIENTED[gemm, name](matrix).float()
+        lost = F.pad(exact, (0, total.shape[1] - exact.shape[1])).double() - total
+        share = -int(-spec.channels * lost.shape[1] // 1)
+        cold = lost.abs().sum(dim=0).argsort(descending=True)[share:]
+        lost[:, cold] = 0.0
+        if noise is not None:
+            noise = replace(noise, key=derive_key(noise.key, 0x7E, 1))
+        total = total + _cast(recipe, site, lost.float(), moment, noise)
+    return total
+
+
+def _cast(
+    recipe: Recipe, site: Site, oriented: torch.Tensor, moment: Moment, noise: Noise | None
+) -> torch.Tensor:
+    spec, rotation = recipe.operand(site.gemm, site.operand), recipe.gemm(site.gemm).rotation
+    multiple = recipe.gemm(site.gemm).contraction_multiple
     oriented = F.pad(oriented, (0, -oriented.shape[1] % multiple))
     if rotation.active:
         oriented = rotate(
@@ -141,8 +172,9 @@ def operand(
             signs=moment.signs(site, rotation),
             round_bf16=rotation.dtype == "bf16",
         )
-    noise = moment.noise(site) if spec.stochastic else None
-    return quantize(oriented.contiguous(), spec, noise=noise).dequantize(torch.float64)
+    amax = torch.tensor(spec.amax_value) if spec.amax == "fixed" else None
+    q = quantize(oriented.contiguous(), spec, noise=noise, amax=amax, group=rotation.size)
+    return q.dequantize(torch.float64)
 
 
 def products(

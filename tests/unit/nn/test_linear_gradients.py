@@ -48,6 +48,38 @@ WRITTEN = {
         Wgrad(QuantSpec("fp8_e5m2", block="row"), QuantSpec(), Rotation("hadamard", 64)),
     ),
 }
+_EDEN = QuantSpec("nvfp4", rounding="eden")
+_COPY = QuantSpec("nvfp4", rounding="eden", source="forward")
+_MEAN = QuantSpec("nvfp4", rounding="stochastic", split="mean")
+_HOT = QuantSpec("nvfp4", split="channels")
+WRITTEN |= {
+    "copies": Recipe(
+        Fprop(QuantSpec("nvfp4", scale="four_over_six"), QuantSpec("nvfp4")),
+        Dgrad(_EDEN, _COPY, Rotation("random_hadamard", 128, "gemm")),
+        Wgrad(_EDEN, _COPY, Rotation("random_hadamard", 32, "gemm")),
+    ),
+    "means": Recipe(
+        Fprop(QuantSpec("nvfp4", split="mean"), QuantSpec("nvfp4", block="2d")),
+        Dgrad(_MEAN, QuantSpec("nvfp4", block="2d")),
+        Wgrad(_MEAN, QuantSpec("nvfp4", split="mean"), Rotation("random_hadamard", 16)),
+    ),
+    "hot channels": Recipe(
+        Fprop(_HOT, _HOT), Dgrad(QuantSpec("nvfp4"), _HOT), Wgrad(_HOT, QuantSpec("nvfp4"))
+    ),
+    "levels": Recipe(
+        Fprop(QuantSpec("ue5m3", amax="held"), QuantSpec("ue5m3", block="2d32")),
+        Dgrad(QuantSpec("nvfp4_local"), QuantSpec("nvfp4_local", block="2d")),
+        Wgrad(QuantSpec("nvfp4_double", rounding="stochastic"), QuantSpec("nvfp4_double")),
+    ),
+    "full grid, six bits, fixed": Recipe(
+        Fprop(
+            QuantSpec("mxfp4", scale="full_grid"),
+            QuantSpec("mxfp4", "2d", scale="full_grid_adaptive"),
+        ),
+        Dgrad(QuantSpec("mxfp6_e3m2"), QuantSpec("mxfp6_e2m3")),
+        Wgrad(QuantSpec("nvfp4", amax="fixed", amax_value=8.0), QuantSpec("nvfp4", amax="delayed")),
+    ),
+}
 # Half the distance of BF16's 8 significant bits, at the power of two below a number.
 BF16_ROUNDING = 2.0**-8
 
