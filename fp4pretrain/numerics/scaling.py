@@ -142,6 +142,8 @@ def spanning_amax(x: Tensor, spec: QuantSpec) -> Tensor | None:
         return None
     if spec.amax_span == "tensor":
         return tensor_amax(x)
+    if not x.numel():
+        return torch.zeros(x.shape[0], device=x.device)
     return block_amax(x, (1, x.shape[1])).flatten()
 
 

@@ -100,9 +100,7 @@ class QuantSpec:
                     f"{key}: {getattr(self, key)} says how a cast is made, and bf16 is none"
                 )
         if self.split == "channels" and not 0 < self.channels <= 1:
-            raise UserError(
-                f"channels: {self.channels} is no share; use a number above 0, up to 1"
-            )
+            raise UserError(f"channels: {self.channels} is no share; use a number above 0, up to 1")
 
     def _check_amax(self) -> None:
         if self.amax == "current":

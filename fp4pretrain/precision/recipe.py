@@ -40,7 +40,8 @@ class Rotation:
     ``kind`` none, hadamard (no signs) or random_hadamard; ``size`` 16 to 128; ``resample``: the
     random signs are one vector for the run (never), one a linear (layer), or drawn anew each step
     or for each GEMM of each microbatch (gemm: arXiv:2502.20586); ``signs`` seed, or te for
-    Transformer Engine's fixed vector of 16 (arXiv:2509.25149's implementation); ``dtype``: what the
+    Transformer Engine's fixed vector (arXiv:2509.25149's implementation), which has 16 signs that are
+    never drawn anew: with another size or resample they come from the seed; ``dtype``: what the
     rotated operand is rounded to before its amax is taken, bf16 (Transformer Engine) or fp32 (not
     at all: arXiv:2605.09825).
     """
@@ -57,11 +58,18 @@ class Rotation:
         _one_of("rotation.resample", self.resample, RESAMPLE)
         _one_of("rotation.signs", self.signs, SIGNS)
         _one_of("rotation.dtype", self.dtype, ROTATED_DTYPES)
-        if self.signs == "te" and (self.size != 16 or self.resample != "never"):
-            raise UserError(
-                "rotation.signs: te is one fixed vector of 16 signs; use size: 16 and "
-                "resample: never, or signs: seed"
-            )
+        self._settle()
+
+    def _settle(self) -> None:
+        """Words that decide nothing here get their defaults, so that equal rotations are equal."""
+        fixed = self.size == 16 and self.resample == "never"
+        if self.signs == "te" and not (self.kind == "random_hadamard" and fixed):
+            object.__setattr__(self, "signs", "seed")
+        if self.kind != "random_hadamard":
+            object.__setattr__(self, "resample", "never")
+        if self.kind == "none":
+            object.__setattr__(self, "size", 16)
+            object.__setattr__(self, "dtype", "bf16")
 
     @property
     def active(self) -> bool:

@@ -171,8 +171,6 @@ def test_the_late_switch_takes_whole_gemms_rotation_included(
         (lambda: Rotation("hadamard", 17), "rotation.size", "16, 32, 64, 128"),
         (lambda: Rotation(resample="daily"), "rotation.resample", "never"),
         (lambda: Rotation(signs="dice"), "rotation.signs", "te"),
-        (lambda: Rotation("random_hadamard", 32, signs="te"), "rotation.signs", "size: 16"),
-        (lambda: Rotation("random_hadamard", 16, "gemm", "te"), "rotation.signs", "never"),
     ],
 )
 def test_a_plan_that_cannot_be_meant_is_refused_in_one_line(make, key: str, cure: str) -> None:
