@@ -27,12 +27,9 @@ def test_a_preset_composes_and_fits_some_ranks(group: str, option: str) -> None:
     assert check_layout(config, ranks).data == 1
 
 
-@pytest.mark.parametrize(
-    ("recipe", "model"),
-    [(recipe, "tiny") for recipe in groups()["precision"]]
-    + [(recipe, model) for recipe in ("nvfp4", "tetrajet2") for model in groups()["model"]],
-)
-def test_every_recipe_fits_the_default_model_and_two_fit_all(recipe: str, model: str) -> None:
+@pytest.mark.parametrize("recipe", ["nvfp4", "tetrajet2"])  # the latter has the longest blocks
+@pytest.mark.parametrize("model", groups()["model"])
+def test_a_recipe_fits_every_model(recipe: str, model: str) -> None:
     config = compose([f"precision={recipe}", f"model={model}"])
     assert check_layout(config, 1).data == 1
     assert config.precision.name == recipe

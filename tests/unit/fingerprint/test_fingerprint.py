@@ -144,7 +144,7 @@ def test_refused_casts_are_few() -> None:
             digests(changed(base_for(key), key))
         except UserError:
             refused.append(key)
-    assert len(refused) < 15, refused
+    assert len(refused) < 20, refused
 
 
 def test_reasons_name_keys_that_exist() -> None:
