@@ -12,8 +12,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from agreement import LATER_LOSS, SMALL
 from records import same_state
+
+from fp4pretrain.config import compose
+from fp4pretrain.convert.families import family_of
+from fp4pretrain.convert.tensors import tensors_of
+from fp4pretrain.convert.weights import CheckpointWeights
 
 STEPS = 2
 RECIPE = ["precision=nvfp4", "train.global_batch=4"]
@@ -82,6 +88,23 @@ def test_another_layout_goes_on(ranks, source: str, target: str, extra: list[str
     print(f"{source} -> {target}: losses differ by {max(gaps):.1e}")
     assert max(gaps) <= (BF16_LOSS if extra else LATER_LOSS)
     assert [row["lr"] for row in reply["rows"]] == [row["lr"] for row in whole]
+
+
+@pytest.mark.parametrize("layout", ["TP 2 x PP 2", "PP 2 interleaved", "TP 2 x DP 2"])
+def test_what_is_exported_of_any_layout_is_one_model(ranks, layout: str) -> None:
+    """The names and shapes of one process's, and values that its weights would have."""
+    model = compose([*SMALL, *RECIPE]).model
+    exported = []
+    for one in ("1", layout):
+        weights = CheckpointWeights(Path(begun(ranks, one, [])["checkpoint"]), masters=False)
+        exported.append(dict(tensors_of(family_of(model), model, weights)))
+    whole, sharded = exported
+    assert whole.keys() == sharded.keys()
+    for name, tensor in whole.items():
+        assert tensor.shape == sharded[name].shape
+        # equal initial weights, and two of Adam's steps, each of about lr whatever the gradient
+        torch.testing.assert_close(sharded[name], tensor, rtol=0, atol=2e-3, msg=name)
+        assert float(tensor.std()) > 5e-3 or "norm" in name
 
 
 def test_another_length_and_batch_go_on(ranks) -> None:
