@@ -28,7 +28,6 @@ from fp4pretrain.convert.tokenizer import fitting_tokenizer, write_tokenizer
 from fp4pretrain.convert.weights import CheckpointWeights
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import unwritable
-from fp4pretrain.precision import Progress
 from fp4pretrain.train.stored import StoredRun
 
 _FILE_BYTES = 4 << 30
@@ -63,7 +62,7 @@ def export_hf(run: StoredRun, out: Path, wanted: Export | None = None) -> dict[s
     if out.exists() or out.is_symlink():
         raise UserError(f"--out: {out} exists already; remove it, or choose another folder")
     dtype = wanted.dtype or config.optim.params_dtype
-    packer = Packer(plan_of(config), _progress(run), family) if wanted.quantize else None
+    packer = Packer(plan_of(config), run.last_moment, family) if wanted.quantize else None
     # casts are made of what the GEMMs read, the master weights only where those are asked for
     weights = CheckpointWeights(run.checkpoint, masters=dtype == "fp32" and packer is None)
     facts = _facts(run, family.architecture, dtype, packer)
@@ -102,13 +101,6 @@ def export_hf(run: StoredRun, out: Path, wanted: Export | None = None) -> dict[s
 
 def _plain(name: str) -> bool:
     return name.endswith((".weight", ".bias"))
-
-
-def _progress(run: StoredRun) -> Progress:
-    """The moment of the checkpoint's last step: a rule that begins after it has not begun."""
-    train, length = run.config.train, run.config.model.seq_length
-    step = max(0, run.step - 1)
-    return Progress(step, train.steps, step * train.global_batch * length)
 
 
 def _facts(run: StoredRun, architecture: str, dtype: str, packer: Packer | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from yaml import YAMLError
 
 from fp4pretrain.config import ModelConfig, RunConfig
 from fp4pretrain.errors import UserError
+from fp4pretrain.precision import Progress
 from fp4pretrain.train import checkpoint
 from fp4pretrain.train.run_dir import CHECKPOINTS
 
@@ -26,6 +27,14 @@ class StoredRun:
     step: int
     tokens: int
     fingerprint: str
+
+    @property
+    def last_moment(self) -> Progress:
+        """When the checkpoint's last step was taken: a rule that begins after it has not begun."""
+        train, length = self.config.train, self.config.model.seq_length
+        step = max(0, self.step - 1)
+        a_step = train.global_batch * length
+        return Progress(step, train.steps, max(0, self.tokens - a_step))
 
 
 def stored_run(path: Path) -> StoredRun:

@@ -34,6 +34,7 @@ from fp4pretrain.train.checkpoint.saving import (
     remove_leftovers,
     save,
 )
+from fp4pretrain.train.checkpoint.state import restore_weights
 
 __all__ = [
     "LATEST",
@@ -52,6 +53,7 @@ __all__ = [
     "read_manifest",
     "read_part",
     "remove_leftovers",
+    "restore_weights",
     "resume",
     "save",
 ]

@@ -33,7 +33,15 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from fp4pretrain.train.checkpoint.files import Box, Damaged, Manifest, read_part
+from fp4pretrain.errors import UserError
+from fp4pretrain.train.checkpoint.files import (
+    Box,
+    Damaged,
+    Manifest,
+    check_file,
+    read_manifest,
+    read_part,
+)
 from fp4pretrain.train.checkpoint.shards import shard_boxes
 from fp4pretrain.train.trainer import Trainer, unwrapped
 
@@ -104,6 +112,26 @@ def restore(
     trainer.schedule.num_steps = numbers["schedule_step"]
     trainer.schedule.step(increment=0)  # the learning rate of that step, in the config's schedule
     _set_generators(generators)
+
+
+def restore_weights(gpt: Any, folder: Path) -> None:
+    """The weights alone of a checkpoint of any layout, into this rank's model in their dtype.
+
+    Raises UserError where a file is damaged.
+    """
+    metadata = _METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(True)}
+    with _quiet():
+        state = {"model": gpt.sharded_state_dict(metadata=metadata)}
+    loaded, own, factories = load_preprocess(state)
+    try:
+        manifest = read_manifest(folder)
+        for name in sorted(manifest.files):
+            check_file(folder, name, manifest)
+        loaded = _filled(loaded, folder, manifest)
+    except Damaged as damage:
+        raise UserError(f"{folder} is damaged ({damage}); take another checkpoint") from None
+    merge(loaded, own)
+    gpt.load_state_dict(apply_factory_merges(loaded, factories)["model"], strict=True)
 
 
 def _sharded(trainer: Trainer, *, loading: bool) -> dict[str, Any]:

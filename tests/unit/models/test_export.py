@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,14 @@ from fp4pretrain.cli import main
 from fp4pretrain.config import ModelConfig, compose
 from fp4pretrain.convert import Export, export_hf
 from fp4pretrain.convert.families import family_of
-from fp4pretrain.model.layout import check_layout
 from fp4pretrain.numerics import emulate
-from fp4pretrain.ops.reference import EmulatedOperand, ReferenceBackend
-from fp4pretrain.parallel.groups import join, leave, pick_device
 from fp4pretrain.precision import Progress
 from fp4pretrain.presets import groups
 from fp4pretrain.train import checkpoint
-from fp4pretrain.train.run_dir import CHECKPOINTS, prepare
+from fp4pretrain.train.run_dir import CHECKPOINTS
 from fp4pretrain.train.stored import stored_run
-from fp4pretrain.train.trainer import Trainer, build_trainer, unwrapped
+from fp4pretrain.train.trainer import Trainer, unwrapped
 
-# The kinds of the presets are theirs; only sizes shrink.
-SMALL = (
-    "model.num_layers=2 model.hidden_size=64 model.num_attention_heads=4 model.ffn_hidden_size=96 "
-    "model.seq_length=32 model.vocab_size=257 model.kv_channels=null model.init_std=0.1 data=mock "
-    "train.steps=4 train.micro_batch=1 train.global_batch=1 parallel.device=cpu optim.decay=0.2 "
-    "parallel.distributed_optimizer=false logging.wandb.mode=disabled optim.warmup=0"
-).split()
 FP32 = "optim.params_dtype=fp32"
 ARCHITECTURES = {
     "gpt_1_2b": "ArceeForCausalLM",
@@ -64,66 +53,34 @@ OTHERS = [
 ]
 
 
-class Exact(ReferenceBackend):
-    """FP32 where the BF16 recipe would round: what another program's FP32 is compared with."""
-
-    def quantize(self, x: torch.Tensor, casts: Any, reduce_amax: Any = None) -> list[Any]:
-        return [EmulatedOperand(x.t() if cast.transpose else x, None) for cast in casts]
-
-
 Make = Callable[..., tuple[Trainer, Path]]
 
 
-@pytest.fixture
-def trained(tmp_path: Path) -> Iterator[Make]:
-    """A run's folder with one checkpoint of a model whose every weight is drawn anew, norms too."""
-
-    def make(*overrides: str) -> tuple[Trainer, Path]:
-        config = compose([*SMALL, "precision=bf16", *overrides])
-        world = join(device=pick_device("cpu"), seed=config.seed)
-        trainer = build_trainer(config, world, check_layout(config, 1))
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for parameter in unwrapped(trainer.chunks[0]).parameters():
-                noise = torch.empty(parameter.shape).normal_(0, 0.1, generator=generator)
-                parameter.add_(noise.to(parameter.dtype))
-        trainer.optimizer.reload_model_params()
-        trainer.clock.weights_changed()
-        run = tmp_path / "run"
-        prepare(run, config, plan_text="", unigram_entropy=1.0, fingerprint={})
-        checkpoint.save(trainer, run / CHECKPOINTS, keep_last=1)
-        return trainer, run
-
-    yield make
-    leave()
-
-
-def _logits(trainer: Trainer, ids: torch.Tensor) -> torch.Tensor:
+def _logits(trainer: Trainer, ids: torch.Tensor, exactly: Callable[[Any], None]) -> torch.Tensor:
     """Ours [b, s, vocabulary], computed in FP32."""
     gpt = unwrapped(trainer.chunks[0]).eval()
-    for _, _, linear in trainer.binding.linears:
-        linear.binding = replace(linear.bound, backend=Exact())
-        linear.bind(linear.binding)
+    exactly(gpt)
     positions = torch.arange(ids.shape[1]).expand(ids.shape[0], -1)
     with torch.no_grad():
         return gpt(ids, positions, attention_mask=None).float()
 
 
-@cache
-def _kinds() -> list[ModelConfig]:
-    return [compose([*SMALL, *kind]).model for kind in KINDS]
+@pytest.fixture(scope="module")
+def kinds(small: list[str]) -> list[ModelConfig]:
+    return [compose([*small, *kind]).model for kind in KINDS]
 
 
 @pytest.mark.parametrize("name", groups()["model"])
-def test_every_preset_is_an_architecture_and_one_of_the_kinds(name: str) -> None:
+def test_every_preset_is_an_architecture_and_one_of_the_kinds(
+    name: str, small: list[str], kinds: list[ModelConfig]
+) -> None:
     model = compose([f"model={name}"]).model
     family = family_of(model)
     assert family.architecture == ARCHITECTURES.get(name, "LlamaForCausalLM")
     assert family.config["vocab_size"] == model.vocab_size
-    shape = [one.split("=")[0] for one in SMALL if one.startswith("model.")]
-    kinds = _kinds()
+    shape = [one.split("=")[0] for one in small if one.startswith("model.")]
     shared = (model.num_query_groups or model.num_attention_heads) != model.num_attention_heads
-    small = replace(
+    shrunk = replace(
         model,
         **{
             key.removeprefix("model."): getattr(kinds[0], key.removeprefix("model."))
@@ -131,12 +88,12 @@ def test_every_preset_is_an_architecture_and_one_of_the_kinds(name: str) -> None
         },
         num_query_groups=2 if shared else None,
     )
-    assert small in kinds
+    assert shrunk in kinds
 
 
 @pytest.mark.parametrize("model", [*KINDS, *OTHERS], ids=",".join)
 def test_transformers_computes_the_same_logits(
-    trained: Make, tmp_path: Path, model: list[str]
+    trained: Make, exactly: Callable[[Any], None], tmp_path: Path, model: list[str]
 ) -> None:
     transformers = pytest.importorskip("transformers")
     trainer, run = trained(*model, FP32)
@@ -149,7 +106,7 @@ def test_transformers_computes_the_same_logits(
     ids = torch.randint(257, (2, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         theirs = loaded.eval()(ids).logits
-    ours = _logits(trainer, ids)[..., : trainer.config.model.vocab_size]
+    ours = _logits(trainer, ids, exactly)[..., : trainer.config.model.vocab_size]
     assert theirs.shape == ours.shape
     assert float(ours.std()) > 0.1
     assert float((theirs - ours).abs().max()) < 1e-5 * float(ours.abs().max())
