@@ -19,7 +19,8 @@ Build and look at datasets: Megatron indexed datasets (PREFIX.bin, PREFIX.idx).
   fp4pretrain data corpus torch notes/ linux-doc --out data/text        packages, folders, Debian packages
 
 Inputs: text, .jsonl and .ndjson (an object a line), .json (the same, or one array), each also as .gz or
-.zst, folders of them, and stdlib (this Python's standard library).
+.zst, .parquet (a column of text), Hugging Face datasets on disk, folders of them, and stdlib (this
+Python's standard library).
 """
 
 
@@ -32,12 +33,18 @@ def _data_jobs(data: argparse.ArgumentParser) -> None:
     jobs = data.add_subparsers(title="jobs", required=True, metavar="JOB", dest="job")
     build = jobs.add_parser("build", help="text or JSON files to an indexed dataset")
     build.add_argument("--out", required=True, metavar="PREFIX")
-    build.add_argument("--tokenizer", default="byte", help="byte, a tokenizer.json, or a HF folder")
+    build.add_argument(
+        "--tokenizer",
+        default="byte",
+        help="byte, a tokenizer.json, a SentencePiece .model, or a HF folder",
+    )
     build.add_argument("--force", action="store_true", help="replace a dataset that is there")
     bpe = jobs.add_parser("train-bpe", help="train a byte-level BPE tokenizer")
     for job in (build, bpe):
         job.add_argument("inputs", nargs="+", metavar="FILE or DIR or stdlib")
-        job.add_argument("--text-key", default="text", metavar="KEY", help="of JSON objects")
+        job.add_argument(
+            "--text-key", default="text", metavar="KEY", help="of JSON objects, or a column"
+        )
         job.add_argument(
             "--on-error", choices=("stop", "skip"), default="stop", help="at a broken record"
         )

@@ -24,7 +24,7 @@ from fp4pretrain.config import plan_of
 from fp4pretrain.convert.families import family_of
 from fp4pretrain.convert.packed import Packer
 from fp4pretrain.convert.tensors import tensors_of
-from fp4pretrain.convert.tokenizer import fitting_tokenizer, write_tokenizer
+from fp4pretrain.convert.tokenizer import exportable, fitting_tokenizer, write_tokenizer
 from fp4pretrain.convert.weights import CheckpointWeights
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import unwritable
@@ -56,9 +56,8 @@ def export_hf(run: StoredRun, out: Path, wanted: Export | None = None) -> dict[s
     wanted = wanted or Export()
     config = run.config
     family = family_of(config.model)
-    tokenizer = fitting_tokenizer(
-        wanted.tokenizer or config.data.tokenizer, vocab_size=config.model.vocab_size
-    )
+    named = wanted.tokenizer or config.data.tokenizer
+    tokenizer = exportable(fitting_tokenizer(named, vocab_size=config.model.vocab_size))
     if out.exists() or out.is_symlink():
         raise UserError(f"--out: {out} exists already; remove it, or choose another folder")
     dtype = wanted.dtype or config.optim.params_dtype

@@ -10,6 +10,7 @@ from typing import Any
 from fp4pretrain.data.tokenizers import (
     END_OF_TEXT,
     ByteTokenizer,
+    SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
     tokenizer_files,
@@ -30,6 +31,16 @@ def fitting_tokenizer(name: str, *, vocab_size: int) -> Tokenizer:
             f"{vocab_size}; give the tokenizer that its data was made with"
         )
     return found
+
+
+def exportable(tokenizer: Tokenizer) -> Tokenizer:
+    """Raises UserError for a tokenizer that transformers may read otherwise than we do."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        raise UserError(
+            f"--tokenizer: transformers splits words otherwise than SentencePiece's {tokenizer.name} "
+            "may; give the Hugging Face folder of the same vocabulary with --tokenizer"
+        )
+    return tokenizer
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
