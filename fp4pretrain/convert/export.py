@@ -21,13 +21,13 @@ import torch
 
 from fp4pretrain import __version__
 from fp4pretrain.config import plan_of
-from fp4pretrain.convert.families import family_of
 from fp4pretrain.convert.packed import Packer
 from fp4pretrain.convert.tensors import tensors_of
 from fp4pretrain.convert.tokenizer import exportable, fitting_tokenizer, write_tokenizer
 from fp4pretrain.convert.weights import CheckpointWeights
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import unwritable
+from fp4pretrain.model.families import family_of
 from fp4pretrain.train.stored import StoredRun
 
 _FILE_BYTES = 4 << 30

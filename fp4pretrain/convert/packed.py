@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from fp4pretrain.convert.families import Family, Linear
 from fp4pretrain.errors import UserError
+from fp4pretrain.model.families import Family, Linear
 from fp4pretrain.numerics import QuantizedTensor, QuantSpec, quantize
 from fp4pretrain.precision import Plan, Progress
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fp4pretrain.config import ModelConfig
-from fp4pretrain.convert.families import Family, Linear
 from fp4pretrain.convert.weights import CheckpointWeights
+from fp4pretrain.model.families import Family, Linear
 
 # (layer, our linear's name, its weight [n, k], rows of each of theirs) -> name's end -> tensor
 Pack = Callable[[int, Linear, torch.Tensor], list[dict[str, torch.Tensor]] | None]

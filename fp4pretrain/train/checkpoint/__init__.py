@@ -34,7 +34,7 @@ from fp4pretrain.train.checkpoint.saving import (
     remove_leftovers,
     save,
 )
-from fp4pretrain.train.checkpoint.state import restore_weights
+from fp4pretrain.train.checkpoint.state import fill_weights, restore_weights
 
 __all__ = [
     "LATEST",
@@ -48,6 +48,7 @@ __all__ = [
     "candidates",
     "check_model",
     "described",
+    "fill_weights",
     "find",
     "load",
     "read_manifest",

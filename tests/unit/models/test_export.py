@@ -18,7 +18,7 @@ from fp4pretrain import data
 from fp4pretrain.cli import main
 from fp4pretrain.config import ModelConfig, compose
 from fp4pretrain.convert import Export, export_hf
-from fp4pretrain.convert.families import family_of
+from fp4pretrain.model.families import family_of
 from fp4pretrain.numerics import emulate
 from fp4pretrain.precision import Progress
 from fp4pretrain.presets import groups
