@@ -84,7 +84,15 @@ NOT_NEGATIVE = (
 )
 BELOW_ONE = ("optim.beta1", "optim.beta2", "model.attention_dropout", "model.hidden_dropout")
 # Optional words: null says "none", an empty one says nothing.
-NOT_EMPTY = ("name", "run_dir", "resume", "precision.name", "data.tokenizer", "data.cache_dir")
+NOT_EMPTY = (
+    "name",
+    "run_dir",
+    "resume",
+    "init",
+    "precision.name",
+    "data.tokenizer",
+    "data.cache_dir",
+)
 
 
 def check(config: RunConfig) -> None:

@@ -230,7 +230,8 @@ class RunConfig:
 
     ``seed``: initial weights, rounding noise and dropout. ``resume``: null, ``auto``, a checkpoint, or
     ``restart``: from the beginning in a folder whose checkpoints are gone. ``resume_with``: keys or
-    sections that may differ from the checkpoint's run, such as ``[optim.lr,precision]``.
+    sections that may differ from the checkpoint's run, such as ``[optim.lr,precision]``. ``init``: null,
+    or a Hugging Face model's local folder, whose weights a fresh run begins with.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -248,6 +249,7 @@ class RunConfig:
     run_dir: str | None = None
     resume: str | None = None
     resume_with: list[str] = field(default_factory=list)
+    init: str | None = None
     baseline: str | None = None
 
 

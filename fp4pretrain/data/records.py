@@ -2,6 +2,7 @@
 
     .jsonl .ndjson    a JSON object a line; the document is its "text" (or another key)
     .json             the same, or one array of such objects
+    .parquet .arrow   tables with a column of that name (``columns``)
     anything else     UTF-8 text, cut at line breaks into documents of 64 Ki characters
     NAME.gz NAME.zst  any of these, compressed
 
@@ -23,6 +24,7 @@ from typing import BinaryIO
 
 import zstandard
 
+from fp4pretrain.data.columns import TABLES, table_documents
 from fp4pretrain.errors import UserError
 
 DOCUMENT_CHARACTERS = 1 << 16
@@ -42,7 +44,7 @@ class Reading:
     """How records are read, and what became of them.
 
     Attributes:
-        text_key: the key of a JSON object that holds the document.
+        text_key: the key of a JSON object, or the column of a table, that holds the document.
         skip: pass over a broken record and count it, in place of stopping there.
         skipped: how many were passed over.
         first_skipped: what was wrong with the first of them.
@@ -84,6 +86,11 @@ def documents_of(
     kind = kind_of(name)
     if kind == ".tar" or name.lower().endswith(".tgz"):
         raise UserError(f"inputs: {name} is an archive; unpack it and give the folder")
+    if kind in TABLES:
+        if _uncompressed(name) != name.lower():
+            raise UserError(f"inputs: {name} is compressed as a whole; decompress it first")
+        yield from table_documents(stream, name, reading, kind=kind)
+        return
     try:
         plain = _decompressed(stream, name)
         if kind in _LINES:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from fp4pretrain.data.columns import TABLES, is_dataset_file
 from fp4pretrain.data.records import Reading, documents_of, kind_of, open_file
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import user_path
@@ -27,7 +28,7 @@ STDLIB = "stdlib"
 # What a folder contributes, compressed or not. A file named by itself is read whatever its suffix;
 # .json is read only so: in a folder it is as often a setting as a corpus.
 TEXT_SUFFIXES = frozenset(
-    {".txt", ".md", ".rst", ".tex", ".jsonl", ".ndjson", ".py", ".c", ".h", ".cpp"}
+    {".txt", ".md", ".rst", ".tex", ".jsonl", ".ndjson", ".py", ".c", ".h", ".cpp", *TABLES}
 )
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
@@ -123,7 +124,7 @@ def _folder_files(root: Path, suffixes: frozenset[str], *, skip: frozenset[str])
         folders[:] = [name for name in folders if name not in skip]  # and do not descend
         for name in names:
             path = Path(folder, name)
-            if kind_of(name) in suffixes and path.is_file():
+            if kind_of(name) in suffixes and path.is_file() and is_dataset_file(path):
                 label = path.relative_to(root).as_posix()
                 found.append(TextFile(path, label, path.stat().st_size, named=False))
     return sorted(found, key=lambda file: hashlib.sha256(file.name.encode()).digest())

@@ -4,6 +4,7 @@ A tokenizer is named by one string, ``data.tokenizer``:
 
     byte                  256 byte values, and id 256 for the end of a document
     path/tokenizer.json   of the `tokenizers` package; `fp4pretrain data train-bpe` makes one
+    path/NAME.model       of SentencePiece
     path/                 a Hugging Face tokenizer's folder; nothing is ever downloaded
 
 Documents are encoded as plain text. Special tokens that are spelled out in a document
@@ -152,6 +153,45 @@ class TransformersTokenizer(Tokenizer):
         return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
 
 
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model. It normalizes text (spaces, Unicode forms), as it was trained to."""
+
+    def __init__(self, name: str, file: Path) -> None:
+        sentencepiece = _import("sentencepiece")
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
+        except RuntimeError as error:
+            raise UserError(
+                f"data.tokenizer: {file} is not a SentencePiece model ({str(error).splitlines()[0]}); "
+                "give one, or a tokenizer.json"
+            ) from None
+        if self._processor.eos_id() < 0:
+            raise UserError(
+                f"data.tokenizer: {name} has no end-of-document token; train it with an eos_id"
+            )
+        super().__init__(
+            name,
+            vocab_size=int(self._processor.get_piece_size()),
+            eod=int(self._processor.eos_id()),
+            fingerprint=hashlib.sha256(file.read_bytes()).hexdigest()[:16],
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        encoded = self._processor.encode(list(texts), out_type=int)
+        return [np.asarray(ids, dtype=np.int64) for ids in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids past the vocabulary (a padded head's) read as unknown."""
+        end, unknown = self._processor.id_to_piece(self.eod), self._processor.unk_id()
+        parts: list[list[int]] = [[]]
+        for one in map(int, ids):
+            if one == self.eod:
+                parts.append([])
+            else:
+                parts[-1].append(one if one < self.vocab_size else unknown)
+        return str(end.join(self._processor.decode(part) for part in parts))
+
+
 def tokenizer_files(name: str) -> list[Path]:
     """The files behind what `data.tokenizer` names; none for byte."""
     path = user_path(name, key="data.tokenizer")
@@ -183,15 +223,16 @@ def _load(name: str) -> Tokenizer:
         file = path / "tokenizer.json"
         return FileTokenizer(name, file) if file.is_file() else TransformersTokenizer(name, path)
     if path.is_file():
-        return FileTokenizer(name, path)
+        made = SentencePieceTokenizer if path.suffix == ".model" else FileTokenizer
+        return made(name, path)
     if path.suffix == ".json" or path.name != name:
         raise UserError(
-            f"data.tokenizer: {name} does not exist; give byte, a tokenizer.json or a Hugging Face "
-            "tokenizer's local folder"
+            f"data.tokenizer: {name} does not exist; give byte, a tokenizer.json, a SentencePiece .model "
+            "or a Hugging Face tokenizer's local folder"
         )
     raise UserError(
-        f"data.tokenizer: unknown tokenizer '{name}'; give byte, a tokenizer.json or a Hugging "
-        "Face tokenizer's local folder"
+        f"data.tokenizer: unknown tokenizer '{name}'; give byte, a tokenizer.json, a SentencePiece "
+        ".model or a Hugging Face tokenizer's local folder"
     )
 
 

@@ -47,9 +47,10 @@ class CoreAttention(torch.nn.Module):
         attention_mask: torch.Tensor | None = None,
         **_: object,
     ) -> torch.Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d].
+        """query [s, b, heads, d], key and value [t, b, groups, d] -> [s, b, heads * d].
 
-        Causal always: ``attention_mask`` is megatron-core's and stays None here.
+        Causal always: ``attention_mask`` is megatron-core's and stays None here. Where t > s the first
+        t - s positions are those of earlier calls, whose keys and values were kept.
         """
         dtype = query.dtype
         if not query.is_cuda:
@@ -64,12 +65,14 @@ class CoreAttention(torch.nn.Module):
             if self.softcap is not None:
                 out_bhsd = self._capped(q_bhsd, k_bgsd, v_bgsd, dropout)
             else:
+                whole = query.shape[0] == key.shape[0]
                 out_bhsd = F.scaled_dot_product_attention(
                     q_bhsd,
                     k_bgsd,
                     v_bgsd,
+                    attn_mask=None if whole else ~_later(query, key),
                     dropout_p=dropout,
-                    is_causal=True,
+                    is_causal=whole,
                     scale=self.softmax_scale,
                     enable_gqa=query.shape[2] != key.shape[2],
                 )
@@ -83,14 +86,20 @@ class CoreAttention(torch.nn.Module):
         v_bgsd: torch.Tensor,
         dropout: float,
     ) -> torch.Tensor:
-        """Attention over soft-capped scores [b, heads, s, s] -> [b, heads, s, d]."""
+        """Attention over soft-capped scores [b, heads, s, t] -> [b, heads, s, d]."""
         assert self.softcap is not None
         heads = q_bhsd.shape[1] // k_bgsd.shape[1]
         k_bhsd, v_bhsd = (t.repeat_interleave(heads, dim=1) for t in (k_bgsd, v_bgsd))
         scale = self.softmax_scale or q_bhsd.shape[-1] ** -0.5
         scores = (q_bhsd @ k_bhsd.transpose(-1, -2)).float() * scale
         scores = self.softcap * torch.tanh(scores / self.softcap)
-        length = scores.shape[-1]
-        later = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu(1)
+        later = _later(q_bhsd.transpose(0, 2), k_bhsd.transpose(0, 2))
         weights = scores.masked_fill(later, float("-inf")).softmax(dim=-1)
         return F.dropout(weights, dropout, dropout > 0).to(v_bhsd.dtype) @ v_bhsd
+
+
+def _later(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Which keys [t, ...] come after which queries [s, ...], the last of the t positions: bool [s, t]."""
+    rows, columns = query.shape[0], key.shape[0]
+    later = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
+    return later.triu(1 + columns - rows)

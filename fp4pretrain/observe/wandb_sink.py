@@ -100,6 +100,14 @@ class WandbSink:
             _say(f"stopped at step {step} ({_first_line(error)}); metrics.jsonl goes on")
             self._run = None
 
+    def summarize(self, values: Mapping[str, float]) -> None:
+        """Put numbers of the finished run beside its charts, at no step."""
+        if self._run is not None:
+            try:
+                self._run.summary.update(dict(values))
+            except Exception as error:  # as above
+                _say(f"took no summary ({_first_line(error)})")
+
     def rewind(self, step: int) -> None:
         """Leave the repeated steps out until the run is past those that were sent."""
         self._newest += 1

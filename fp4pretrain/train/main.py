@@ -24,6 +24,7 @@ from fp4pretrain.observe import (
     WandbSink,
     stored_run_id,
 )
+from fp4pretrain.parallel.agreement import agree, attempted
 from fp4pretrain.parallel.groups import join, leave, pick_device, world_size
 from fp4pretrain.train import checkpoint
 from fp4pretrain.train.changes import Changes, changes, told
@@ -36,6 +37,7 @@ from fp4pretrain.train.hooks import (
     Signals,
     Watchdog,
 )
+from fp4pretrain.train.initial import check_initial, load_initial
 from fp4pretrain.train.lock import RunLock
 from fp4pretrain.train.loop import fit
 from fp4pretrain.train.run_dir import (
@@ -58,6 +60,8 @@ def check_run(config: RunConfig) -> None:
     check_layout(config, world_size())
     pick_device(config.parallel.device)
     validate(data_spec(config))
+    if config.init is not None and config.resume is None:  # else a checkpoint may come before it
+        check_initial(config.init, config.model)
 
 
 def train(config: RunConfig) -> Path:
@@ -83,6 +87,9 @@ def train(config: RunConfig) -> Path:
         start = checkpoint.resume(
             trainer, path / CHECKPOINTS, config.resume, say=_warn if world.is_main else _silent
         )
+        if start is None and config.init is not None:
+            _, problem = attempted(lambda: load_initial(trainer, str(config.init)))
+            agree(problem)
         if start is not None and trainer.step >= config.train.steps:
             if world.is_main:
                 _say_finished(trainer, path)

@@ -11,6 +11,7 @@ from started import started
 from fp4pretrain.train import checkpoint
 from fp4pretrain.train.checkpoint import loading, saving
 from fp4pretrain.train.checkpoint.files import Damaged
+from fp4pretrain.train.initial import load_initial
 from fp4pretrain.train.step import train_step
 from fp4pretrain.train.trainer import Trainer
 
@@ -40,6 +41,13 @@ def go_on(overrides: list[str], out: str, *, steps: int, device: str) -> dict[st
     assert loaded is not None
     path = checkpoint.save(trainer, Path(out), keep_last=9)
     return {"checkpoint": str(path), "rows": steps_of(trainer, steps)}
+
+
+def begin_with(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
+    """Read the weights that ``init`` names, save them at once."""
+    trainer = started(overrides, device)
+    load_initial(trainer, str(trainer.config.init))
+    return {"checkpoint": str(checkpoint.save(trainer, Path(out), keep_last=9))}
 
 
 def two_saves(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:

@@ -12,8 +12,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from agreement import LATER_LOSS, SMALL
 from records import same_state
+from safetensors.torch import save_file
+
+from fp4pretrain.config import compose
+from fp4pretrain.model.families import family_of
+from fp4pretrain.convert.tensors import tensors_of
+from fp4pretrain.convert.weights import CheckpointWeights
 
 STEPS = 2
 RECIPE = ["precision=nvfp4", "train.global_batch=4"]
@@ -82,6 +89,42 @@ def test_another_layout_goes_on(ranks, source: str, target: str, extra: list[str
     print(f"{source} -> {target}: losses differ by {max(gaps):.1e}")
     assert max(gaps) <= (BF16_LOSS if extra else LATER_LOSS)
     assert [row["lr"] for row in reply["rows"]] == [row["lr"] for row in whole]
+
+
+@pytest.mark.parametrize("layout", ["TP 2 x PP 2", "PP 2 interleaved", "TP 2 x DP 2"])
+def test_what_is_exported_of_any_layout_is_one_model(ranks, layout: str) -> None:
+    """The names and shapes of one process's, and values that its weights would have."""
+    model = compose([*SMALL, *RECIPE]).model
+    exported = []
+    for one in ("1", layout):
+        weights = CheckpointWeights(Path(begun(ranks, one, [])["checkpoint"]), masters=False)
+        exported.append(dict(tensors_of(family_of(model), model, weights)))
+    whole, sharded = exported
+    assert whole.keys() == sharded.keys()
+    for name, tensor in whole.items():
+        assert tensor.shape == sharded[name].shape
+        # equal initial weights, and two of Adam's steps, each of about lr whatever the gradient
+        torch.testing.assert_close(sharded[name], tensor, rtol=0, atol=2e-3, msg=name)
+        assert float(tensor.std()) > 5e-3 or "norm" in name
+
+
+@pytest.mark.parametrize("layout", ["TP 2 x PP 2", "PP 2 interleaved", "TP 2 x DP 2"])
+def test_a_hugging_face_start_is_one_model_on_any_layout(
+    ranks, tmp_path: Path, layout: str
+) -> None:
+    model = compose([*SMALL, *RECIPE]).model
+    family = family_of(model)
+    single = CheckpointWeights(Path(begun(ranks, "1", [])["checkpoint"]), masters=False)
+    given = dict(tensors_of(family, model, single))
+    save_file(given, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(family.config))
+    size, parallel = LAYOUTS[layout]
+    run = [*SMALL, *RECIPE, *parallel, f"init={tmp_path}"]
+    reply = ranks.run("checkpoint_tasks.begin_with", run, size=size)
+    for masters in (False, True):
+        weights = CheckpointWeights(Path(reply["checkpoint"]), masters=masters)
+        found = dict(tensors_of(family, model, weights))
+        assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
 
 
 def test_another_length_and_batch_go_on(ranks) -> None:

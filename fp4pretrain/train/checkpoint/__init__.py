@@ -34,6 +34,7 @@ from fp4pretrain.train.checkpoint.saving import (
     remove_leftovers,
     save,
 )
+from fp4pretrain.train.checkpoint.state import fill_weights, restore_weights
 
 __all__ = [
     "LATEST",
@@ -47,11 +48,13 @@ __all__ = [
     "candidates",
     "check_model",
     "described",
+    "fill_weights",
     "find",
     "load",
     "read_manifest",
     "read_part",
     "remove_leftovers",
+    "restore_weights",
     "resume",
     "save",
 ]

@@ -33,7 +33,15 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from fp4pretrain.train.checkpoint.files import Box, Damaged, Manifest, read_part
+from fp4pretrain.errors import UserError
+from fp4pretrain.train.checkpoint.files import (
+    Box,
+    Damaged,
+    Manifest,
+    check_file,
+    read_manifest,
+    read_part,
+)
 from fp4pretrain.train.checkpoint.shards import shard_boxes
 from fp4pretrain.train.trainer import Trainer, unwrapped
 
@@ -89,7 +97,7 @@ def restore(
     loaded, own, factories = load_preprocess(state)
     problem = None
     try:
-        loaded = _filled(loaded, folder, manifest)
+        loaded = _filled(loaded, partial(_stored_part, folder, manifest))
         generators = _stored_generators(folder, manifest)
     except Damaged as damage:
         problem = str(damage)
@@ -104,6 +112,31 @@ def restore(
     trainer.schedule.num_steps = numbers["schedule_step"]
     trainer.schedule.step(increment=0)  # the learning rate of that step, in the config's schedule
     _set_generators(generators)
+
+
+def restore_weights(gpt: Any, folder: Path) -> None:
+    """The weights alone of a checkpoint of any layout, into this rank's model in their dtype.
+
+    Raises UserError where a file is damaged.
+    """
+    try:
+        manifest = read_manifest(folder)
+        for name in sorted(manifest.files):
+            check_file(folder, name, manifest)
+        fill_weights(gpt, partial(_stored_part, folder, manifest))
+    except Damaged as damage:
+        raise UserError(f"{folder} is damaged ({damage}); take another checkpoint") from None
+
+
+def fill_weights(gpt: Any, part: Callable[[ShardedTensor], torch.Tensor]) -> None:
+    """Give every tensor of this rank's model what ``part`` says of it: a tensor of its shape."""
+    metadata = _METADATA | {"dp_cp_group": parallel_state.get_data_parallel_group(True)}
+    with _quiet():
+        state = {"model": gpt.sharded_state_dict(metadata=metadata)}
+    loaded, own, factories = load_preprocess(state)
+    loaded = _filled(loaded, part)
+    merge(loaded, own)
+    gpt.load_state_dict(apply_factory_merges(loaded, factories)["model"], strict=True)
 
 
 def _sharded(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
@@ -142,16 +175,19 @@ def _box(leaf: ShardedTensor, device: torch.device) -> Box:
     return Box(_key(leaf), tuple(leaf.global_shape), tuple(leaf.global_offset), data)
 
 
-def _filled(node: Any, folder: Path, manifest: Manifest) -> Any:
-    """The same tree with tensors read from the checkpoint in place of their descriptions."""
+def _filled(node: Any, part: Callable[[ShardedTensor], torch.Tensor]) -> Any:
+    """The same tree with ``part`` of each tensor's description in its place."""
     if isinstance(node, dict):
-        return {key: _filled(value, folder, manifest) for key, value in node.items()}
+        return {key: _filled(value, part) for key, value in node.items()}
     if isinstance(node, list):
-        return [_filled(value, folder, manifest) for value in node]
+        return [_filled(value, part) for value in node]
     if isinstance(node, ShardedObject):
         return node.data  # extra states of linears, which hold none
-    if not isinstance(node, ShardedTensor):
-        return node
+    return part(node) if isinstance(node, ShardedTensor) else node
+
+
+def _stored_part(folder: Path, manifest: Manifest, node: ShardedTensor) -> torch.Tensor:
+    """What a checkpoint has of it. Raises Damaged."""
     stored = manifest.tensors.get(_key(node))
     if stored is None:
         raise Damaged(f"{node.key} is not in it")

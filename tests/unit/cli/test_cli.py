@@ -334,7 +334,7 @@ def _commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> li
     return found
 
 
-@pytest.mark.parametrize("command", _commands(cli._parser()), ids=" ".join)
+@pytest.mark.parametrize("command", _commands(cli.parser()), ids=" ".join)
 def test_every_verb_explains_itself(
     command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

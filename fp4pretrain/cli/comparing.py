@@ -1,0 +1,61 @@
+"""``fp4pretrain compare``: what finished runs say of each other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fp4pretrain.cli.parser import add_verb, path
+
+COMPARE_HELP = """\
+The loss gap of runs to a baseline (the first run, or --baseline) at matched tokens: a table, a PNG
+and with --html one self-contained page. Refuses runs that differ in more than the recipe; those that
+differ in their seeds alone are one row. Pairs of runs of one seed give its gap a 90% interval and a
+verdict: behind, ahead or undecided. Where a recipe has runs of several optim.lr, its best is compared.
+
+  fp4pretrain compare runs/demo-fp8 runs/demo-nvfp4 --out runs/demo.png
+  fp4pretrain compare runs/fp8-seed* runs/nvfp4-seed*
+  fp4pretrain compare runs/* --baseline runs/bf16-seed1 --json
+"""
+
+
+def add(verbs: Any) -> None:
+    compare = add_verb(
+        verbs, "compare", "the loss gap between finished runs", COMPARE_HELP, _compare
+    )
+    compare.add_argument("runs", nargs="+", type=path, metavar="RUN_DIR")
+    compare.add_argument("--baseline", type=path, metavar="RUN_DIR")
+    compare.add_argument("--out", type=path, default=Path("runs"), metavar="PNG or DIR")
+    compare.add_argument("--html", action="store_true", help="write a page beside the picture")
+    compare.add_argument("--force", action="store_true", help="compare unequal runs too")
+    compare.add_argument(
+        "--noise", type=Path, metavar="JSON", help="of one run, for the interval of a single pair"
+    )
+    compare.add_argument("--json", action="store_true", help="print JSON and nothing else")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from fp4pretrain.report import Options, as_json, compare, read_noise, table
+
+    comparison = compare(
+        arguments.runs,
+        out=arguments.out,
+        baseline=arguments.baseline,
+        options=Options(
+            force=arguments.force,
+            html=arguments.html,
+            noise=None if arguments.noise is None else read_noise(arguments.noise),
+        ),
+    )
+    if arguments.json:
+        print(json.dumps(as_json(comparison), indent=1, allow_nan=False))
+        return
+    console = Console(highlight=False)
+    console.print(table(comparison))
+    for made in (comparison.picture, comparison.page):
+        if made is not None:
+            console.print(str(made))

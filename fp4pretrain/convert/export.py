@@ -1,0 +1,150 @@
+"""A checkpoint as a Hugging Face folder: written beside its place, then renamed.
+
+config.json             the architecture and its sizes; quantization_config where weights are FP4
+model.safetensors       or model-0000N-of-0000M.safetensors and their index, 4 GiB each
+tokenizer.json, ...     the run's tokenizer
+generation_config.json  which token ends a text
+fp4pretrain.json        the run, its step, recipe and fingerprint
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fp4pretrain import __version__
+from fp4pretrain.config import plan_of
+from fp4pretrain.convert.packed import Packer
+from fp4pretrain.convert.tensors import tensors_of
+from fp4pretrain.convert.tokenizer import exportable, fitting_tokenizer, write_tokenizer
+from fp4pretrain.convert.weights import CheckpointWeights
+from fp4pretrain.errors import UserError
+from fp4pretrain.files import unwritable
+from fp4pretrain.model.families import family_of
+from fp4pretrain.train.stored import StoredRun
+
+_FILE_BYTES = 4 << 30
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What ``export_hf`` writes.
+
+    ``dtype``: fp32 (the masters) or bf16; None is what the run's GEMMs read. ``quantize``: linears
+    that the recipe's forward pass has in FP4 are stored in FP4. ``tokenizer``: None is the run's.
+    """
+
+    dtype: str | None = None
+    quantize: bool = False
+    tokenizer: str | None = None
+
+
+def export_hf(run: StoredRun, out: Path, wanted: Export | None = None) -> dict[str, Any]:
+    """Write ``run``'s checkpoint to the new folder ``out``; returns what fp4pretrain.json says.
+
+    Raises UserError for a model that no architecture is, a tokenizer that does not fit, a damaged
+    checkpoint, or an ``out`` that exists or cannot be written. Then nothing is left behind.
+    """
+    wanted = wanted or Export()
+    config = run.config
+    family = family_of(config.model)
+    named = wanted.tokenizer or config.data.tokenizer
+    tokenizer = exportable(fitting_tokenizer(named, vocab_size=config.model.vocab_size))
+    if out.exists() or out.is_symlink():
+        raise UserError(f"--out: {out} exists already; remove it, or choose another folder")
+    dtype = wanted.dtype or config.optim.params_dtype
+    packer = Packer(plan_of(config), run.last_moment, family) if wanted.quantize else None
+    # casts are made of what the GEMMs read, the master weights only where those are asked for
+    weights = CheckpointWeights(run.checkpoint, masters=dtype == "fp32" and packer is None)
+    facts = _facts(run, family.architecture, dtype, packer)
+    described = family.config | {
+        "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eod,
+    }
+    if packer is not None:
+        described["quantization_config"] = packer.config()
+    tensors = (
+        (name, t.to(_DTYPES[dtype]) if t.dtype in (torch.float32, torch.bfloat16) and _plain(name)
+         else t)
+        for name, t in tensors_of(family, config.model, weights, packer)
+    )  # fmt: skip
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.absolute().parent))
+    except OSError as error:
+        raise unwritable("--out", out, error) from None
+    try:
+        _write_tensors(tensors, beside)
+        _write_json(beside / "config.json", described)
+        ends = {"bos_token_id": None, "eos_token_id": tokenizer.eod}
+        _write_json(beside / "generation_config.json", ends)
+        _write_json(beside / "fp4pretrain.json", facts)
+        write_tokenizer(tokenizer, beside)
+        beside.chmod(0o755)
+        beside.rename(out)
+    except OSError as error:
+        raise unwritable("--out", out, error) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return facts
+
+
+def _plain(name: str) -> bool:
+    return name.endswith((".weight", ".bias"))
+
+
+def _facts(run: StoredRun, architecture: str, dtype: str, packer: Packer | None) -> dict[str, Any]:
+    return {
+        "architecture": architecture,
+        "dtype": dtype,
+        "quantized": None if packer is None else packer.layout,
+        "run": run.folder.name,
+        "step": run.step,
+        "recipe": run.config.precision.name,
+        "fingerprint": run.fingerprint,
+        "fp4pretrain": __version__,
+    }
+
+
+def _write_tensors(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
+    """One file of all, or several of about ``_FILE_BYTES`` with an index: no more is in memory."""
+    from safetensors.torch import save_file
+
+    names: list[list[str]] = []
+    waiting: dict[str, torch.Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(waiting, folder / f"part-{len(names)}", metadata={"format": "pt"})
+        (folder / f"part-{len(names)}").chmod(0o644)
+        names.append(list(waiting))
+        waiting.clear()
+
+    for name, tensor in tensors:
+        if waiting and sum(t.nbytes for t in waiting.values()) + tensor.nbytes > _FILE_BYTES:
+            flush()
+        waiting[name] = tensor
+        total += tensor.nbytes
+    flush()
+    if len(names) == 1:
+        (folder / "part-0").rename(folder / "model.safetensors")
+        return
+    files = [f"model-{i:05d}-of-{len(names):05d}.safetensors" for i in range(1, len(names) + 1)]
+    for number, file in enumerate(files):
+        (folder / f"part-{number}").rename(folder / file)
+    places = {name: file for file, held in zip(files, names, strict=True) for name in held}
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

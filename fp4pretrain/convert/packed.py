@@ -1,0 +1,145 @@
+"""Linears' weights in FP4 as compressed-tensors stores them, which vLLM and transformers read.
+
+A weight is cast as its recipe's forward pass casts it, so the stored matrix is the trained one, value
+by value. Of a linear [n, k] in NVFP4 (format ``nvfp4-pack-quantized``):
+
+    weight_packed        uint8 [n, k / 2], two E2M1 codes a byte, the even column in the low nibble
+    weight_scale         float8_e4m3fn [n, k / 16]; tiles of 16 x 16 repeat theirs in 16 rows
+    weight_global_scale  fp32 [1]; a value is code * weight_scale / weight_global_scale
+
+and in MXFP4 (``mxfp4-pack-quantized``) weight_packed and weight_scale, uint8 [n, k / 32], the exponent
+plus 127. Parts of one matrix of ours (queries, keys, values) share its global scale. Activations are
+left in BF16: a recipe scales them by the batch at hand, and this layout wants one scale for all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.model.families import Family, Linear
+from fp4pretrain.numerics import QuantizedTensor, QuantSpec, quantize
+from fp4pretrain.precision import Plan, Progress
+
+_LAYOUTS = {"nvfp4": ("nvfp4-pack-quantized", 16), "mxfp4": ("mxfp4-pack-quantized", 32)}
+
+
+class Packer:
+    """Casts the linears that the plan has in FP4 at ``progress``; a ``Pack`` for ``tensors_of``.
+
+    Raises UserError where it has none, or what the layout cannot say: two formats, a rotated forward
+    pass, a factor of 4/3 on the scales.
+    """
+
+    def __init__(self, plan: Plan, progress: Progress, family: Family) -> None:
+        if family.transposed:
+            raise UserError(
+                f"--quantize: {family.architecture} stores no linears that the FP4 layout knows; "
+                "export without --quantize"
+            )
+        self._specs: dict[tuple[int, str], QuantSpec] = {}
+        for layer, name in plan.linears():
+            fprop = plan.at(layer, name, progress).fprop
+            if layer is None or fprop.w.format not in _LAYOUTS:
+                continue
+            if fprop.rotation.active:
+                raise UserError(
+                    f"--quantize: precision.fprop.rotation: {name} of block {layer} multiplies rotated "
+                    "weights by rotated activations, which no reader of this layout does; export "
+                    "without --quantize"
+                )
+            self._specs[layer, name] = fprop.w
+        formats = {spec.format for spec in self._specs.values()}
+        if not formats:
+            raise UserError(
+                "--quantize: the recipe's forward pass has no linear's weight in nvfp4 or mxfp4 at the "
+                "end of this checkpoint; export without --quantize"
+            )
+        if len(formats) > 1:
+            raise UserError(
+                "--quantize: the forward pass mixes nvfp4 and mxfp4, and one folder holds one of them; "
+                "export without --quantize"
+            )
+        if any(
+            spec.format == "mxfp4" and spec.scale == "unbiased" for spec in self._specs.values()
+        ):
+            raise UserError(
+                "--quantize: precision.fprop.w.scale: unbiased has a factor of 4/3 that MXFP4's layout "
+                "has no place for; export without --quantize"
+            )
+        self.layout, self.group = _LAYOUTS[formats.pop()]
+        self._family, self._layers = family, plan.num_layers
+
+    def __call__(
+        self, layer: int, linear: Linear, weight: torch.Tensor
+    ) -> list[dict[str, torch.Tensor]] | None:
+        spec = self._specs.get((layer, linear.ours))
+        if spec is None:
+            return None
+        if weight.shape[1] % self.group:
+            raise UserError(
+                f"--quantize: {linear.ours} has {weight.shape[1]} input features, no multiple of the "
+                f"layout's {self.group}; export without --quantize"
+            )
+        # what the GEMM of the run cast: weights as they are stored for it
+        cast = quantize(weight, spec)
+        parts = []
+        scales = _row_scales(cast)
+        for rows in linear.rows:
+            part = {"weight_packed": cast.codes, "weight_scale": scales}
+            if rows is not None:
+                part = {name: tensor[rows] for name, tensor in part.items()}
+            part = {name: tensor.contiguous() for name, tensor in part.items()}
+            if spec.format == "nvfp4":
+                part["weight_global_scale"] = (1.0 / cast.alpha()).reshape(1).float()
+            parts.append(part)
+        return parts
+
+    def config(self) -> dict[str, Any]:
+        """``quantization_config`` of config.json."""
+        ignored = ["lm_head"]
+        for layer in range(self._layers):
+            for linear in self._family.linears:
+                if (layer, linear.ours) not in self._specs:
+                    prefix = self._family.layer.format(layer)
+                    ignored += [prefix + name for name in linear.theirs]
+        nvfp4 = self.group == 16
+        weights = {
+            "num_bits": 4,
+            "type": "float",
+            "strategy": "tensor_group" if nvfp4 else "group",
+            "group_size": self.group,
+            "symmetric": True,
+            "dynamic": False,
+        }
+        if not nvfp4:
+            weights |= {"scale_dtype": "torch.uint8"}
+        return {
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "format": self.layout,
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": weights,
+                    "input_activations": None,
+                    "output_activations": None,
+                    "format": self.layout,
+                }
+            },
+            "ignore": ignored,
+        }
+
+
+def _row_scales(cast: QuantizedTensor) -> torch.Tensor:
+    """One scale a row and block of columns, as bytes of the layout's type."""
+    assert cast.scales is not None
+    scales = cast.scales
+    if scales.dtype == torch.float8_e8m0fnu:
+        scales = scales.view(torch.uint8)
+    rows = cast.shape[0]
+    times = cast.spec.block_shape(cast.shape)[0]
+    raw = scales.view(torch.uint8).repeat_interleave(times, dim=0)[:rows]
+    return raw.view(scales.dtype)
