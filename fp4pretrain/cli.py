@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from fp4pretrain import culprit_verb
 from fp4pretrain.console import plain_console
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import user_path, write_text
@@ -192,6 +193,14 @@ def _parser() -> argparse.ArgumentParser:
     noise.add_argument("--replicates", type=int, default=3, metavar="N", help="of each kind")
     noise.add_argument("--out", type=Path, default=Path("runs/noise"), metavar="DIR")
     noise.add_argument("--json", action="store_true", help="print JSON and nothing else")
+
+    culprit = verb(
+        "culprit",
+        "which casts of a trained model cost the most",
+        culprit_verb.HELP,
+        culprit_verb.work,
+    )
+    culprit_verb.add_options(culprit)
 
     data = verb("data", "build, inspect and tokenize datasets", DATA_HELP, _data)
     _data_jobs(data)

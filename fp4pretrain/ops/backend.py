@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp4pretrain.numerics import QuantSpec
+from fp4pretrain.ops import watching
 from fp4pretrain.ops.casts import Cast
 from fp4pretrain.ops.operand import Operand
 from fp4pretrain.precision import Gemm, Recipe
@@ -82,11 +83,25 @@ def cast_operands(
     *,
     amax_group: dist.ProcessGroup | None = None,
 ) -> list[Operand]:
-    """Operands of x [rows, cols], one for each cast.
+    """Operands of x [rows, cols], one for each cast; shown to the watch that is attached, if any.
 
     ``amax_group``: the amaxes of casts that are ``shared`` are all-reduced (max) over this group, so
     that every shard of a tensor is cast by the scales of the whole tensor.
     """
+    operands = unwatched_operands(backend, x, casts, amax_group=amax_group)
+    if watching.attached is not None:
+        watching.attached(watching.Seen(backend, x, casts, operands, amax_group))
+    return operands
+
+
+def unwatched_operands(
+    backend: Backend,
+    x: Tensor,
+    casts: Sequence[Cast],
+    *,
+    amax_group: dist.ProcessGroup | None = None,
+) -> list[Operand]:
+    """``cast_operands`` for a watch itself, which would otherwise be shown its own casts."""
     if amax_group is None or amax_group.size() == 1 or not any(c.shared for c in casts):
         return backend.quantize(x, casts)
 
