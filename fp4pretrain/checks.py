@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import user_path
 from fp4pretrain.presets import groups
 from fp4pretrain.units import steps_of
 
@@ -81,6 +82,7 @@ NOT_NEGATIVE = (
     "guard.hang_timeout",
     "profile.start",
     "profile.steps",
+    "observe.interval",
 )
 BELOW_ONE = ("optim.beta1", "optim.beta2", "model.attention_dropout", "model.hidden_dropout")
 # Optional words: null says "none", an empty one says nothing.
@@ -116,6 +118,7 @@ def check(config: RunConfig) -> None:
     require(NOT_NEGATIVE, 0, _LARGE, "0 or a number above, below 2^31")
     require(BELOW_ONE, 0, 1, "a number from 0 to below 1")
     require(("parallel.timeout_minutes",), 0.1, 10_001, "minutes from 0.1 to 10000 (a week)")
+    require(("observe.draws",), 2, 1025, "a number from 2 to 1024")
     require(("seed", "data.seed"), 0, _SEEDS, "a whole number from 0 to 2^32 - 1")
     for key in NOT_EMPTY:
         if value(key) == "":
@@ -125,8 +128,12 @@ def check(config: RunConfig) -> None:
             f"precision.name: {config.precision.name!r} names a folder of runs; leave out the /"
         )
     offered = groups()["precision"]
-    if config.baseline is not None and config.baseline not in offered:
-        raise UserError(f"baseline: {config.baseline!r} is no recipe; choose {', '.join(offered)}")
+    named = config.baseline
+    if named not in (None, *offered) and not user_path(str(named), key="baseline").is_dir():
+        raise UserError(
+            f"baseline: {named!r} is neither a recipe nor the folder of a run; choose "
+            f"{', '.join(offered)}, or give a run_dir"
+        )
     _check_wandb(config.logging.wandb)
     _check_model(config.model)
     _check_schedule(config)

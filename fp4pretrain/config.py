@@ -27,7 +27,8 @@ from fp4pretrain.errors import UserError
 from fp4pretrain.fingerprint import check_names
 from fp4pretrain.naming import recipe_name
 from fp4pretrain.overrides import adding_rules, names_nothing, one_line, refuse_unknown
-from fp4pretrain.precision import Plan, Recipe
+from fp4pretrain.precision import GEMMS, Plan, Recipe
+from fp4pretrain.precision.rules import BLOCK_LINEARS
 from fp4pretrain.precision_config import PrecisionConfig, fill_rules, plan_from
 from fp4pretrain.presets import config_dir, groups
 from fp4pretrain.units import tokens_of
@@ -205,6 +206,29 @@ class ProfileConfig:
     steps: int = 0
 
 
+# The statistics that need no second cast and no copy of a tensor.
+OBSERVED = (
+    "sqnr", "cosine", "underflow", "saturation", "kurtosis", "crest", "amax_spread", "scales",
+)  # fmt: skip
+
+
+@dataclass
+class ObserveConfig:
+    """Every ``interval`` steps (0: off) the casts of the selected operands are measured.
+
+    ``blocks``, ``linears``, ``gemms`` as in ``precision.rules``; ``statistics``: see
+    ``fp4pretrain.observe.statistics``; ``draws``: casts more for the statistic of that name.
+    """
+
+    interval: int = 0
+    blocks: Any = None
+    linears: list[str] = field(default_factory=lambda: list(BLOCK_LINEARS))
+    gemms: list[str] = field(default_factory=lambda: list(GEMMS))
+    operands: list[str] = field(default_factory=lambda: ["x", "w", "dy"])
+    statistics: list[str] = field(default_factory=lambda: list(OBSERVED))
+    draws: int = 4
+
+
 @dataclass
 class WandbConfig:
     """``mode`` auto: $WANDB_MODE, or online where an API key is set and offline otherwise. ``project``
@@ -226,7 +250,8 @@ class LoggingConfig:
 
 @dataclass
 class RunConfig:
-    """One run. ``baseline``: null, or the recipe to train first and compare with.
+    """One run. ``baseline``: null, the recipe to train first and compare with, or the folder of a run
+    whose validation losses each evaluation is held against.
 
     ``seed``: initial weights, rounding noise and dropout. ``resume``: null, ``auto``, a checkpoint, or
     ``restart``: from the beginning in a folder whose checkpoints are gone. ``resume_with``: keys or
@@ -244,6 +269,7 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
     seed: int = 1234
     name: str | None = None
     run_dir: str | None = None

@@ -36,6 +36,7 @@ HARMLESS = {
     "baseline": "another run, trained before this one",
     "logging": "who is told, not what",
     "profile": "watches steps and changes none",
+    "observe": "measures casts and changes none",
     "checkpoint": "copies the state and leaves it alone",
     "guard": "acts in trouble only; what it did is in the rows, and its limits are raised to go on",
     "parallel": "another layout or device adds in another order and computes the same",

@@ -7,7 +7,7 @@ scrolling back tells the story. Without a terminal every row is one line, easy t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -16,14 +16,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from fp4pretrain.observe.sink import Row
 
-_ORDER = ("loss", "val_loss", "val_loss_bf16", "lr", "grad_norm", "tokens_per_second", "mfu")
+_ORDER = (
+    "loss",
+    "val_loss",
+    "val_loss_bf16",
+    "gap",
+    "gap_bf16",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu",
+)
 _LABELS = {
     "val_loss": "val",
     "val_loss_bf16": "val bf16",
     "grad_norm": "grad norm",
     "memory_gib": "GiB",
+    "gap_bf16": "gap bf16",
 }
-_HIDDEN = ("event", "step", "tokens")
+# Series of many (observe/sqnr_db/wgrad.dy) are for charts.
+_HIDDEN = ("event", "step", "tokens", "time")
 
 
 class ConsoleSink:
@@ -108,7 +120,11 @@ def _numbers(row: Row) -> str:
     """The known numbers in a fixed order, then whatever else the row of an event holds."""
     keys = [key for key in _ORDER if row.get(key) is not None]
     if row.get("event") not in (None, "train", "eval"):
-        keys += [key for key in row if key not in _ORDER and key not in _HIDDEN]
+        keys += [
+            key
+            for key, value in row.items()
+            if not (key in _ORDER or key in _HIDDEN or "/" in key or isinstance(value, Mapping))
+        ]
     return "  ".join(_number(key, row[key]) for key in keys)
 
 
@@ -118,6 +134,8 @@ def _number(key: str, value: Any) -> str:
         return f"{value:,.0f} tok/s"
     if key == "mfu":
         return f"mfu {value:.1%}"
+    if key in ("gap", "gap_bf16"):
+        return f"{label} {100 * value:+.2f}%"
     if key in ("loss", "val_loss", "val_loss_bf16"):
         return f"{label} {value:.4f}"
     return f"{label} {value:.3g}" if isinstance(value, float) else f"{label} {value}"

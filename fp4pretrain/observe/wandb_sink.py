@@ -92,9 +92,7 @@ class WandbSink:
                 self._record(row)
             elif step >= max(self._run.starting_step, self._newest):
                 self._newest = step
-                # a list is for metrics.jsonl, where runs are compared
-                shown = {k: v for k, v in row.items() if k != "event" and not isinstance(v, list)}
-                self._run.log(shown, step=step)
+                self._run.log(_shown(row), step=step)
                 self._remember()
         except Exception as error:  # as above
             _say(f"stopped at step {step} ({_first_line(error)}); metrics.jsonl goes on")
@@ -188,6 +186,38 @@ class WandbSink:
                 init_timeout=60,
             ),
         )
+
+
+def _shown(row: Row) -> dict[str, Any]:
+    """What wandb is sent of a row: its numbers and words, and the observers' statistics as a table and
+    as a histogram of scales for each operand. A list is for metrics.jsonl, where runs are compared."""
+    shown = {k: v for k, v in row.items() if k != "event" and not isinstance(v, list | Mapping)}
+    observed = row.get("observed")
+    if not isinstance(observed, Mapping):
+        return shown
+    import wandb
+
+    names = [name for name in observed if name not in ("sites", "scales")]
+    columns = zip(observed["sites"], *(observed[name] for name in names), strict=True)
+    table = wandb.Table(columns=["site", *names], data=[list(one) for one in columns])
+    shown["observe/sites"] = table
+    for operand, counts in _by_operand(observed).items():
+        octaves = sorted(counts)
+        edges = [*range(octaves[0], octaves[-1] + 2)]
+        shares = [counts.get(octave, 0.0) for octave in edges[:-1]]
+        shown[f"observe/scales/{operand}"] = wandb.Histogram(np_histogram=(shares, edges))
+    return shown
+
+
+def _by_operand(observed: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """GEMM.operand -> octave of the scale -> share of blocks, summed over linears; zeros left out."""
+    found: dict[str, dict[int, float]] = {}
+    for site, shares in zip(observed["sites"], observed.get("scales", ()), strict=False):
+        counts = found.setdefault(".".join(site.split(".")[-2:]), {})
+        for octave, share in shares.items():
+            if octave != "zero":
+                counts[int(octave)] = counts.get(int(octave), 0.0) + share
+    return {operand: counts for operand, counts in found.items() if counts}
 
 
 def _has_api_key(base_url: str) -> bool:

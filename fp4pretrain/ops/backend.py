@@ -14,6 +14,7 @@ row-wise and the column-wise copy of one tensor from a single read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp4pretrain.numerics import QuantSpec
+from fp4pretrain.ops import watching
 from fp4pretrain.ops.amaxes import AmaxState
 from fp4pretrain.ops.casts import Cast
 from fp4pretrain.ops.operand import Operand
@@ -87,7 +89,7 @@ def cast_operands(
     amaxes: AmaxState | None = None,
     record: bool = False,
 ) -> list[Operand]:
-    """Operands of x [rows, cols], one for each cast.
+    """Operands of x [rows, cols], one for each cast; shown to the watch that is attached, if any.
 
     Args:
         amax_group: the amaxes of casts that are ``shared`` are all-reduced (max) over this group, so
@@ -95,38 +97,71 @@ def cast_operands(
         amaxes: who answers casts whose ``spec.amax`` is not current.
         record: let ``amaxes`` remember what this call measured.
     """
-    reduces = amax_group is not None and amax_group.size() > 1
-    asked = any((c.shared and reduces) or c.spec.amax != "current" for c in casts)
-    if not asked and all(c.spec.split == "none" for c in casts):
-        return backend.quantize(x, casts)
+    caster = Caster(backend, amax_group, amaxes, record=record)
+    operands = caster.operands(x, casts)
+    if watching.attached is not None:
+        watching.attached(watching.Seen(caster, x, casts, operands))
+    return operands
 
-    def answer(measured: Sequence[Tensor]) -> Sequence[Tensor]:
+
+class Caster:
+    """Casts tensors on a backend by the amaxes of their ranks and of earlier steps, unwatched.
+
+    Arguments as in ``cast_operands``.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        amax_group: dist.ProcessGroup | None = None,
+        amaxes: AmaxState | None = None,
+        *,
+        record: bool = False,
+    ) -> None:
+        self.backend = backend
+        self.group = amax_group if amax_group is not None and amax_group.size() > 1 else None
+        self.amaxes = amaxes
+        self._record = record
+
+    def unrecorded(self) -> Caster:
+        """The same, leaving nothing behind for later steps."""
+        return Caster(self.backend, self.group, self.amaxes)
+
+    def operands(self, x: Tensor, casts: Sequence[Cast]) -> list[Operand]:
+        """One operand of x [rows, cols] for each cast."""
+        whole = [cast for cast in casts if cast.spec.split == "none"]
+        if len(whole) == len(casts):
+            return self._cast(x, casts)
+        made = dict(zip(map(id, whole), self._cast(x, whole), strict=True)) if whole else {}
+        for cast in casts:
+            if cast.spec.split != "none":
+                made[id(cast)] = split_operand(x, cast, self._cast)
+        return [made[id(cast)] for cast in casts]
+
+    def _cast(self, x: Tensor, casts: Sequence[Cast]) -> list[Operand]:
+        asking = [
+            c
+            for c in casts
+            if (c.shared and self.group is not None) or c.spec.amax != "current"
+        ]
+        if not asking:
+            return self.backend.quantize(x, casts)
+        asking = [c for c in casts if c.asks and c.spec.amax_span != "block"]
+        return self.backend.quantize(x, casts, partial(self._answer, asking))
+
+    def _answer(self, casts: Sequence[Cast], measured: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The amaxes to scale by, of casts that measured ``measured``."""
         found = list(measured)
-        shared = [i for i, cast in enumerate(asking) if cast.shared and reduces]
-        if shared:
-            whole = _all_reduced([found[i] for i in shared], amax_group)
+        shared = [i for i, cast in enumerate(casts) if cast.shared]
+        if shared and self.group is not None:
+            whole = _all_reduced([found[i] for i in shared], self.group)
             for i, amax in zip(shared, whole, strict=True):
                 found[i] = amax
-        if amaxes is None:
-            return found
-        return [
-            amaxes.used(cast, amax, record=record) for cast, amax in zip(asking, found, strict=True)
-        ]
-
-    def make(tensor: Tensor, plain: Sequence[Cast]) -> list[Operand]:
-        nonlocal asking
-        asking = [c for c in plain if c.asks and c.spec.amax_span != "block"]
-        if not asked or not asking:
-            return backend.quantize(tensor, plain)
-        return backend.quantize(tensor, plain, answer)
-
-    asking: list[Cast] = []
-    whole = [cast for cast in casts if cast.spec.split == "none"]
-    made = dict(zip(map(id, whole), make(x, whole), strict=True)) if whole else {}
-    for cast in casts:
-        if cast.spec.split != "none":
-            made[id(cast)] = split_operand(x, cast, make)
-    return [made[id(cast)] for cast in casts]
+        for i, cast in enumerate(casts):
+            if cast.spec.amax != "current":
+                assert self.amaxes is not None
+                found[i] = self.amaxes.used(cast, found[i], record=self._record)
+        return found
 
 
 def multiply(

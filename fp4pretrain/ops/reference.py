@@ -68,13 +68,13 @@ class ReferenceBackend:
         self, x: Tensor, casts: Sequence[Cast], reduce_amax: ReduceAmax | None = None
     ) -> list[Operand]:
         """One operand of x [rows, cols] for each cast; see ``Backend.quantize``."""
-        oriented = [_oriented(x, cast) for cast in casts]
-        amaxes = [spanning_amax(o, c.spec) for o, c in zip(oriented, casts, strict=True)]
+        turned = [oriented(x, cast) for cast in casts]
+        amaxes = [spanning_amax(o, c.spec) for o, c in zip(turned, casts, strict=True)]
         if reduce_amax is not None:
             asking = [i for i, c in enumerate(casts) if c.asks and amaxes[i] is not None]
             for i, amax in zip(asking, reduce_amax([amaxes[i] for i in asking]), strict=True):
                 amaxes[i] = amax
-        return [_emulated(o, cast, a) for o, cast, a in zip(oriented, casts, amaxes, strict=True)]
+        return [_emulated(o, cast, a) for o, cast, a in zip(turned, casts, amaxes, strict=True)]
 
     def gemm(
         self,
@@ -109,8 +109,9 @@ def _emulated(x: Tensor, cast: Cast, amax: Tensor | None) -> EmulatedOperand:
     return EmulatedOperand(values, alpha)
 
 
-def _oriented(x: Tensor, cast: Cast) -> Tensor:
-    """x [rows, cols] or its transpose, padded and rotated along its last axis where the cast says so."""
+def oriented(x: Tensor, cast: Cast) -> Tensor:
+    """x [rows, cols] or its transpose, padded and rotated along its last axis where the cast says so:
+    what is rounded, and what an observer compares the operand with."""
     if cast.transpose:
         x = x.t()
     padding = cast.padding(x.shape[1])

@@ -20,7 +20,13 @@ from fp4pretrain.parallel.groups import meet
 from fp4pretrain.parallel.launch import is_main
 from fp4pretrain.report import Options, compare, table
 from fp4pretrain.train.main import check_run, train
-from fp4pretrain.train.run_dir import RESTART, check_free, find_checkpoint, run_path
+from fp4pretrain.train.run_dir import (
+    RESTART,
+    baseline_path,
+    check_free,
+    find_checkpoint,
+    run_path,
+)
 from fp4pretrain.version import sources_digest
 
 # What is the main rank's wherever ranks compose it otherwise (a name with the time in it).
@@ -51,8 +57,9 @@ def train_all(sweep: list[list[str]]) -> list[Path]:
             if path not in trained:
                 train(config)
                 trained.add(path)
-        if len(pair) > 1:
-            _report(paths)
+        given = baseline_path(pair[0])
+        if len(pair) > 1 or given is not None:
+            _report(paths if given is None else [given, *paths])
     return list(runs)
 
 
@@ -121,7 +128,7 @@ def _of_main(config: RunConfig, names: list[Any]) -> RunConfig:
 def _runs(overrides: list[str], varied: list[str]) -> list[RunConfig]:
     """[run], or [baseline, run]: the run's config with the baseline's recipe in its place."""
     config = compose(overrides)
-    if config.baseline is None:
+    if config.baseline is None or baseline_path(config) is not None:
         return [_placed(config, varied)]
     base = replace(config, precision=compose([f"precision={config.baseline}"]).precision)
     plans = [plan_digest(one, plan_of(one)) for one in (base, config)]
@@ -149,7 +156,7 @@ def _placed(config: RunConfig, varied: list[str]) -> RunConfig:
     shown: tuple[str, ...] = ("precision", "seed")
     if config.run_dir is not None or config.name is not None:
         shown = ("run_dir", "name")
-        if config.baseline is not None:
+        if config.baseline is not None and baseline_path(config) is None:
             place, shown = f"{place}-{config.precision.name}", (*shown, "precision")
     for override in varied:
         key, _, value = override.partition("=")
@@ -157,7 +164,8 @@ def _placed(config: RunConfig, varied: list[str]) -> RunConfig:
             place += f"-{shortest(key, schema_keys())}_{word(value)}"
             folder, slash, last = place.rpartition("/")
             place = folder + slash + shortened(last)
-    return replace(config, run_dir=place, baseline=None)
+    folder = config.baseline if baseline_path(config) is not None else None
+    return replace(config, run_dir=place, baseline=folder)
 
 
 def _report(trained: list[Path]) -> None:

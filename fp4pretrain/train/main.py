@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from fp4pretrain.config import RunConfig
+from fp4pretrain.config import RunConfig, plan_of
 from fp4pretrain.data import unigram_entropy, validate
 from fp4pretrain.model.layout import check_layout
 from fp4pretrain.observe import (
@@ -25,7 +25,9 @@ from fp4pretrain.observe import (
     stored_run_id,
 )
 from fp4pretrain.parallel.agreement import agree, attempted
+from fp4pretrain.observe.sites import selection_of
 from fp4pretrain.parallel.groups import join, leave, pick_device, world_size
+from fp4pretrain.report.live import LiveGap
 from fp4pretrain.train import checkpoint
 from fp4pretrain.train.changes import Changes, changes, told
 from fp4pretrain.train.hooks import (
@@ -33,16 +35,18 @@ from fp4pretrain.train.hooks import (
     Evaluation,
     Guard,
     Logging,
+    Observing,
     Profiling,
     Signals,
     Watchdog,
 )
 from fp4pretrain.train.initial import check_initial, load_initial
 from fp4pretrain.train.lock import RunLock
-from fp4pretrain.train.loop import fit
+from fp4pretrain.train.loop import Hook, fit
 from fp4pretrain.train.run_dir import (
     CHECKPOINTS,
     METRICS,
+    baseline_path,
     check_free,
     find_checkpoint,
     on_main,
@@ -62,6 +66,8 @@ def check_run(config: RunConfig) -> None:
     validate(data_spec(config))
     if config.init is not None and config.resume is None:  # else a checkpoint may come before it
         check_initial(config.init, config.model)
+    if config.observe.interval:
+        selection_of(config.observe).sites(plan_of(config))
 
 
 def train(config: RunConfig) -> Path:
@@ -116,6 +122,7 @@ def _fit(trainer: Trainer, path: Path, start: Path | None) -> bool:
     config, world = trainer.config, trainer.world
     found = {} if start is None else _changes(trainer, start)
     devices = _devices(trainer)
+    gap = _live_gap(trainer)
     fresh = starts_anew(path, config, start)
     on_main(
         lambda: _record(trainer, path, start, devices=devices, changes=told(found)),
@@ -134,17 +141,30 @@ def _fit(trainer: Trainer, path: Path, start: Path | None) -> bool:
     if found and world.is_main:
         _log_changes(trainer, found, logging)
     checkpointing = Checkpointing(path / CHECKPOINTS, logging)
-    hooks = [
+    hooks: list[Hook] = [
         Watchdog(path / "stacks", logging, config.guard),
         Guard(path, logging, checkpointing),
         logging,
         Profiling(path / "profile", logging),
-        Evaluation(logging),
+        *([Observing(trainer, logging)] if config.observe.interval else []),
+        Evaluation(logging, gap),
         checkpointing,
         Signals(checkpointing),
     ]
     fit(trainer, hooks)
     return trainer.stopped
+
+
+def _live_gap(trainer: Trainer) -> LiveGap | None:
+    """On the main rank, where ``baseline`` is the folder of a run. Raises UserError on every rank."""
+    folder = baseline_path(trainer.config)
+    if folder is None:
+        return None
+    found: list[LiveGap] = []
+    on_main(
+        lambda: found.append(LiveGap(folder, trainer.fingerprint)), is_main=trainer.world.is_main
+    )
+    return found[0] if found else None
 
 
 def _record(

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from fp4pretrain.config import RunConfig
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import user_path, write_text
+from fp4pretrain.presets import groups
 from fp4pretrain.train import checkpoint
 
 CHECKPOINTS = "checkpoints"
@@ -37,6 +38,13 @@ def run_path(config: RunConfig) -> Path:
     if config.run_dir:
         return user_path(config.run_dir, key="run_dir")
     return Path("runs") / (config.name or f"{config.precision.name}-seed{config.seed}")
+
+
+def baseline_path(config: RunConfig) -> Path | None:
+    """The folder that ``baseline`` names; None where it names a recipe, or nothing."""
+    if config.baseline is None or config.baseline in groups()["precision"]:
+        return None
+    return user_path(config.baseline, key="baseline")
 
 
 def on_main(work: Callable[[], None], *, is_main: bool) -> None:

@@ -84,7 +84,7 @@ def train_step(trainer: Trainer, iterators: list[Iterator[Batch] | None]) -> dic
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
-    losses = _schedule(
+    losses = run_schedule(
         trainer,
         iterators,
         ForwardStep(trainer, loss=masked_mean),
@@ -134,7 +134,7 @@ def evaluate(trainer: Trainer, name: str, *, bf16: bool = False) -> Evaluated:
     sequences = len(trainer.data.valid[name])
     sampler = evaluation_sampler(trainer, sequences=sequences)
     with torch.no_grad():
-        losses = _schedule(
+        losses = run_schedule(
             trainer,
             trainer.evaluation_batches(name, sampler),
             forward,
@@ -166,7 +166,7 @@ def evaluation_sampler(trainer: Trainer, *, sequences: int) -> EvaluationSampler
     )
 
 
-def _schedule(
+def run_schedule(
     trainer: Trainer,
     iterators: list[Iterator[Batch] | None],
     forward: ForwardStep,
@@ -175,6 +175,7 @@ def _schedule(
     microbatches: int,
     forward_only: bool,
 ) -> list[dict[str, torch.Tensor]]:
+    """What ``forward`` recorded of each of this rank's microbatches, after megatron-core's schedule."""
     single = len(trainer.chunks) == 1
     return get_forward_backward_func()(
         forward_step_func=forward,

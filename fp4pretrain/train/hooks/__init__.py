@@ -1,9 +1,11 @@
-"""Everything around the steps: logging, evaluation, checkpoints, guards, profiles. One file each."""
+"""Everything around the steps: logging, evaluation, checkpoints, guards, profiles,
+observers of casts. One file each."""
 
 from fp4pretrain.train.hooks.checkpointing import Checkpointing
 from fp4pretrain.train.hooks.evaluation import Evaluation
 from fp4pretrain.train.hooks.guards import Guard
 from fp4pretrain.train.hooks.logging import Logging
+from fp4pretrain.train.hooks.observing import Observing
 from fp4pretrain.train.hooks.profiling import Profiling
 from fp4pretrain.train.hooks.signals import Signals
 from fp4pretrain.train.hooks.watchdog import Watchdog
@@ -13,6 +15,7 @@ __all__ = [
     "Evaluation",
     "Guard",
     "Logging",
+    "Observing",
     "Profiling",
     "Signals",
     "Watchdog",

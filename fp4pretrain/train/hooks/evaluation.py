@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fp4pretrain.report.live import LiveGap
 from fp4pretrain.train.hooks.logging import Logging
 from fp4pretrain.train.loop import Hook
 from fp4pretrain.train.step import evaluate
@@ -17,11 +18,13 @@ class Evaluation(Hook):
     """Evaluates and logs one row: val_loss, and val_loss_bf16 where a recipe quantizes.
 
     They are of the first validation set; val_loss_parts and val_loss_bf16_parts are of its parts.
-    Where data.valid names several, each has val_loss/NAME too.
+    Where data.valid names several, each has val_loss/NAME too. With a ``gap`` (the main rank's, which
+    alone has sinks) the row holds the distance to the baseline's loss.
     """
 
-    def __init__(self, logging: Logging) -> None:
+    def __init__(self, logging: Logging, gap: LiveGap | None = None) -> None:
         self._logging = logging
+        self._gap = gap
 
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
         train = trainer.config.train
@@ -31,8 +34,9 @@ class Evaluation(Hook):
             return
         with self._logging.throughput.paused():
             losses = self._losses(trainer)
+        gap = {} if self._gap is None else self._gap.at(trainer.tokens, losses)
         self._logging.write(
-            {"event": "eval", "step": trainer.step, "tokens": trainer.tokens, **losses}
+            {"event": "eval", "step": trainer.step, "tokens": trainer.tokens, **losses, **gap}
         )
 
     def _losses(self, trainer: Trainer) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""Which casts are observed: the sites of a plan that the ``observe`` section selects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fp4pretrain.errors import UserError
+from fp4pretrain.observe.statistics import STATISTICS
+from fp4pretrain.ops.keys import Site
+from fp4pretrain.precision import BF16, OPERANDS, Plan, Rule
+from fp4pretrain.precision.rules import BLOCK_LINEARS, LINEARS
+
+_ALL_OPERANDS = ("x", "w", "dy")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to observe, in the words of ``precision.rules``: blocks, linears, GEMMs; and operands.
+
+    Raises:
+        UserError: naming the key, for an unknown word.
+    """
+
+    linears: Sequence[str]
+    gemms: Sequence[str]
+    operands: Sequence[str]
+    statistics: Sequence[str]
+    blocks: Any = None
+
+    def __post_init__(self) -> None:
+        for key, values, known in (
+            ("operands", self.operands, _ALL_OPERANDS),
+            ("statistics", self.statistics, STATISTICS),
+        ):
+            if not values:
+                raise UserError(f"observe.{key}: it names none; use {', '.join(known)}")
+            for value in values:
+                if value not in known:
+                    raise UserError(f"observe.{key}: {value!r} is unknown; use {', '.join(known)}")
+        _ = self.rule
+
+    @property
+    def rule(self) -> Rule:
+        """The selection of linears and GEMMs as a rule, whose words and checks it shares."""
+        try:
+            return Rule(
+                "observe",
+                BF16,
+                gemms=tuple(self.gemms),
+                blocks=None if self.blocks is None else str(self.blocks),
+                linears=tuple(self.linears),
+            )
+        except UserError as error:
+            raise UserError(str(error).replace("precision.rules.observe", "observe")) from None
+
+    def sites(self, plan: Plan) -> dict[str, Site]:
+        """Label -> site of every selected operand that the plan ever casts below BF16, in the model's
+        order: ``3.fc2.wgrad.dy``. Raises UserError where there is none."""
+        rule, found = self.rule, {}
+        for layer, linear in plan.linears():
+            if not rule.covers(layer, linear, plan.num_layers):
+                continue
+            recipes = plan.recipes_of(layer, linear)
+            for gemm in rule.gemms:
+                for operand in OPERANDS[gemm]:
+                    quantized = any(r.operand(gemm, operand).quantized for r in recipes)
+                    if operand in self.operands and quantized:
+                        site = site_of(layer, linear, gemm, operand)
+                        found[label(site)] = site
+        if not found and plan.ever_quantized:
+            raise UserError(
+                "observe.blocks: nothing of what is selected is ever quantized; select other "
+                "blocks, linears, gemms or operands, or set observe.interval=0"
+            )
+        return found
+
+
+def selection_of(section: Any) -> Selection:
+    """The selection of a run config's ``observe`` section."""
+    return Selection(
+        linears=section.linears,
+        gemms=section.gemms,
+        operands=section.operands,
+        statistics=section.statistics,
+        blocks=section.blocks,
+    )
+
+
+def site_of(layer: int | None, linear: str, gemm: str, operand: str) -> Site:
+    """The site of an operand of a linear by its global name; layer None is the head."""
+    number = LINEARS.index(linear) if layer is not None else len(LINEARS)
+    return Site(-1 if layer is None else layer, number, gemm, operand)
+
+
+def label(site: Site) -> str:
+    """``3.fc2.wgrad.dy``, ``head.fprop.x``."""
+    short = tuple(BLOCK_LINEARS)
+    where = "head" if site.layer < 0 else f"{site.layer}.{short[site.linear]}"
+    return f"{where}.{site.gemm}.{site.operand}"
