@@ -29,6 +29,7 @@ from fp4pretrain.observe import DECIDED, HAPPENED
 from fp4pretrain.report.rows import POINTS, FloatArray, Rows, block_ends, block_means, read
 
 OBSERVATIONS = 40  # of each run, evenly spaced
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML has it
 ENDPOINTS = ("val_loss", "val_loss_bf16")
 _CHANGE = re.compile(r"(?:^|, )([a-z_]+(?:\.[a-z_0-9]+)*): ")
 _LENGTH = ("train.steps", "optim.warmup", "optim.decay")
@@ -193,7 +194,7 @@ def _measured(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dic
 
 def _mapping(config: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+        tree = yaml.load(config.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError):
         tree = None
     if not isinstance(tree, dict):
