@@ -129,10 +129,12 @@ def check(config: RunConfig) -> None:
         )
     offered = groups()["precision"]
     named = config.baseline
-    if named not in (None, *offered) and not user_path(str(named), key="baseline").is_dir():
+    if named not in (None, *offered) and not (
+        named and user_path(str(named), key="baseline").is_dir()
+    ):
         raise UserError(
-            f"baseline: {named!r} is neither a recipe nor the folder of a run; choose "
-            f"{', '.join(offered)}, or give a run_dir"
+            f"baseline: {named!r} is no recipe and no run's folder; choose {', '.join(offered)}, or "
+            "give a run_dir"
         )
     _check_wandb(config.logging.wandb)
     _check_model(config.model)

@@ -18,6 +18,7 @@ verdict: behind, ahead or undecided. Where a recipe has runs of several optim.lr
   fp4pretrain compare runs/demo-fp8 runs/demo-nvfp4 --out runs/demo.png
   fp4pretrain compare runs/fp8-seed* runs/nvfp4-seed*
   fp4pretrain compare runs/* --baseline runs/bf16-seed1 --json
+  fp4pretrain compare runs/* --watch                            the page, live, while runs go on
 """
 
 
@@ -29,6 +30,10 @@ def add(verbs: Any) -> None:
     compare.add_argument("--baseline", type=path, metavar="RUN_DIR")
     compare.add_argument("--out", type=path, default=Path("runs"), metavar="PNG or DIR")
     compare.add_argument("--html", action="store_true", help="write a page beside the picture")
+    compare.add_argument(
+        "--watch", action="store_true", help="serve the page on this machine while the runs go on"
+    )
+    compare.add_argument("--port", type=int, default=8008, help="of --watch (0: any)")
     compare.add_argument("--force", action="store_true", help="compare unequal runs too")
     compare.add_argument(
         "--noise", type=Path, metavar="JSON", help="of one run, for the interval of a single pair"
@@ -39,18 +44,26 @@ def add(verbs: Any) -> None:
 def _compare(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from fp4pretrain.report import Options, as_json, compare, read_noise, table
+    from fp4pretrain.report import Comparison, Options, as_json, compare, read_noise, table
 
-    comparison = compare(
-        arguments.runs,
-        out=arguments.out,
-        baseline=arguments.baseline,
-        options=Options(
-            force=arguments.force,
-            html=arguments.html,
-            noise=None if arguments.noise is None else read_noise(arguments.noise),
-        ),
+    options = Options(
+        force=arguments.force,
+        html=arguments.html,
+        noise=None if arguments.noise is None else read_noise(arguments.noise),
     )
+
+    def compared() -> Comparison:
+        return compare(
+            arguments.runs, out=arguments.out, baseline=arguments.baseline, options=options
+        )
+
+    if arguments.watch:
+        from fp4pretrain.report.watch import Watched, watch
+
+        folders = [*arguments.runs, *([arguments.baseline] if arguments.baseline else [])]
+        watch(Watched(folders, compared), port=arguments.port, say=lambda t: print(t, flush=True))
+        return
+    comparison = compared()
     if arguments.json:
         print(json.dumps(as_json(comparison), indent=1, allow_nan=False))
         return

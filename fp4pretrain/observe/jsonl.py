@@ -95,8 +95,13 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
             row = None
         if not isinstance(row, dict):
             raise UserError(f"{path}: line {number} is no JSON object; delete it or rerun the run")
-        rows.append({key: _number(value) for key, value in row.items()})
+        rows.append(parsed(row))
     return rows
+
+
+def parsed(row: Row) -> dict[str, Any]:
+    """A row as it was written: non-finite numbers as floats."""
+    return {key: _number(value) for key, value in row.items()}
 
 
 def kept(rows: Sequence[Row], step: int) -> list[bool]:

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import write_text
 from fp4pretrain.observe.sink import DECIDED, HAPPENED, Row
@@ -203,8 +205,8 @@ def _shown(row: Row) -> dict[str, Any]:
     shown["observe/sites"] = table
     for operand, counts in _by_operand(observed).items():
         octaves = sorted(counts)
-        edges = [*range(octaves[0], octaves[-1] + 2)]
-        shares = [counts.get(octave, 0.0) for octave in edges[:-1]]
+        edges = np.arange(octaves[0], octaves[-1] + 2)
+        shares = np.array([counts.get(octave, 0.0) for octave in edges[:-1].tolist()])
         shown[f"observe/scales/{operand}"] = wandb.Histogram(np_histogram=(shares, edges))
     return shown
 

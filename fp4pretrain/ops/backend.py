@@ -140,9 +140,7 @@ class Caster:
 
     def _cast(self, x: Tensor, casts: Sequence[Cast]) -> list[Operand]:
         asking = [
-            c
-            for c in casts
-            if (c.shared and self.group is not None) or c.spec.amax != "current"
+            c for c in casts if (c.shared and self.group is not None) or c.spec.amax != "current"
         ]
         if not asking:
             return self.backend.quantize(x, casts)

@@ -80,13 +80,16 @@ def compare(
     ]
     if not options.force:
         refuse_unequal(found, baseline=first.run.name)
-    window = smoothing_window(min(len(pool.run.loss) for pool in pools))
+    rows = min(len(pool.run.loss) * pool.run.thinned for pool in pools)
+    thinned = max(pool.run.thinned for pool in pools)
+    window = max(1, smoothing_window(rows) // thinned)
     comparison = Comparison(
         results=(
             _own_result(first, window),
             *(_result(pool, first, window=window, noise=options.noise) for pool in others),
         ),
         window=window,
+        averaged=window * thinned,
         differences=tuple(found),
         tuning=tuning,
         unigram_entropy=first.first.unigram_entropy,

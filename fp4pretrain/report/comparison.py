@@ -46,11 +46,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` found; the baseline's result comes first. ``remarks``: what was left out, and
+    """What ``compare`` found; the baseline's result comes first. ``window``: points of the training
+    loss in a mean, of ``averaged`` logged rows. ``remarks``: what was left out, and
     why; one sentence each."""
 
     results: tuple[Result, ...]
     window: int
+    averaged: int
     differences: tuple[Difference, ...]
     tuning: Mapping[str, Tuning]
     unigram_entropy: float | None

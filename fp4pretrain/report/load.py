@@ -16,7 +16,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ import yaml
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.fingerprint import within
-from fp4pretrain.observe import DECIDED, HAPPENED, read_rows
+from fp4pretrain.observe import DECIDED, HAPPENED
+from fp4pretrain.report.rows import POINTS, FloatArray, Rows, block_ends, block_means, read
 
+OBSERVATIONS = 40  # of each run, evenly spaced
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where PyYAML has it
 ENDPOINTS = ("val_loss", "val_loss_bf16")
 _CHANGE = re.compile(r"(?:^|, )([a-z_]+(?:\.[a-z_0-9]+)*): ")
 _LENGTH = ("train.steps", "optim.warmup", "optim.decay")
-FloatArray = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ class Run:
     ``val_parts``: of the last evaluation, by the name of its curve. ``fingerprint``: of what shapes
     the curve (``fp4pretrain.fingerprint``); None for a run that left none. ``changes``: key -> what
     it was and became, where the run was resumed as another experiment. ``events``: how often it
-    skipped a step, went back, hung, ...
+    skipped a step, went back, hung, ...; ``happened``: (tokens, event) of each. ``thinned``: how many
+    logged rows a point of ``loss`` is the mean of. ``lr``, ``grad_norm``: of sampled rows.
+    ``observed``: rows of observers, at most ``OBSERVATIONS``. ``starts``: the history's, and ``last``
+    the step and time (seconds since 1970; None where unknown) of the last row.
     """
 
     name: str
@@ -75,6 +80,18 @@ class Run:
     fingerprint: dict[str, Any] | None
     changes: dict[str, str]
     events: dict[str, int]
+    thinned: int = 1
+    lr: Curve = field(default_factory=lambda: Curve(np.zeros(0), np.zeros(0)))
+    grad_norm: Curve = field(default_factory=lambda: Curve(np.zeros(0), np.zeros(0)))
+    happened: tuple[tuple[float, str], ...] = ()
+    observed: tuple[dict[str, Any], ...] = ()
+    starts: tuple[dict[str, Any], ...] = ()
+    last: tuple[int, float | None] = (0, None)
+
+    @property
+    def steps(self) -> int | None:
+        """The length that the run was given; None where its config does not say."""
+        return (self.config.get("train") or {}).get("steps")
 
 
 def load_run(path: Path, *, name: str) -> Run:
@@ -88,10 +105,12 @@ def load_run(path: Path, *, name: str) -> Run:
     for file in (metrics, config):
         if not file.is_file():
             raise UserError(f"{path}: no {file.name}; give the run_dir that a run wrote")
-    rows, events = _measured(read_rows(metrics))
+    found = read(metrics)
+    rows, events = _measured(found.others)
     if any("tokens" not in row for row in rows if "loss" in row or "val_loss" in row):
         raise UserError(f"{metrics}: rows without tokens, on which runs meet; rerun the run")
-    loss = _curve(rows, "loss")
+    loss, thinned = _losses(found, rows)
+    rows = [*found.samples, *rows]
     if not len(loss):
         raise UserError(f"{metrics}: no training loss in it yet; wait for the run's first steps")
     plan = path / "plan.txt"
@@ -106,11 +125,58 @@ def load_run(path: Path, *, name: str) -> Run:
         val_loss=_curve(rows, "val_loss"),
         val_loss_bf16=_curve(rows, "val_loss_bf16"),
         tokens_per_second=_curve(rows, "tokens_per_second"),
-        val_parts={key: found for key in ENDPOINTS if (found := _parts(rows, key)) is not None},
+        val_parts={key: one for key in ENDPOINTS if (one := _parts(rows, key)) is not None},
         fingerprint=_fingerprint(path),
         changes=_changes(path, tree),
         events=events,
+        thinned=thinned,
+        lr=_curve(rows, "lr"),
+        grad_norm=_curve(rows, "grad_norm"),
+        happened=tuple(
+            (float(row.get("tokens", math.nan)), str(row["event"]))
+            for row in found.others
+            if row.get("event") in DECIDED | HAPPENED
+        ),
+        observed=tuple(_few([row for row in found.others if row.get("event") == "observe"])),
+        starts=tuple(_history(path)),
+        last=_last([*found.samples, *found.others]),
     )
+
+
+def _losses(found: Rows, rows: Sequence[dict[str, Any]]) -> tuple[Curve, int]:
+    """The training loss over tokens, and how many rows a point is the mean of. A step that was skipped
+    and whose loss is no number is no point: the weights are those of the step before."""
+    skipped = [row["step"] for row in found.others if row.get("event") == "skipped"]
+    stays = np.isfinite(found.losses) | ~np.isin(found.steps, skipped)
+    other = _curve(rows, "loss")  # rows in another form than a run's own
+    tokens = np.concatenate([found.tokens[stays], other.tokens])
+    losses = np.concatenate([found.losses[stays], other.values])
+    tokens, last = np.unique(tokens[::-1], return_index=True)  # of two rows the later one
+    losses = losses[::-1][last]
+    size = max(1, -(-len(tokens) // POINTS))
+    return Curve(block_ends(tokens, size), block_means(losses, size)), size
+
+
+def _few(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    if len(rows) <= OBSERVATIONS:
+        return rows
+    return [rows[int(index)] for index in np.linspace(0, len(rows) - 1, OBSERVATIONS)]
+
+
+def _last(rows: Sequence[dict[str, Any]]) -> tuple[int, float | None]:
+    last = max(rows, key=lambda row: row.get("step", -1))
+    return int(last.get("step", 0)), last.get("time")
+
+
+def _history(path: Path) -> list[dict[str, Any]]:
+    file = path / "history.json"
+    if not file.is_file():
+        return []
+    try:
+        starts: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["starts"]
+    except (ValueError, KeyError):
+        raise UserError(f"{file}: it is damaged; delete it") from None
+    return starts
 
 
 def _measured(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, int]]:
@@ -128,7 +194,7 @@ def _measured(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], dic
 
 def _mapping(config: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+        tree = yaml.load(config.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError):
         tree = None
     if not isinstance(tree, dict):
@@ -144,11 +210,8 @@ def _fingerprint(path: Path) -> dict[str, Any] | None:
 def _changes(path: Path, config: dict[str, Any]) -> dict[str, str]:
     """Key -> "was -> became" over all starts. A run that was only made longer is what it would have
     been, unless that had to be allowed by name."""
-    file = path / "history.json"
-    if not file.is_file():
-        return {}
     found: dict[str, str] = {}
-    for start in json.loads(file.read_text(encoding="utf-8"))["starts"]:
+    for start in _history(path):
         pieces = _CHANGE.split(start.get("changes") or "")  # "", key, change, key, change, ...
         found |= dict(zip(pieces[1::2], pieces[2::2], strict=True))
     named = config.get("resume_with") or []

@@ -32,7 +32,7 @@ def _how(comparison: Comparison) -> Iterator[str]:
     judged = "validation" if any("val_loss" in one.gaps for one in results) else "training"
     text = f"Gap: last {judged} loss against {comparison.baseline.run.name} at the same tokens."
     if judged == "training":
-        text += f" Training loss: mean of the last {comparison.window} logged rows."
+        text += f" Training loss: mean of the last {comparison.averaged} logged rows."
     if any("val_loss_bf16" in one.gaps for one in results):
         text += " BF16 gap: the same weights with all linears in BF16."
     yield text

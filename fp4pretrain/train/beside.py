@@ -164,8 +164,8 @@ def _placed(config: RunConfig, varied: list[str]) -> RunConfig:
             place += f"-{shortest(key, schema_keys())}_{word(value)}"
             folder, slash, last = place.rpartition("/")
             place = folder + slash + shortened(last)
-    folder = config.baseline if baseline_path(config) is not None else None
-    return replace(config, run_dir=place, baseline=folder)
+    given = config.baseline if baseline_path(config) is not None else None
+    return replace(config, run_dir=place, baseline=given)
 
 
 def _report(trained: list[Path]) -> None:

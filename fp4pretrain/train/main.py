@@ -24,8 +24,8 @@ from fp4pretrain.observe import (
     WandbSink,
     stored_run_id,
 )
-from fp4pretrain.parallel.agreement import agree, attempted
 from fp4pretrain.observe.sites import selection_of
+from fp4pretrain.parallel.agreement import agree, attempted
 from fp4pretrain.parallel.groups import join, leave, pick_device, world_size
 from fp4pretrain.report.live import LiveGap
 from fp4pretrain.train import checkpoint

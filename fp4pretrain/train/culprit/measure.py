@@ -95,7 +95,7 @@ class Lab:
 
     def _gradients(self) -> list[Tensor]:
         return [
-            linear.weight.main_grad
+            linear.weight.main_grad  # type: ignore[attr-defined]  # megatron-core's linear has it
             for layer, _, linear in self._trainer.binding.linears
             if layer is not None  # a tied head has the embedding's
         ]

@@ -64,7 +64,7 @@ REFUSED = [
     ("precision=null", "precision", r"null is unknown; choose .*nvfp4"),
     ("precision=[nvfp4,nope]", "precision", r"'nope' is unknown; choose .*nvfp4"),
     ("experiment=nope", "experiment", r"'nope' is unknown; choose .*late_switch"),
-    ("baseline=nope", "baseline", r"'nope' is no recipe; choose .*fp8"),
+    ("baseline=nope", "baseline", r"'nope' is no recipe and no run's folder; choose .*fp8"),
     ("baseline=", "baseline", r"choose .*fp8"),
     # words
     ("precision.fprop.x.format=fp3", "precision.fprop.x.format", r"'fp3' .*nvfp4"),

@@ -64,7 +64,7 @@ def test_a_baseline_that_differs_in_more_than_the_recipe_is_refused(
 
 
 def test_a_baseline_is_a_recipe_or_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither a recipe nor the folder of a run"):
+    with pytest.raises(UserError, match="no recipe and no run's folder"):
         compose(["baseline=fp9"])
     with pytest.raises(UserError, match=r"baseline: .*no metrics\.jsonl"):
         train_all(
