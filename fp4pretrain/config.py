@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -336,6 +336,7 @@ def compose(overrides: list[str]) -> RunConfig:
     return config
 
 
+@lru_cache(maxsize=64)  # half a second each, and one process asks for the same more than once
 def _composed(overrides: tuple[str, ...], keys: frozenset[str]) -> tuple[Any, dict[str, Any]]:
     """The composed config under the schema, and the option chosen of every group."""
     GlobalHydra.instance().clear()

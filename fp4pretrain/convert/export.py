@@ -72,11 +72,7 @@ def export_hf(run: StoredRun, out: Path, wanted: Export | None = None) -> dict[s
     }
     if packer is not None:
         described["quantization_config"] = packer.config()
-    tensors = (
-        (name, t.to(_DTYPES[dtype]) if t.dtype in (torch.float32, torch.bfloat16) and _plain(name)
-         else t)
-        for name, t in tensors_of(family, config.model, weights, packer)
-    )  # fmt: skip
+    tensors = _in(_DTYPES[dtype], tensors_of(family, config.model, weights, packer))
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.absolute().parent))
@@ -98,8 +94,13 @@ def export_hf(run: StoredRun, out: Path, wanted: Export | None = None) -> dict[s
     return facts
 
 
-def _plain(name: str) -> bool:
-    return name.endswith((".weight", ".bias"))
+def _in(
+    dtype: torch.dtype, tensors: Iterator[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same with weights and biases in ``dtype``; codes and scales of FP4 stay what they are."""
+    for name, tensor in tensors:
+        plain = name.endswith((".weight", ".bias"))
+        yield name, tensor.to(dtype) if plain else tensor
 
 
 def _facts(run: StoredRun, architecture: str, dtype: str, packer: Packer | None) -> dict[str, Any]:

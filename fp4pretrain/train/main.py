@@ -16,6 +16,7 @@ from rich.console import Console
 from fp4pretrain.config import RunConfig, plan_of
 from fp4pretrain.data import unigram_entropy, validate
 from fp4pretrain.model.layout import check_layout
+from fp4pretrain.model.memory import check_fits, state_bytes
 from fp4pretrain.observe import (
     CompositeSink,
     ConsoleSink,
@@ -61,8 +62,8 @@ from fp4pretrain.version import commit, sources_digest, versions
 
 def check_run(config: RunConfig) -> None:
     """Everything that can be refused before any rank starts to work. Raises UserError."""
-    check_layout(config, world_size())
-    pick_device(config.parallel.device)
+    layout = check_layout(config, world_size())
+    check_fits(state_bytes(config, layout), pick_device(config.parallel.device))
     validate(data_spec(config))
     if config.init is not None and config.resume is None:  # else a checkpoint may come before it
         check_initial(config.init, config.model)
@@ -232,6 +233,7 @@ def _announce(trainer: Trainer, path: Path, start: Path | None) -> None:
         f"{world.device.type} rank(s): TP {config.parallel.tensor}, PP {config.parallel.pipeline}, "
         f"DP {trainer.layout.data}; {trainer.backend_choice}"
     )
+    console.print(str(state_bytes(config, trainer.layout)))
     if start is not None:
         console.print(f"continuing from {start} (step {trainer.step})")
     console.print(str(trainer.binding.plan))

@@ -50,6 +50,40 @@ def begin_with(overrides: list[str], out: str, *, steps: int, device: str) -> di
     return {"checkpoint": str(checkpoint.save(trainer, Path(out), keep_last=9))}
 
 
+def held(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
+    """Bytes of weights, gradients, masters and moments on each rank after a step."""
+    trainer = started(overrides, device)
+    steps_of(trainer, 1)
+    mine = bytes_held(trainer)
+    everyone: list[Any] = [None] * trainer.world.size
+    dist.all_gather_object(everyone, mine)
+    return {"held": everyone}
+
+
+def bytes_held(trainer: Trainer) -> dict[str, int]:
+    """Of storages, each counted once: what is a view of another holds nothing."""
+    weights = [parameter for chunk in trainer.chunks for parameter in chunk.parameters()]
+    gradients = [b.grad_data for chunk in trainer.chunks for b in chunk.buffers]
+    parts = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
+    inner = [part.optimizer for part in parts]
+    masters = [p for one in inner for group in one.param_groups for p in group["params"]]
+    moments = [
+        state[name] for one in inner for state in one.state.values() for name in ("exp_avg", "exp_avg_sq")
+    ]  # fmt: skip
+    seen: set[int] = set()
+    found = {}
+    for name, tensors in (
+        ("weights", weights), ("gradients", gradients), ("masters", masters), ("moments", moments)
+    ):  # fmt: skip
+        found[name] = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                found[name] += storage.nbytes()
+    return found
+
+
 def two_saves(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
     """Checkpoints of steps 1 and 2."""
     trainer = started(overrides, device)

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 
 from fp4pretrain.config import compose
 from fp4pretrain.model.families import family_of
+from fp4pretrain.model.layout import check_layout
+from fp4pretrain.model.memory import state_bytes
 from fp4pretrain.convert.tensors import tensors_of
 from fp4pretrain.convert.weights import CheckpointWeights
 
@@ -106,6 +108,32 @@ def test_what_is_exported_of_any_layout_is_one_model(ranks, layout: str) -> None
         # equal initial weights, and two of Adam's steps, each of about lr whatever the gradient
         torch.testing.assert_close(sharded[name], tensor, rtol=0, atol=2e-3, msg=name)
         assert float(tensor.std()) > 5e-3 or "norm" in name
+
+
+@pytest.mark.parametrize(
+    ("layout", "extra"),
+    [
+        ("1", BF16),
+        ("1", []),
+        ("DP 2, plain optimizer", BF16),
+        ("TP 2 x DP 2", BF16),
+        ("TP 2 x PP 2", ["model.tie_embeddings=true", "model.bias=true", "model.qk_norm=true"]),
+        ("PP 2 interleaved", [*BF16, "model.normalization=layernorm", "model.position=learned"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else ",".join(value) or "fp32",
+)
+def test_the_memory_that_is_announced_is_what_a_rank_holds(
+    ranks, layout: str, extra: list[str]
+) -> None:
+    size, parallel = LAYOUTS[layout]
+    run = [*SMALL, "precision=bf16", *extra, *parallel]
+    held = ranks.run("checkpoint_tasks.held", run, size=size)["held"]
+    config = compose(run)
+    announced = state_bytes(config, check_layout(config, size))
+    largest = max(held, key=lambda one: sum(one.values()))
+    for part in ("weights", "gradients", "masters", "moments"):
+        # buffers are padded, and a distributed optimizer's shards end where its ranks' do
+        assert largest[part] == pytest.approx(getattr(announced, part), rel=0.02), part
 
 
 @pytest.mark.parametrize("layout", ["TP 2 x PP 2", "PP 2 interleaved", "TP 2 x DP 2"])

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fp4pretrain import cli, data
+from fp4pretrain import __version__, cli, data
 from fp4pretrain.parallel import groups
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -345,6 +345,31 @@ def test_every_verb_explains_itself(
     assert told.out.startswith(" ".join(["usage: fp4pretrain", *command]))
     assert told.err == ""
     assert max(map(len, told.out.splitlines())) < 140
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"fp4pretrain {__version__}\n"
+
+
+def test_bash_completes_verbs_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    cli.main(["completion", "bash"])
+    script = capsys.readouterr().out
+
+    def completed(*words: str) -> set[str]:
+        line = " ".join(f"'{word}'" for word in words)
+        ask = f'COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; COMP_LINE="{" ".join(words)}"; '
+        ask += "_shtab_fp4pretrain fp4pretrain; printf '%s\\n' \"${COMPREPLY[@]}\""
+        done = subprocess.run(
+            ["bash", "--norc", "-c", script + ask], capture_output=True, text=True, check=False
+        )
+        return set(done.stdout.split())
+
+    assert {"export", "eval"} <= completed("fp4pretrain", "e")
+    assert completed("fp4pretrain", "export", "--qu") == {"--quantize"}
 
 
 def test_trains_help_lists_every_option_of_every_group(capsys: pytest.CaptureFixture[str]) -> None:
