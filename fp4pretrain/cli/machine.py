@@ -12,9 +12,11 @@ from fp4pretrain.errors import UserError
 from fp4pretrain.files import write_text
 
 BENCH_HELP = """\
-Time kernels beside a device copy, or linears beside BF16, on this machine's GPU: a table and JSON.
+Time kernels beside a device copy, or linears beside BF16, on this machine's GPU, or measure what
+casts lose (no GPU needed): a table and JSON.
 
   fp4pretrain bench kernels --out runs/bench
+  fp4pretrain bench error                          mean squared errors on N(0, 1), cosine, bias
   fp4pretrain bench linear --precision nvfp4,mxfp4_h16,fp8
   fp4pretrain bench linear --precision fp8 precision.fprop.fast_accum=false     keys of every recipe
 """
@@ -29,12 +31,31 @@ or why it cannot.
 """
 
 
+AUDIT_HELP = """\
+What each linear of a run will really compute on this machine: format, block, rounding, scale and
+rotation of every operand, who multiplies and by which instruction, the share of the FLOPs in each
+precision, the rules and the switches to come. Fails where a rule matches nothing, where a recipe
+quantizes nothing, or where a named backend cannot run it.
+
+  fp4pretrain audit precision=nvfp4 model=gpt_1_3b
+  fp4pretrain audit precision=mxfp4_h16 --json
+"""
+
+
 def add(verbs: Any) -> None:
-    bench = add_verb(verbs, "bench", "time kernels or linears on this GPU", BENCH_HELP, _bench)
-    bench.add_argument("what", choices=("kernels", "linear"))
+    audit = add_verb(
+        verbs, "audit", "what each linear of a run really computes", AUDIT_HELP, _audit
+    )
+    audit.add_argument("overrides", nargs="*", metavar="key=value")
+    audit.add_argument("--json", action="store_true", help="print JSON and nothing else")
+
+    bench = add_verb(verbs, "bench", "time kernels and linears, measure casts", BENCH_HELP, _bench)
+    bench.add_argument("what", choices=("kernels", "linear", "error"))
     bench.add_argument("overrides", nargs="*", metavar="key=value")
     bench.add_argument("--precision", default="nvfp4,mxfp4_h16,fp8", metavar="RECIPE,...")
     bench.add_argument("--out", type=path, default=Path("runs/bench"), metavar="DIR")
+    bench.add_argument("--all", action="store_true", help="error: every cast that the tables offer")
+    bench.add_argument("--json", action="store_true", help="error: print JSON and nothing else")
 
     doctor = add_verb(
         verbs, "doctor", "what this machine can run, and why not", DOCTOR_HELP, _doctor
@@ -43,19 +64,37 @@ def add(verbs: Any) -> None:
     doctor.add_argument("--precision", default="nvfp4", metavar="RECIPE")
 
 
+def _audit(arguments: argparse.Namespace) -> None:
+    from fp4pretrain.audit import audit, lines
+    from fp4pretrain.config import compose
+    from fp4pretrain.doctor import device_here
+
+    found = audit(compose(arguments.overrides), device_here())
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return
+    print("\n".join(lines(found)))
+
+
 def _bench(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from fp4pretrain.bench import kernels, linear, timing
+    from fp4pretrain.bench import error, kernels, linear, timing
     from fp4pretrain.config import compose, plan_of
     from fp4pretrain.ops import choose
 
-    if arguments.what == "kernels":
-        if arguments.overrides:
-            raise UserError(
-                f"{arguments.overrides[0]}: bench kernels follows no recipe; leave the key out, or "
-                "use bench linear"
-            )
+    if arguments.what != "linear" and arguments.overrides:
+        raise UserError(
+            f"{arguments.overrides[0]}: bench {arguments.what} follows no recipe; leave the key out, "
+            "or use bench linear"
+        )
+    if arguments.what == "error":
+        found = error.bench_error(every=arguments.all)
+        if arguments.json:
+            print(json.dumps(found, indent=1))
+            return
+        shown = error.table(found)
+    elif arguments.what == "kernels":
         found = kernels.bench_kernels()
         shown = kernels.table(found)
     else:

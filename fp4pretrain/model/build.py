@@ -22,7 +22,7 @@ from fp4pretrain.model.init import initialize
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.nn.linear import Binding, ColumnParallelQuantLinear, QuantLinear
 from fp4pretrain.nn.spec import block_spec
-from fp4pretrain.ops import AmaxState, Backend, Site, sites_of
+from fp4pretrain.ops import Backend, Site, SiteState, sites_of
 from fp4pretrain.precision import Plan, Progress, Recipe
 from fp4pretrain.precision.rules import HEAD, LINEARS
 
@@ -72,12 +72,16 @@ def log_denominator(logits: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class PlanBinding:
-    """All quantized linears of this rank's chunks, the plan they follow, the amaxes they remember."""
+    """All quantized linears of this rank's chunks, the plan they follow, what their casts leave behind.
+
+    ``followed``: every recipe that a linear was given for a step, by (global layer or None, name).
+    """
 
     plan: Plan
     linears: list[tuple[int | None, str, QuantLinear]]
-    amaxes: AmaxState
+    sites: SiteState
     progress: Progress = field(default_factory=Progress)
+    followed: dict[tuple[int | None, str], set[Recipe]] = field(default_factory=dict)
 
     def recipes(self) -> list[Recipe]:
         """The recipe of each linear now, in the order of ``linears``."""
@@ -92,7 +96,10 @@ class PlanBinding:
         """Give every linear its recipe for the next step; True if any of the model has another now."""
         switched = self.plan.switches(self.progress, progress)
         self.progress = progress
-        self.set_recipes([self.plan.at(layer, name, progress) for layer, name, _ in self.linears])
+        recipes = [self.plan.at(layer, name, progress) for layer, name, _ in self.linears]
+        self.set_recipes(recipes)
+        for (layer, name, _), recipe in zip(self.linears, recipes, strict=True):
+            self.followed.setdefault((layer, name), set()).add(recipe)
         return switched
 
 
@@ -173,7 +180,7 @@ def build_model(
     chunks_here = config.parallel.virtual_pipeline or 1
     chunks: list[GPT] = []
     linears: list[tuple[int | None, str, QuantLinear]] = []
-    amaxes = AmaxState(remembering_sites(plan), torch.device(torch.cuda.current_device()))
+    sites = SiteState(remembering_sites(plan), torch.device(torch.cuda.current_device()))
     global_amax = config.precision.amax == "tensor_parallel"
     for index in range(chunks_here):
         stage = index if chunks_here > 1 else None
@@ -184,10 +191,10 @@ def build_model(
             std=config.model.init_std,
             num_layers=config.model.num_layers,
         )
-        bind = partial(Binding, backend, clock, global_amax=global_amax, amaxes=amaxes)
+        bind = partial(Binding, backend, clock, global_amax=global_amax, sites=sites)
         linears += _bind(chunk, bind)
         chunks.append(chunk)
-    binding = PlanBinding(plan, linears, amaxes)
+    binding = PlanBinding(plan, linears, sites)
     binding.apply(Progress())
     return chunks, binding
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp4pretrain.nn.weights import WeightCache
-from fp4pretrain.ops import AmaxState, Backend, Cast, LinearCasts, Operand, cast_operands, multiply
+from fp4pretrain.ops import Backend, Cast, LinearCasts, Operand, SiteState, cast_operands, multiply
 from fp4pretrain.parallel.bridge import plain_torch
 
 
@@ -39,7 +39,7 @@ class LinearCall:
     gather: bool  # sequence parallel: x is a shard of the tokens
     allreduce_dgrad: bool
     training: bool
-    amaxes: AmaxState | None = None
+    sites: SiteState | None = None  # what casts leave behind
 
     def cast(self, x: Tensor, casts: Sequence[Cast]) -> list[Operand]:
         """Operands of x; scales that other ranks' elements take part in are reduced over them."""
@@ -48,9 +48,18 @@ class LinearCall:
             x,
             casts,
             amax_group=self.tp_group,
-            amaxes=self.amaxes,
+            sites=self.sites,
             record=self.training,
         )
+
+    def multiply(self, gemm: str, a: Operand, b: Operand, **how: Any) -> Tensor:
+        """a @ b.T, one of the three GEMMs; ``how`` as in ``ops.multiply``."""
+        chosen = self.casts.recipe.gemm(gemm)
+        if self.training and self.sites is not None:
+            first, second = chosen.specs
+            site = self.casts.first(gemm).site
+            self.sites.multiplied[site, first.format, second.format] += 1
+        return multiply(self.backend, a, b, fast_accum=chosen.fast_accum, **how)
 
     def wgrad_x(self, x_tk: Tensor) -> Operand:
         """wgrad's operand of x [t, k], made in the backward pass and multiplied at once."""
@@ -83,13 +92,7 @@ class QuantLinearFunction(torch.autograd.Function):
         w_operand = call.weights.forward(
             weight, casts, call.weights_version, call.cast, backward_too=call.training
         )
-        y_tn = multiply(
-            call.backend,
-            x_operands[0],
-            w_operand,
-            out_dtype=x.dtype,
-            fast_accum=casts.recipe.fprop.fast_accum,
-        )
+        y_tn = call.multiply("fprop", x_operands[0], w_operand, out_dtype=x.dtype)
         if bias is not None:
             y_tn += bias
         ctx.call, ctx.use_bias, ctx.x_shape = call, bias is not None, x.shape
@@ -120,13 +123,7 @@ class QuantLinearFunction(torch.autograd.Function):
         reducing = None
         if need_dx:
             w_operand = call.weights.backward(weight, casts, call.weights_version, call.cast)
-            dx_tk = multiply(
-                call.backend,
-                dy_operands[0],
-                w_operand,
-                out_dtype=ctx.x_dtype,
-                fast_accum=casts.recipe.dgrad.fast_accum,
-            )
+            dx_tk = call.multiply("dgrad", dy_operands[0], w_operand, out_dtype=ctx.x_dtype)
             dx, reducing = _reduce(dx_tk, ctx.x_shape, call)
         if need_dw:
             if gathering is not None:
@@ -171,7 +168,7 @@ def _weight_gradient(weight: Any, dy: Any, x: Any, call: LinearCall) -> Tensor |
     Then the returned gradient is a dummy that DDP knows not to add (``grad_added_to_main_grad``);
     autograd needs one to fire the hooks that start the gradient's reduction.
     """
-    product = partial(multiply, call.backend, dy, x, fast_accum=call.casts.recipe.wgrad.fast_accum)
+    product = partial(call.multiply, "wgrad", dy, x)
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
         return product(out_dtype=weight.dtype)

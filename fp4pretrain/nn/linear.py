@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.nn.gemms import LinearCall, QuantLinearFunction
 from fp4pretrain.nn.weights import WeightCache
-from fp4pretrain.ops import AmaxState, Backend, Moment, Shard, linear_casts
+from fp4pretrain.ops import Backend, Moment, Shard, SiteState, linear_casts
 from fp4pretrain.precision import BF16, Recipe
 
 
@@ -30,7 +30,7 @@ class Binding:
     linear: int = 0
     recipe: Recipe = BF16
     global_amax: bool = True
-    amaxes: AmaxState | None = None
+    sites: SiteState | None = None
 
 
 class QuantLinear:
@@ -83,7 +83,7 @@ class QuantLinear:
             gather=sequence_parallel,
             allreduce_dgrad=allreduce_dgrad,
             training=torch.is_grad_enabled(),
-            amaxes=binding.amaxes,
+            sites=binding.sites,
         )
         return QuantLinearFunction.apply(input, weight, bias, call)
 

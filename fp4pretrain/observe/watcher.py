@@ -144,7 +144,7 @@ class Watcher:
         if octaves is not None:
             self._sums[number, len(st.SUMS) :] += octaves
         if "inexact" in self._wanted and not isinstance(seen.caster.backend, ReferenceBackend):
-            reference = Caster(_REFERENCE, seen.caster.group, seen.caster.amaxes)
+            reference = Caster(_REFERENCE, seen.caster.group, seen.caster.sites)
             (truth,) = reference.operands(seen.x, [cast])
             found["inexact"] = (truth.dequantize() != y).sum(dtype=torch.float64)
         if self._draws and cast.noise is not None:
@@ -199,6 +199,6 @@ def _amax(x: Tensor, cast: Cast, caster: Caster) -> Tensor | None:
         return None
     if cast.shared and caster.group is not None:
         dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=caster.group)
-    if cast.spec.amax != "current" and caster.amaxes is not None:
-        amax = caster.amaxes.used(cast, amax, record=False)
+    if cast.spec.amax != "current" and caster.sites is not None:
+        amax = caster.sites.used(cast, amax, record=False)
     return amax

@@ -6,15 +6,14 @@ triton              NVIDIA, Ampere and later  exact BF16, or FP8; packed FP4 whe
 reference           any device, plain torch   element x block scale, exact
 """
 
-from fp4pretrain.ops.amaxes import AmaxState, sites_of
 from fp4pretrain.ops.backend import Backend, cast_operands, multiply
 from fp4pretrain.ops.casts import Cast, LinearCasts, Shard, linear_casts
 from fp4pretrain.ops.choice import choose
 from fp4pretrain.ops.keys import Moment, Site
 from fp4pretrain.ops.operand import Operand
+from fp4pretrain.ops.site_state import SiteState, sites_of
 
 __all__ = [
-    "AmaxState",
     "Backend",
     "Cast",
     "LinearCasts",
@@ -22,6 +21,7 @@ __all__ = [
     "Operand",
     "Shard",
     "Site",
+    "SiteState",
     "cast_operands",
     "choose",
     "linear_casts",

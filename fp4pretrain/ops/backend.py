@@ -23,9 +23,9 @@ from torch import Tensor
 
 from fp4pretrain.numerics import QuantSpec
 from fp4pretrain.ops import watching
-from fp4pretrain.ops.amaxes import AmaxState
 from fp4pretrain.ops.casts import Cast
 from fp4pretrain.ops.operand import Operand
+from fp4pretrain.ops.site_state import SiteState
 from fp4pretrain.ops.split import SumOperand, pairs, split_operand
 from fp4pretrain.precision import Gemm, Recipe
 
@@ -86,7 +86,7 @@ def cast_operands(
     casts: Sequence[Cast],
     *,
     amax_group: dist.ProcessGroup | None = None,
-    amaxes: AmaxState | None = None,
+    sites: SiteState | None = None,
     record: bool = False,
 ) -> list[Operand]:
     """Operands of x [rows, cols], one for each cast; shown to the watch that is attached, if any.
@@ -94,10 +94,10 @@ def cast_operands(
     Args:
         amax_group: the amaxes of casts that are ``shared`` are all-reduced (max) over this group, so
             that every shard of a tensor is cast by the scales of the whole tensor.
-        amaxes: who answers casts whose ``spec.amax`` is not current.
-        record: let ``amaxes`` remember what this call measured.
+        sites: who answers casts whose ``spec.amax`` is not current, and counts.
+        record: let ``sites`` remember and count what this call did.
     """
-    caster = Caster(backend, amax_group, amaxes, record=record)
+    caster = Caster(backend, amax_group, sites, record=record)
     operands = caster.operands(x, casts)
     if watching.attached is not None:
         watching.attached(watching.Seen(caster, x, casts, operands))
@@ -114,21 +114,24 @@ class Caster:
         self,
         backend: Backend,
         amax_group: dist.ProcessGroup | None = None,
-        amaxes: AmaxState | None = None,
+        sites: SiteState | None = None,
         *,
         record: bool = False,
     ) -> None:
         self.backend = backend
         self.group = amax_group if amax_group is not None and amax_group.size() > 1 else None
-        self.amaxes = amaxes
+        self.sites = sites
         self._record = record
 
     def unrecorded(self) -> Caster:
         """The same, leaving nothing behind for later steps."""
-        return Caster(self.backend, self.group, self.amaxes)
+        return Caster(self.backend, self.group, self.sites)
 
     def operands(self, x: Tensor, casts: Sequence[Cast]) -> list[Operand]:
         """One operand of x [rows, cols] for each cast."""
+        if self._record and self.sites is not None:
+            for cast in casts:
+                self.sites.cast[cast.site, cast.spec.format] += 1
         whole = [cast for cast in casts if cast.spec.split == "none"]
         if len(whole) == len(casts):
             return self._cast(x, casts)
@@ -157,8 +160,8 @@ class Caster:
                 found[i] = amax
         for i, cast in enumerate(casts):
             if cast.spec.amax != "current":
-                assert self.amaxes is not None
-                found[i] = self.amaxes.used(cast, found[i], record=self._record)
+                assert self.sites is not None
+                found[i] = self.sites.used(cast, found[i], record=self._record)
         return found
 
 

@@ -114,6 +114,10 @@ class LinearCasts:
         turned = fprop.rotation_size or dgrad.rotation_size
         return same and not turned and fprop.multiple == dgrad.multiple
 
+    def first(self, gemm: str) -> Cast:
+        """The cast of a GEMM's first operand."""
+        return {"fprop": self.fprop_x, "dgrad": self.dgrad_dy, "wgrad": self.wgrad_dy}[gemm]
+
     def all(self) -> dict[str, Cast]:
         """The casts by "gemm.operand"."""
         return {

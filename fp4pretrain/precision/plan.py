@@ -9,7 +9,7 @@ on every pipeline layout), so a plan is the same text on one process and on a th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -90,6 +90,13 @@ class Plan:
                     found = found.replaced(rule.gemms, rule.recipe)
             found = self._resolved[key] = found.interned()
         return found
+
+    def with_rules(
+        self, layer: int | None, linear: str, holding: Mapping[str, bool] | None = None
+    ) -> Recipe:
+        """The recipe of one linear where the named rules hold; without names, those that always do."""
+        told = {rule.name: not rule.timed for rule in self.ordered} if holding is None else holding
+        return self._with(layer, linear, tuple(told[rule.name] for rule in self.ordered))
 
     def recipes_of(self, layer: int | None, linear: str) -> list[Recipe]:
         """Every recipe that this linear can ever follow, the one without timed rules first."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fp4pretrain.config import RunConfig, plan_of
+from fp4pretrain.costs import flop_shares
 from fp4pretrain.errors import UserError
 from fp4pretrain.naming import flat
 from fp4pretrain.precision import GEMMS, OPERANDS, Plan
 from fp4pretrain.report.comparison import Comparison, Result, tokens_text
-from fp4pretrain.report.costs import flop_shares
 from fp4pretrain.report.load import Run
 from fp4pretrain.stored import read_config
 

@@ -32,6 +32,7 @@ from fp4pretrain.report.live import LiveGap
 from fp4pretrain.train import checkpoint
 from fp4pretrain.train.changes import Changes, changes, told
 from fp4pretrain.train.hooks import (
+    Auditing,
     Checkpointing,
     Evaluation,
     Guard,
@@ -150,6 +151,7 @@ def _fit(trainer: Trainer, path: Path, start: Path | None) -> bool:
         *([Observing(trainer, logging)] if config.observe.interval else []),
         Evaluation(logging, gap),
         checkpointing,
+        Auditing(path / "audit.json"),
         Signals(checkpointing),
     ]
     fit(trainer, hooks)

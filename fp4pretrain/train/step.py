@@ -104,7 +104,7 @@ def train_step(trainer: Trainer, iterators: list[Iterator[Batch] | None]) -> dic
     trainer.schedule.step(increment=1)
     trainer.clock.weights_changed()
     trainer.step += 1
-    trainer.binding.amaxes.finish_step(trainer.step)
+    trainer.binding.sites.finish_step(trainer.step)
     trainer.consumed_samples += trainer.config.train.global_batch
     return {"loss": health.loss, "grad_norm": health.norm(float(grad_norm)), "lr": lr}
 

@@ -222,7 +222,7 @@ def load(trainer: Trainer, path: Path, *, own: bool = False) -> None:
     trainer.consumed_samples = found["consumed_samples"]
     trainer.skipped_samples = found["skipped_samples"]
     trainer.memory = found["memory"]
-    trainer.binding.amaxes.restore(found.get("amaxes", {}), found["step"])
+    trainer.binding.sites.restore(found.get("amaxes", {}), found["step"])
     trainer.clock.weights_changed()
 
 

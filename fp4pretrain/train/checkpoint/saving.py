@@ -178,7 +178,7 @@ def _description(trainer: Trainer) -> dict[str, Any]:
         "consumed_samples": trainer.consumed_samples,
         "skipped_samples": trainer.skipped_samples,
         "memory": json.loads(json.dumps(trainer.memory)),  # as it is now, and JSON
-        "amaxes": trainer.binding.amaxes.state(),
+        "amaxes": trainer.binding.sites.state(),
         "model": asdict(config.model),
         "recipe": config.precision.name,
         "parallel": asdict(config.parallel),

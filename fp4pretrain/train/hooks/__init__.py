@@ -1,6 +1,7 @@
 """Everything around the steps: logging, evaluation, checkpoints, guards, profiles,
 observers of casts. One file each."""
 
+from fp4pretrain.train.hooks.auditing import Auditing
 from fp4pretrain.train.hooks.checkpointing import Checkpointing
 from fp4pretrain.train.hooks.evaluation import Evaluation
 from fp4pretrain.train.hooks.guards import Guard
@@ -11,6 +12,7 @@ from fp4pretrain.train.hooks.signals import Signals
 from fp4pretrain.train.hooks.watchdog import Watchdog
 
 __all__ = [
+    "Auditing",
     "Checkpointing",
     "Evaluation",
     "Guard",

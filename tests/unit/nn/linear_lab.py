@@ -15,7 +15,7 @@ from fp4pretrain.config import compose, plan_of
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.nn.linear import Binding, ColumnParallelQuantLinear, RowParallelQuantLinear
 from fp4pretrain.numerics import Noise, derive_key, quantize, rotate
-from fp4pretrain.ops import AmaxState, Cast, Moment, Site, sites_of
+from fp4pretrain.ops import Cast, Moment, Site, SiteState, sites_of
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.precision import Recipe
 
@@ -87,7 +87,7 @@ def build(
             layer=LAYER,
             linear=LINEAR,
             recipe=recipe,
-            amaxes=AmaxState(sites_of({(LAYER, LINEAR): [recipe]}), linear.weight.device),
+            sites=SiteState(sites_of({(LAYER, LINEAR): [recipe]}), linear.weight.device),
         )
     )
     return linear

@@ -14,8 +14,8 @@ import pytest
 from report_lab import STEPS, TOKENS, write_run
 
 from fp4pretrain.config import compose, plan_of
+from fp4pretrain.costs import flop_shares
 from fp4pretrain.report import Options, compare
-from fp4pretrain.report.costs import flop_shares
 from fp4pretrain.report.load import load_run
 from fp4pretrain.report.rows import POINTS, read
 from fp4pretrain.report.watch import Watched, server

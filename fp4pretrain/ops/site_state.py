@@ -1,6 +1,6 @@
 """Amaxes that outlive a step: fixed ones, ones sampled now and then and held, and histories.
 
-A cast by ``amax: current`` measures its tensor and forgets. The others ask an ``AmaxState``, which
+A cast by ``amax: current`` measures its tensor and forgets. The others ask an ``SiteState``, which
 belongs to a model, and leave with it what they measured:
 
     amax       the scale of step s is made from                                    source
@@ -11,11 +11,13 @@ belongs to a model, and leave with it what they measured:
 
 What is measured is the largest over all microbatches and ranks of a step, so every layout makes the
 same scales. A site without a past (the first step, a rule that has just begun) measures. The state is
-part of a checkpoint.
+part of a checkpoint. Beside them stand counts: how often each site was cast and multiplied while
+training, by format, which the audit holds against the plan.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,8 +29,11 @@ from fp4pretrain.ops.casts import Cast
 from fp4pretrain.ops.keys import Site
 
 
-class AmaxState:
-    """The amaxes of all sites of a model that measure for later steps.
+class SiteState:
+    """What casts leave behind at their sites: amaxes for later steps, and counts.
+
+    ``cast``: (site, format) -> casts made; ``multiplied``: (site of the first operand, formats of both)
+    -> products made; since this process started, of this rank, while training.
 
     Args:
         sites: every site of the whole model that any recipe of the plan casts by ``held`` or
@@ -37,6 +42,8 @@ class AmaxState:
 
     def __init__(self, sites: Mapping[Site, int], device: torch.device) -> None:
         self.step = 0
+        self.cast: Counter[tuple[Site | None, str]] = Counter()
+        self.multiplied: Counter[tuple[Site | None, str, str]] = Counter()
         self._row = {site: row for row, site in enumerate(sites)}
         depth = max(sites.values(), default=0)
         self._past = torch.zeros(len(sites), depth, device=device)

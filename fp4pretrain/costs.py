@@ -8,6 +8,7 @@ Norms, embedding and optimizer are left out. A GEMM counts as its wider operand.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from fp4pretrain.config import ModelConfig
 from fp4pretrain.numerics.formats import FORMATS
@@ -17,15 +18,19 @@ from fp4pretrain.precision.rules import HEAD
 _BF16 = 16
 
 
-def flop_shares(plan: Plan, model: ModelConfig) -> dict[str, float]:
-    """Share of the FLOPs by precision (``4 bits``, ``BF16``), where no timed rule holds; they add up
-    to 1, the narrowest first."""
+def flop_shares(
+    plan: Plan, model: ModelConfig, *, holding: Mapping[str, bool] | None = None
+) -> dict[str, float]:
+    """Share of the FLOPs by precision (``4 bits``, ``BF16``); they add up to 1, the narrowest first.
+
+    ``holding``: which rules hold, by name; without it those that are not timed.
+    """
     head_size = model.kv_channels or model.hidden_size // model.num_attention_heads
     width = model.num_attention_heads * head_size
     found: Counter[int] = Counter()
     for layer, linear in plan.linears():
         n, k = _shape(linear, model, head_size=head_size)
-        recipe = plan.recipes_of(layer, linear)[0]
+        recipe = plan.with_rules(layer, linear, holding)
         for gemm in GEMMS:
             bits = max(FORMATS[spec.format].element.bits for spec in recipe.gemm(gemm).specs)
             found[bits] += 2 * n * k
