@@ -160,6 +160,11 @@ def _shares(flops: Mapping[str, float]) -> str:
     return ", ".join(f"{name.upper()} {share:.1%}" for name, share in flops.items())
 
 
+def _in_tiles(recipe: Recipe) -> bool:
+    """Whether dgrad's w may be fprop's, transposed."""
+    return recipe.dgrad.w == recipe.fprop.w and recipe.dgrad.w.block.startswith("2d")
+
+
 def done(binding: Any) -> tuple[dict[str, int], dict[str, int], list[str]]:
     """What this rank's linears did while training, held against the recipes that they were given.
 
@@ -187,6 +192,9 @@ def done(binding: Any) -> tuple[dict[str, int], dict[str, int], list[str]]:
         for gemm, operand in ((g, o) for g in GEMMS for o in OPERANDS[g]):
             asked = {recipe.operand(gemm, operand).format for recipe in recipes}
             found = seen.get((bound.layer, bound.linear, gemm, operand), set())
+            if (gemm, operand) == ("dgrad", "w"):  # in tiles, fprop's cast serves its transpose too
+                fprop = seen.get((bound.layer, bound.linear, "fprop", "w"), set())
+                found = found | (fprop & {r.dgrad.w.format for r in recipes if _in_tiles(r)})
             if found != asked:
                 wrong.append(
                     f"{linear_name(layer, name)} {gemm} {operand}: the plan says "

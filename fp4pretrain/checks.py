@@ -16,6 +16,7 @@ from fp4pretrain.units import steps_of
 
 if TYPE_CHECKING:
     from fp4pretrain.config import ModelConfig, RunConfig, WandbConfig
+    from fp4pretrain.precision import Plan
 
 CHOICES = {
     "model.activation": ("swiglu", "gelu", "squared_relu"),
@@ -247,3 +248,26 @@ def _check_data_path(path: Any) -> None:
         for key in member if isinstance(member, Mapping) else ():
             if key not in ("prefix", "weight"):
                 raise UserError(f"data.path.{name}.{key}: no such key; use prefix and weight")
+
+
+def check_triggers(config: RunConfig, plan: Plan) -> None:
+    """Raises UserError for a rule whose trigger or release waits for what the run does not measure."""
+    missing: dict[str, str] = {}
+    if config.baseline is None or config.baseline in groups()["precision"]:
+        missing["gap"] = "it needs a baseline; set baseline=FOLDER of a run"
+    elif not config.train.eval_interval:
+        missing["gap"] = "it is measured at evaluations; set train.eval_interval"
+    o = config.observe
+    if not o.interval or "gradient_noise" not in o.statistics or "wgrad" not in o.gemms:
+        missing["gradient_to_noise"] = (
+            "observers measure it; set observe.interval, and leave gradient_noise in "
+            "observe.statistics and wgrad in observe.gemms"
+        )
+    for rule in plan.ordered:
+        for name in ("trigger", "release"):
+            trigger = getattr(rule, name)
+            if trigger is not None and trigger.quantity in missing:
+                raise UserError(
+                    f"{rule.key}.{name}: this run does not measure {trigger.quantity}: "
+                    f"{missing[trigger.quantity]}"
+                )

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fp4pretrain.checks import check
+from fp4pretrain.checks import check, check_triggers
 from fp4pretrain.errors import UserError
 from fp4pretrain.fingerprint import check_names
 from fp4pretrain.naming import recipe_name
@@ -332,7 +332,7 @@ def compose(overrides: list[str]) -> RunConfig:
         config.data.valid_tokens = tokens_of(config.data.valid_tokens, key="data.valid_tokens")
     check(config)
     check_names(config.resume_with, keys)
-    plan_of(config)
+    check_triggers(config, plan_of(config))
     return config
 
 

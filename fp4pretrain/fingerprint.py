@@ -95,7 +95,7 @@ def plan_digest(config: RunConfig, plan: Plan) -> str:
         {
             "linears": [place for place in plan.linears() if rule.covers(*place, plan.num_layers)],
             "gemms": {gemm: _digested(rule.recipe.gemm(gemm)) for gemm in sorted(rule.gemms)},
-            "when": [str(rule.start), str(rule.stop)],
+            "when": [str(rule.start), str(rule.stop), *_triggers(rule)],
         }
         for rule in plan.ordered
     ]
@@ -107,6 +107,10 @@ def plan_digest(config: RunConfig, plan: Plan) -> str:
         "mxfp4_emulation": p.mxfp4_emulation,
     }
     return digest(facts)
+
+
+def _triggers(rule: Any) -> list[str]:
+    return [] if rule.trigger is None else [str(rule.trigger), str(rule.release)]
 
 
 def _digested(gemm: Any) -> dict[str, Any]:

@@ -20,7 +20,10 @@ from yaml import MarkedYAMLError
 from fp4pretrain.errors import UserError
 from fp4pretrain.presets import groups
 
-RULE_KEYS = ("recipe", "gemms", "blocks", "linears", "modules", "start", "stop")
+RULE_KEYS = (
+    *("recipe", "gemms", "blocks", "linears", "modules"),
+    *("start", "stop", "trigger", "release"),
+)
 
 # A part of OmegaConf's reason -> the cure.
 _CURES = {

@@ -26,6 +26,7 @@ from fp4pretrain.precision import (
     Tail,
     Wgrad,
     parse_point,
+    parse_trigger,
 )
 from fp4pretrain.precision.rules import BLOCK_LINEARS
 from fp4pretrain.schema import mutable
@@ -45,7 +46,8 @@ class RuleConfig:
     ``wgrad`` themselves (they win over the file's). ``gemms``: default all three of a file, or those
     given. ``blocks``: global blocks as in Python (3, '0:2', '-4:'), null for all. ``linears``: qkv,
     proj, fc1, fc2, head. ``modules``: patterns on global names. ``start``, ``stop``: a fraction of the
-    run, '500 steps' or '2B tokens'; null: from the first step, to the last.
+    run, '500 steps' or '2B tokens'; null: from the first step, to the last. ``trigger``: the rule holds
+    once a measured quantity meets this, 'gap > 0.02 for 3'; ``release`` ends that.
     """
 
     recipe: str | None = None
@@ -55,6 +57,8 @@ class RuleConfig:
     modules: list[str] = field(default_factory=list)
     start: Any = None
     stop: Any = None
+    trigger: str | None = None
+    release: str | None = None
     fprop: RecipeFprop | None = None  # type: ignore[valid-type]
     dgrad: RecipeDgrad | None = None  # type: ignore[valid-type]
     wgrad: RecipeWgrad | None = None  # type: ignore[valid-type]
@@ -156,6 +160,8 @@ def _rule(name: str, rule: RuleConfig) -> Rule:
         modules=tuple(rule.modules),
         start=parse_point(f"{key}.start", rule.start),
         stop=parse_point(f"{key}.stop", rule.stop),
+        trigger=parse_trigger(f"{key}.trigger", rule.trigger),
+        release=parse_trigger(f"{key}.release", rule.release),
     )
 
 

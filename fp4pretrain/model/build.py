@@ -196,6 +196,7 @@ def build_model(
         chunks.append(chunk)
     binding = PlanBinding(plan, linears, sites)
     binding.apply(Progress())
+    binding.followed.clear()  # no step was taken by it: a run may go on elsewhere
     return chunks, binding
 
 

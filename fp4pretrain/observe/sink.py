@@ -4,8 +4,8 @@ A row is a flat dict of one event: ``{"event": "train", "step": 7, "tokens": 573
 ...}`` or ``{"event": "eval", ..., "val_loss": 4.3}``. Every sink takes the same rows, so a number
 that is in one place is in all of them. Only one rank of a run makes sinks.
 
-Two kinds of row record an event and measure nothing. A decision of the guard (a skipped step, a spike,
-a rollback) follows from the run: a run that is resumed at an earlier step makes that decision again.
+Two kinds of row record an event and measure nothing. A decision (a skipped step, a spike, a rollback,
+a trigger) follows from the run: a run that is resumed at an earlier step makes that decision again.
 An accident of a process (a hang, a failed save) does not repeat. Such a row may hold ``count``, the
 number of such events so far.
 """
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 Row = Mapping[str, Any]
 
-DECIDED = frozenset({"skipped", "spike", "rollback", "stopped"})
+DECIDED = frozenset({"skipped", "spike", "rollback", "stopped", "trigger"})
 HAPPENED = frozenset({"hang", "save_failed"})
 
 

@@ -13,7 +13,7 @@ from fp4pretrain.precision.recipe import (
     Wgrad,
 )
 from fp4pretrain.precision.rules import Keep, Rule, Tail
-from fp4pretrain.precision.when import Point, Progress, parse_point
+from fp4pretrain.precision.when import Point, Progress, Trigger, parse_point, parse_trigger
 
 __all__ = [
     "BF16",
@@ -30,6 +30,8 @@ __all__ = [
     "Rotation",
     "Rule",
     "Tail",
+    "Trigger",
     "Wgrad",
     "parse_point",
+    "parse_trigger",
 ]

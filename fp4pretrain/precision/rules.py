@@ -10,7 +10,7 @@ from typing import Any
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.precision.recipe import BF16, GEMMS, Recipe
-from fp4pretrain.precision.when import Point, Progress, parse_point
+from fp4pretrain.precision.when import Point, Progress, Trigger, parse_point
 
 # The linears of a block by their short names, in the order of their noise keys, and the head.
 BLOCK_LINEARS = {
@@ -41,6 +41,8 @@ class Rule:
         linears: qkv, proj, fc1, fc2, head.
         modules: shell patterns on global names (``*.linear_qkv``); none for every linear named above.
         start, stop: None for the whole run.
+        trigger: the rule holds from when it fires; None for a rule without one.
+        release: ends that until the trigger fires again; None: it holds to the end.
 
     Raises:
         UserError: naming the key, for an unknown word.
@@ -54,8 +56,14 @@ class Rule:
     modules: tuple[str, ...] = ()
     start: Point | None = None
     stop: Point | None = None
+    trigger: Trigger | None = None
+    release: Trigger | None = None
 
     def __post_init__(self) -> None:
+        if self.release is not None and self.trigger is None:
+            raise UserError(
+                f"{self.key}.release: there is no trigger to release; give {self.key}.trigger, or use stop"
+            )
         for key, values, known in (("gemms", self.gemms, GEMMS), ("linears", self.linears, _SHORT)):
             if not values:
                 raise UserError(f"{self.key}.{key}: it names none; use {', '.join(known)}")
@@ -90,12 +98,14 @@ class Rule:
     def active(self, progress: Progress) -> bool:
         """Whether the rule holds for the next step."""
         begun = self.start is None or self.start.reached(progress)
+        if self.trigger is not None:
+            begun = begun and self.name in progress.fired
         return begun and not (self.stop is not None and self.stop.reached(progress))
 
     @property
     def timed(self) -> bool:
         """Whether the rule holds for a part of the run only."""
-        return self.start is not None or self.stop is not None
+        return any(part is not None for part in (self.start, self.stop, self.trigger))
 
     def where_and_when(self) -> str:
         """One line for people: which linears, which GEMMs, when."""
@@ -107,6 +117,10 @@ class Rule:
             parts.append(f"from {self.start}")
         if self.stop:
             parts.append(f"until {self.stop}")
+        if self.trigger:
+            parts.append(f"once {self.trigger}")
+        if self.release:
+            parts.append(f"until {self.release}")
         return ", ".join(parts)
 
 

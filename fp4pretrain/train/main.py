@@ -40,6 +40,7 @@ from fp4pretrain.train.hooks import (
     Observing,
     Profiling,
     Signals,
+    Triggers,
     Watchdog,
 )
 from fp4pretrain.train.initial import check_initial, load_initial
@@ -150,6 +151,7 @@ def _fit(trainer: Trainer, path: Path, start: Path | None) -> bool:
         Profiling(path / "profile", logging),
         *([Observing(trainer, logging)] if config.observe.interval else []),
         Evaluation(logging, gap),
+        Triggers(logging),
         checkpointing,
         Auditing(path / "audit.json"),
         Signals(checkpointing),

@@ -38,6 +38,7 @@ from fp4pretrain.precision import Progress
 from fp4pretrain.train.optimizer import build_optimizer, build_schedule
 
 Batch = dict[str, torch.Tensor]
+TRIGGERS = "triggers"  # what is remembered of them, in ``Trainer.memory``
 
 
 @dataclass
@@ -79,7 +80,8 @@ class Trainer:
     @property
     def progress(self) -> Progress:
         """How far the run is, for the plan."""
-        return Progress(self.step, self.config.train.steps, self.tokens)
+        fired = self.memory.get(TRIGGERS, {}).get("fired", ())
+        return Progress(self.step, self.config.train.steps, self.tokens, frozenset(fired))
 
     def batches(self, consumed_samples: int) -> list[Iterator[Batch] | None]:
         """This rank's training microbatches from a position in the data on, for each of its model

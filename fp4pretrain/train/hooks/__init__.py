@@ -9,6 +9,7 @@ from fp4pretrain.train.hooks.logging import Logging
 from fp4pretrain.train.hooks.observing import Observing
 from fp4pretrain.train.hooks.profiling import Profiling
 from fp4pretrain.train.hooks.signals import Signals
+from fp4pretrain.train.hooks.triggers import Triggers
 from fp4pretrain.train.hooks.watchdog import Watchdog
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "Observing",
     "Profiling",
     "Signals",
+    "Triggers",
     "Watchdog",
 ]

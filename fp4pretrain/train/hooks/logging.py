@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Logging(Hook):
 
     def __init__(self, trainer: Trainer, sink: Sink | None) -> None:
         self._sink = sink
+        self._listeners: list[Callable[[Mapping[str, Any]], None]] = []
         self._interval = trainer.config.train.log_interval
         self._logged_tokens = trainer.tokens
         m = trainer.config.model
@@ -65,8 +66,14 @@ class Logging(Hook):
         if self._sink is not None:
             self._sink.rewind(trainer.step)
 
+    def listen(self, listener: Callable[[Mapping[str, Any]], None]) -> None:
+        """Have every row of this rank shown to ``listener`` too."""
+        self._listeners.append(listener)
+
     def write(self, row: dict[str, Any]) -> None:
         """Hand one row to the sinks, on the main rank, with the time (seconds since 1970)."""
+        for listener in self._listeners:
+            listener(row)
         if self._sink is not None:
             self._sink.write({**row, "time": round(time.time(), 3)})
 
