@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -54,25 +55,38 @@ def exactly() -> Callable[[Any], None]:
     return swap
 
 
+def _make(run: Path, *overrides: str) -> tuple[Trainer, Path]:
+    config = compose([*SMALL, "precision=bf16", *overrides])
+    world = join(device=pick_device("cpu"), seed=config.seed)
+    trainer = build_trainer(config, world, check_layout(config, 1))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in unwrapped(trainer.chunks[0]).parameters():
+            noise = torch.empty(parameter.shape).normal_(0, 0.1, generator=generator)
+            parameter.add_(noise.to(parameter.dtype))
+    trainer.optimizer.reload_model_params()
+    trainer.clock.weights_changed()
+    prepare(run, config, plan_text="", unigram_entropy=1.0, fingerprint={})
+    checkpoint.save(trainer, run / CHECKPOINTS, keep_last=1)
+    return trainer, run
+
+
 @pytest.fixture
 def trained(tmp_path: Path) -> Iterator[Make]:
     """A run's folder with one checkpoint of a model whose every weight is drawn anew, norms too."""
-
-    def make(*overrides: str) -> tuple[Trainer, Path]:
-        config = compose([*SMALL, "precision=bf16", *overrides])
-        world = join(device=pick_device("cpu"), seed=config.seed)
-        trainer = build_trainer(config, world, check_layout(config, 1))
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for parameter in unwrapped(trainer.chunks[0]).parameters():
-                noise = torch.empty(parameter.shape).normal_(0, 0.1, generator=generator)
-                parameter.add_(noise.to(parameter.dtype))
-        trainer.optimizer.reload_model_params()
-        trainer.clock.weights_changed()
-        run = tmp_path / "run"
-        prepare(run, config, plan_text="", unigram_entropy=1.0, fingerprint={})
-        checkpoint.save(trainer, run / CHECKPOINTS, keep_last=1)
-        return trainer, run
-
-    yield make
+    yield lambda *overrides: _make(tmp_path / "run", *overrides)
     leave()
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a folder without overrides, made once: to read, or to copy."""
+    folder = _make(tmp_path_factory.mktemp("plain") / "run")[1]
+    leave()
+    return folder
+
+
+@pytest.fixture
+def run(plain: Path, tmp_path: Path) -> Path:
+    """A copy of the plain run, to write into."""
+    return shutil.copytree(plain, tmp_path / "run")

@@ -112,9 +112,8 @@ def test_transformers_computes_the_same_logits(
     assert float((theirs - ours).abs().max()) < 1e-5 * float(ours.abs().max())
 
 
-def test_the_exported_tokenizer_gives_the_same_ids(trained: Make, tmp_path: Path) -> None:
+def test_the_exported_tokenizer_gives_the_same_ids(run: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    _, run = trained()
     export_hf(stored_run(run), tmp_path / "hf")
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = "héllo  wörld\n\t\x00 日本 a\u00ad"
@@ -240,16 +239,17 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("options", "run", "pattern"), REFUSED)
+@pytest.mark.parametrize(("options", "overrides", "pattern"), REFUSED)
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
     trained: Make,
+    plain: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     options: list[str],
-    run: list[str],
+    overrides: list[str],
     pattern: str,
 ) -> None:
-    _, folder = trained(*run)
+    folder = trained(*overrides)[1] if overrides else plain
     bpe = tmp_path / "bpe.json"
     if "{bpe}" in options:
         (tmp_path / "text.txt").write_text(" ".join(f"word{i} other{i % 7}" for i in range(900)))
@@ -265,9 +265,8 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(
 
 
 def test_folders_that_are_no_run_or_are_there_already_are_one_line(
-    trained: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, run = trained()
     (tmp_path / "empty").mkdir()
     damaged = tmp_path / "damaged"
     damaged.mkdir()

@@ -108,14 +108,12 @@ def test_tasks_of_local_files(model: Model, tasks: Path) -> None:
 
 
 def test_the_verb_records_and_refuses(
-    trained: Any,
+    run: Path,
     tasks: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("lm_eval")
-    _, run = trained()
-    groups.leave()
     leave = groups.leave
     monkeypatch.setattr(groups, "leave", lambda *, destroy=False: leave())
     common = ["eval", str(run), "--device", "cpu", "--task-folder", str(tasks), "--json"]

@@ -147,10 +147,8 @@ def test_a_texts_loss_counts_every_token_once(load: Load) -> None:
 
 
 def test_eval_prints_and_records(
-    trained: Any, stays: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, stays: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, run = trained()
-    groups.leave()
     rows = run / "metrics.jsonl"
     rows.write_text('{"event": "train", "step": 9, "tokens": 9, "loss": 1.0}\n')
     (tmp_path / "held.txt").write_text("some text\n" * 20)
@@ -169,10 +167,8 @@ def test_eval_prints_and_records(
 
 
 def test_generate_prints_the_continuation_alone(
-    trained: Any, stays: None, capsys: pytest.CaptureFixture[str]
+    run: Path, stays: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, run = trained()
-    groups.leave()
     options = ["--prompt", "x", "--max-tokens", "5", "--device", "cpu", "--temperature", "0"]
     main(["generate", str(run), *options])
     plain = capsys.readouterr().out
@@ -199,14 +195,12 @@ REFUSED = [
 
 @pytest.mark.parametrize(("command", "pattern"), REFUSED)
 def test_what_cannot_be_done_is_one_line(
-    trained: Any,
+    run: Path,
     stays: None,
     capsys: pytest.CaptureFixture[str],
     command: list[str],
     pattern: str,
 ) -> None:
-    _, run = trained()
-    groups.leave()
     before = sorted(run.rglob("*"))
     with pytest.raises(SystemExit) as caught:
         main([word.format(run=run) for word in command])

@@ -167,17 +167,15 @@ def _broken(folder: Path, how: str) -> None:
     ],
 )
 def test_a_folder_that_is_no_start_is_one_line(
-    trained: Any,
+    plain: Path,
     small: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     how: str,
     pattern: str,
 ) -> None:
-    _, run = trained()
-    export_hf(stored_run(run), tmp_path / "hf", Export(dtype="fp32"))
+    export_hf(stored_run(plain), tmp_path / "hf", Export(dtype="fp32"))
     _broken(tmp_path / "hf", how)
-    leave()
     with pytest.raises(SystemExit) as caught:
         main(["train", *small, f"init={tmp_path}/hf", f"run_dir={tmp_path}/new", "logging=quiet"])
     told = capsys.readouterr().err

@@ -35,6 +35,18 @@ def test_offline_records_config_rows_and_the_token_axis(tmp_path: Path) -> None:
     assert not_recorded(tmp_path, *texts) == []
 
 
+def test_an_evaluation_of_a_finished_run_is_in_its_summary(tmp_path: Path) -> None:
+    first = WandbSink(CONFIG, tmp_path, mode="offline", name="one")
+    first.write({"event": "train", "step": 1, "tokens": 777, "loss": 4.125})
+    first.close()
+    later = WandbSink({}, tmp_path, mode="offline", resume_id=stored_run_id(tmp_path))
+    later.summarize({"eval/task/acc": 0.34375})
+    later.close()
+    assert not_recorded(tmp_path, b"eval/task/acc", b"0.34375") == []
+    silent = WandbSink({}, tmp_path, mode="disabled")
+    silent.summarize({"eval/task/acc": 1.0})
+
+
 class _Recorder:
     """wandb's run as far as the sink talks to it: steps never go back."""
 
