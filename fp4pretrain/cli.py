@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fp4pretrain import culprit_verb
+from fp4pretrain import culprit_verb, doctor_verb
 from fp4pretrain.console import plain_console
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import user_path, write_text
@@ -82,15 +82,6 @@ Time kernels beside a device copy, or linears beside BF16, on this machine's GPU
   fp4pretrain bench kernels --out runs/bench
   fp4pretrain bench linear --precision nvfp4,mxfp4_h16,fp8
   fp4pretrain bench linear --precision fp8 precision.fprop.fast_accum=false     keys of every recipe
-"""
-
-DOCTOR_HELP = """\
-What this machine can run: which backend takes each GEMM of a recipe, by which matrix instruction,
-or why it cannot.
-
-  fp4pretrain doctor
-  fp4pretrain doctor --precision mxfp4_h16
-  fp4pretrain doctor precision=mxfp4_h16 precision.mxfp4_emulation=bf16     any key of train
 """
 
 
@@ -216,9 +207,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--precision", default="nvfp4,mxfp4_h16,fp8", metavar="RECIPE,...")
     bench.add_argument("--out", type=_path, default=Path("runs/bench"), metavar="DIR")
 
-    doctor = verb("doctor", "what this machine can run, and why not", DOCTOR_HELP, _doctor)
-    doctor.add_argument("overrides", nargs="*", metavar="key=value")
-    doctor.add_argument("--precision", default="nvfp4", metavar="RECIPE")
+    doctor = verb(
+        "doctor", "what this machine can run, and why not", doctor_verb.HELP, doctor_verb.work
+    )
+    doctor_verb.add_options(doctor)
     return parser
 
 
@@ -423,18 +415,6 @@ def _bench(arguments: argparse.Namespace) -> None:
     path = arguments.out / f"{arguments.what}.json"
     write_text(path, json.dumps(found, indent=1))
     print(path)
-
-
-def _doctor(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from fp4pretrain.config import compose, plan_of
-    from fp4pretrain.doctor import table
-
-    config = compose([f"precision={arguments.precision}", *arguments.overrides])
-    emulation = config.precision.mxfp4_emulation
-    recipe = plan_of(config).recipe
-    Console(highlight=False).print(table(config.precision.name, recipe, mxfp4_emulation=emulation))
 
 
 def _quiet_libraries() -> None:
