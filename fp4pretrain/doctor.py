@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from fp4pretrain.ops.choice import TRITON_BACKENDS, available, refusals, without_triton
-from fp4pretrain.precision import GEMMS, Recipe
+from fp4pretrain.numerics import FORMATS
+from fp4pretrain.ops.choice import TRITON_BACKENDS, available, choose, refusals, without_triton
+from fp4pretrain.precision import GEMMS, Plan, Recipe
 
 
 def device_here() -> torch.device:
@@ -29,6 +31,21 @@ def examine(
             text = text.removeprefix(f"{name}: ")
             rows.append((backend.name, name, not reasons, text))
     return rows
+
+
+def recipes_table(names: Sequence[str], plans: Sequence[Plan], device: torch.device) -> Any:
+    """Who takes every recipe with ``precision.backend=auto``, and what multiplies there."""
+    from rich.table import Table
+
+    shown = Table(title="every recipe here")
+    for column in ("precision", "backend", "4 bits are", "multiplied by"):
+        shown.add_column(column)
+    for name, plan in zip(names, plans, strict=True):
+        backend, why = choose("auto", plan, device)
+        fp4 = any(FORMATS[s.format].element.bits == 4 for _, _, s in plan.recipe.operands())
+        how = "native" if backend.name == "native" else "emulated"
+        shown.add_row(name, backend.name, how if fp4 else "-", why.rpartition("): ")[2])
+    return shown
 
 
 def table(recipe_name: str, recipe: Recipe, *, mxfp4_emulation: str = "fp8") -> Any:

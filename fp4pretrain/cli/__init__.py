@@ -14,7 +14,16 @@ import warnings
 from collections.abc import Sequence
 
 from fp4pretrain import __version__
-from fp4pretrain.cli import comparing, completion, culprit, datasets, machine, models, training
+from fp4pretrain.cli import (
+    comparing,
+    completion,
+    culprit,
+    datasets,
+    doctor,
+    machine,
+    models,
+    training,
+)
 from fp4pretrain.cli.parser import Parser
 from fp4pretrain.console import plain_console
 from fp4pretrain.errors import UserError
@@ -76,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=f"fp4pretrain {__version__}")
     verbs = made.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for group in (training, comparing, culprit, models, datasets, machine, completion):
+    for group in (training, comparing, culprit, models, datasets, machine, doctor, completion):
         group.add(verbs)
     return made
 

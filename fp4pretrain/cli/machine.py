@@ -1,4 +1,4 @@
-"""``fp4pretrain bench`` and ``doctor``: what this machine can do, and how fast."""
+"""``fp4pretrain audit`` and ``bench``: what a run computes here, what casts lose, and how fast it is."""
 
 from __future__ import annotations
 
@@ -20,16 +20,6 @@ casts lose (no GPU needed): a table and JSON.
   fp4pretrain bench linear --precision nvfp4,mxfp4_h16,fp8
   fp4pretrain bench linear --precision fp8 precision.fprop.fast_accum=false     keys of every recipe
 """
-
-DOCTOR_HELP = """\
-What this machine can run: which backend takes each GEMM of a recipe, by which matrix instruction,
-or why it cannot.
-
-  fp4pretrain doctor
-  fp4pretrain doctor --precision mxfp4_h16
-  fp4pretrain doctor precision=mxfp4_h16 precision.mxfp4_emulation=bf16     any key of train
-"""
-
 
 AUDIT_HELP = """\
 What each linear of a run will really compute on this machine: format, block, rounding, scale and
@@ -56,12 +46,6 @@ def add(verbs: Any) -> None:
     bench.add_argument("--out", type=path, default=Path("runs/bench"), metavar="DIR")
     bench.add_argument("--all", action="store_true", help="error: every cast that the tables offer")
     bench.add_argument("--json", action="store_true", help="error: print JSON and nothing else")
-
-    doctor = add_verb(
-        verbs, "doctor", "what this machine can run, and why not", DOCTOR_HELP, _doctor
-    )
-    doctor.add_argument("overrides", nargs="*", metavar="key=value")
-    doctor.add_argument("--precision", default="nvfp4", metavar="RECIPE")
 
 
 def _audit(arguments: argparse.Namespace) -> None:
@@ -112,15 +96,3 @@ def _bench(arguments: argparse.Namespace) -> None:
     path = arguments.out / f"{arguments.what}.json"
     write_text(path, json.dumps(found, indent=1))
     print(path)
-
-
-def _doctor(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from fp4pretrain.config import compose, plan_of
-    from fp4pretrain.doctor import table
-
-    config = compose([f"precision={arguments.precision}", *arguments.overrides])
-    emulation = config.precision.mxfp4_emulation
-    recipe = plan_of(config).recipe
-    Console(highlight=False).print(table(config.precision.name, recipe, mxfp4_emulation=emulation))

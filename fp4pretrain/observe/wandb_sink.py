@@ -222,6 +222,17 @@ def _by_operand(observed: Mapping[str, Any]) -> dict[str, dict[int, float]]:
     return {operand: counts for operand, counts in found.items() if counts}
 
 
+def where_to() -> str:
+    """Where a run with ``logging.wandb.mode=auto`` would log to, in one clause."""
+    named = os.environ.get("WANDB_MODE")
+    base_url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    if named:
+        return f"{_MODES.get(named, named)}, as $WANDB_MODE says"
+    if _has_api_key(base_url):
+        return f"online at {base_url}: an API key is set"
+    return "offline, for wandb sync later: no API key is set (wandb login sets one)"
+
+
 def _has_api_key(base_url: str) -> bool:
     """Whether wandb would find credentials without asking for them."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

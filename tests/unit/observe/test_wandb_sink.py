@@ -277,3 +277,31 @@ def test_wandbs_own_names_count_where_the_config_says_nothing(
         assert sink._run is not None
         assert (sink._run.project, sink._run.name, sink._run.tags) == expected
         sink.close()
+
+
+def test_observations_are_series_a_table_and_histograms(tmp_path: Path) -> None:
+    """Offline too, where the package itself takes them: a failure would end the sink's run."""
+    row = {
+        "event": "observe",
+        "step": 1,
+        "tokens": 777,
+        "observe/sqnr_db/fprop.x": 21.0,
+        "worst": "0.fc1.fprop.x 20.0 dB",
+        "observed": {
+            "sites": ["0.fc1.fprop.x", "1.fc1.fprop.x"],
+            "sqnr_db": [20.0, None],
+            "scales": [{"-2": 0.25, "0": 0.75}, {"zero": 0.5, "0": 0.5}],
+        },
+    }
+    recorder = _Recorder(offline=True)
+    _sink_to(recorder, tmp_path).write(row)
+    ((_, values),) = recorder.logged
+    assert values["observe/sqnr_db/fprop.x"] == 21.0 and "observed" not in values
+    assert values["observe/sites"].data == [["0.fc1.fprop.x", 20.0], ["1.fc1.fprop.x", None]]
+    scales = values["observe/scales/fprop.x"]
+    assert list(scales.bins) == [-2, -1, 0, 1]
+    assert list(scales.histogram) == [0.25, 0.0, 1.25]
+    sink = WandbSink(CONFIG, tmp_path / "run", mode="offline", project="fp4")
+    sink.write(row)
+    assert sink.run_id is not None
+    sink.close()
