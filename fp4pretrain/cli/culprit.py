@@ -91,7 +91,7 @@ def table(found: Any) -> Any:
     from rich.table import Table
 
     shown = Table(
-        title=f"Quantized alone at step {found.step}, against BF16; worst {found.measure} first",
+        title=f"Quantized alone, step {found.step}; worst {found.measure} first",
         box=SIMPLE_HEAD,
         pad_edge=False,
         caption=f"± is half of the 90% interval over {found.batches} held-out batches.",

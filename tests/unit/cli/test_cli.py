@@ -265,7 +265,10 @@ COMMANDS = [
     (("train", "seed=1,2"), r"seed: 1,2 is several values; sweep"),
     (("train", "--cfg", "train.steps=0"), r"train\.steps: 0 is out of range"),
     (("train", "-m", "seed=1,2", "model=nope"), r"model: 'nope' is unknown"),
-    (("train", "baseline=nvfp5"), r"baseline: 'nvfp5' is no recipe; choose .*fp8"),
+    (
+        ("train", "baseline=nvfp5"),
+        r"baseline: 'nvfp5' is no recipe and no run's folder; choose .*fp8",
+    ),
     (("train", "precision=fp8", "baseline=fp8"), r"baseline: fp8 is the run's own recipe; choose"),
     (("train", "baseline=fp8", "resume=some/run"), r"resume: some/run cannot be both"),
     (("train", "parallel.tensor=2"), r"parallel\.tensor x parallel\.pipeline: .*start a multiple"),
