@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import FrozenInstanceError
 from functools import cache
+from pathlib import Path
 
 import pytest
 from covering import COVERING, words
@@ -280,3 +281,9 @@ def test_bf16_is_the_recipe_without_a_cast() -> None:
     assert shipped("bf16").recipe == BF16
     assert not BF16.quantized
     assert all(shipped(name).recipe.quantized for name in TRUTH if name != "bf16")
+
+
+def test_the_page_of_recipes_has_each_once() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \| .*\| .+ \|$", page, re.MULTILINE)
+    assert sorted(listed) == sorted(groups()["precision"])
