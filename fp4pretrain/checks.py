@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import user_path
-from fp4pretrain.presets import groups
+from fp4pretrain.presets import groups, offer
 from fp4pretrain.units import steps_of
 
 if TYPE_CHECKING:
@@ -134,8 +134,8 @@ def check(config: RunConfig) -> None:
         named and user_path(str(named), key="baseline").is_dir()
     ):
         raise UserError(
-            f"baseline: {named!r} is no recipe and no run's folder; choose {', '.join(offered)}, or "
-            "give a run_dir"
+            f"baseline: {named!r} is no recipe and no run's folder; choose {offer(named, offered)}, "
+            "or give a run_dir"
         )
     _check_wandb(config.logging.wandb)
     _check_model(config.model)

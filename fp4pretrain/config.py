@@ -30,7 +30,7 @@ from fp4pretrain.overrides import adding_rules, names_nothing, one_line, refuse_
 from fp4pretrain.precision import GEMMS, Plan, Recipe
 from fp4pretrain.precision.rules import BLOCK_LINEARS
 from fp4pretrain.precision_config import PrecisionConfig, fill_rules, plan_from
-from fp4pretrain.presets import config_dir, groups
+from fp4pretrain.presets import config_dir, groups, offer
 from fp4pretrain.units import tokens_of
 
 
@@ -314,10 +314,12 @@ def compose(overrides: list[str]) -> RunConfig:
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
     given = {text.partition("=")[0] for text in overrides}
+    if "precision" not in choices:
+        raise UserError("precision: ~precision leaves no recipe; leave it out, or choose bf16")
     config.precision.name = recipe_name(
         asdict(config.precision),
         option=choices["precision"],
-        experiment=choices["experiment"],
+        experiment=choices.get("experiment"),
         plain=lambda override: _plain_recipe(override, keys),
         given=given,
     )
@@ -389,7 +391,7 @@ def _named_recipe(name: str) -> Recipe:
     """The recipe of a file of ``configs/precision``."""
     offered = groups()["precision"]
     if name not in offered:
-        raise UserError(f"{name!r} is no recipe; choose {', '.join(offered)}")
+        raise UserError(f"{name!r} is no recipe; choose {offer(name, offered)}")
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed = hydra_compose("train", overrides=[f"precision={name}"])
     plain = OmegaConf.to_container(composed.precision, resolve=True)

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from yaml import MarkedYAMLError
 
 from fp4pretrain.errors import UserError
-from fp4pretrain.presets import groups
+from fp4pretrain.presets import groups, offer
 
 RULE_KEYS = (
     *("recipe", "gemms", "blocks", "linears", "modules"),
@@ -198,7 +198,7 @@ def _check_options(group: str, value: Any, offered: Sequence[str]) -> None:
         if option is None and group in _MAY_BE_EMPTY:
             continue
         if option not in offered:
-            known = ", ".join(offered)
+            known = offer(option, offered)
             given = "null" if option is None else repr(str(option))
             raise UserError(f"{group}: {given} is unknown; choose {known}")
 

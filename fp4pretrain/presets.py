@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from difflib import get_close_matches
 from pathlib import Path
+
+_FEW = 12
 
 
 def config_dir() -> Path:
@@ -18,3 +22,13 @@ def groups() -> dict[str, list[str]]:
     for folder in sorted(p for p in config_dir().iterdir() if p.is_dir()):
         found[folder.name] = sorted(p.stem for p in folder.glob("*.yaml"))
     return found
+
+
+def offer(value: object, options: Collection[str]) -> str:
+    """``options`` for a message: all of a few, of many those most like ``value``, and where all are."""
+    if len(options) <= _FEW:
+        return ", ".join(options)
+    near = get_close_matches(str(value), options, n=5, cutoff=0.3) or sorted(options)[:5]
+    usual = [name for name in ("bf16", "fp8", "nvfp4", "mxfp4_h16") if name in options]
+    shown = list(dict.fromkeys([*near, *usual]))
+    return f"{', '.join(shown)} or another of {len(options)} (fp4pretrain train --help)"

@@ -75,6 +75,9 @@ def stochastic_rounding(backend: Backend, recipe: Recipe, device: torch.device) 
             return Outcome(name, False, f"{where}: two keys round alike", _REPORT)
         if not torch.equal(draws[0], _drawn(backend, x, cast, 0)):
             return Outcome(name, False, f"{where}: one key rounds in two ways", _REPORT)
+        if cast.spec.rounding_row.scales:  # unbiased over rotations, of which these draws have one
+            told.append(f"{where} not asked: its bias averages out over rotations")
+            continue
         drawn = torch.stack(draws)
         moves = (drawn != drawn[0]).any(dim=0)  # the others lie on the grid, or are clipped
         errors = (drawn - oriented(x, cast).float())[:, moves]

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,13 @@ def add(verbs: Any) -> None:
 def _train_help() -> str:
     offered = groups()
     width = max(map(len, offered))
-    lines = "".join(f"  {g:{width}}  {' '.join(o)}\n" for g, o in offered.items() if o)
+    indent = " " * (width + 4)
+    lines = "".join(
+        textwrap.fill(f"  {group:{width}}  {' '.join(options)}", 100, subsequent_indent=indent)
+        + "\n"
+        for group, options in offered.items()
+        if options
+    )
     return TRAIN_HELP.format(groups=lines)
 
 

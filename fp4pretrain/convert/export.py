@@ -26,7 +26,7 @@ from fp4pretrain.convert.tensors import tensors_of
 from fp4pretrain.convert.tokenizer import exportable, fitting_tokenizer, write_tokenizer
 from fp4pretrain.convert.weights import CheckpointWeights
 from fp4pretrain.errors import UserError
-from fp4pretrain.files import unwritable
+from fp4pretrain.files import unwritable, write_text
 from fp4pretrain.model.families import family_of
 from fp4pretrain.train.stored import StoredRun
 
@@ -148,4 +148,4 @@ def _write_tensors(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) ->
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")

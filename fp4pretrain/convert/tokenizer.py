@@ -16,6 +16,7 @@ from fp4pretrain.data.tokenizers import (
     tokenizer_files,
 )
 from fp4pretrain.errors import UserError
+from fp4pretrain.files import write_text
 
 # What a tokenizer's folder may hold beside it stays there: weights, and code above all.
 _SUFFIXES = (".json", ".txt", ".model", ".tiktoken", ".jinja")
@@ -46,7 +47,7 @@ def exportable(tokenizer: Tokenizer) -> Tokenizer:
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Put the tokenizer's files into ``folder``; of bytes a tokenizer.json that gives the same ids."""
     if isinstance(tokenizer, ByteTokenizer):
-        (folder / "tokenizer.json").write_text(_byte_level(tokenizer), encoding="utf-8")
+        write_text(folder / "tokenizer.json", _byte_level(tokenizer))
     files = tokenizer_files(tokenizer.name)
     for file in files:
         alone = len(files) == 1
@@ -61,7 +62,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             "clean_up_tokenization_spaces": False,
         }
         text = json.dumps(config, indent=2) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        write_text(folder / "tokenizer_config.json", text)
 
 
 def _byte_level(tokenizer: Tokenizer) -> str:

@@ -66,7 +66,7 @@ class QuantSpec:
     def __post_init__(self) -> None:
         _check("format", self.format, FORMATS, "fp4pretrain")
         row = self.row
-        if self.rounding == "eden" and self.scale == "default":
+        if (self.rounding, self.scale) == ("eden", "default") and "eden" in row.scale_rules:
             object.__setattr__(self, "scale", "eden")
         for key, offered in (("block", tuple(row.blocks)), ("scale", row.scale_rules)):
             if getattr(self, key) == "default":
@@ -97,12 +97,17 @@ class QuantSpec:
         for key in ("source", "split"):
             if not self.quantized and getattr(self, key) != getattr(type(self), key):
                 raise UserError(
-                    f"{key}: {getattr(self, key)} says how a cast is made, and bf16 is none"
+                    f"{key}: {getattr(self, key)} says how a cast is made, and bf16 is none; use a "
+                    f"quantized format, or {key}: {getattr(type(self), key)}"
                 )
-        if self.split == "channels" and not 0 < self.channels <= 1:
+        if not 0 < self.channels <= 1:
             raise UserError(f"channels: {self.channels} is no share; use a number above 0, up to 1")
 
     def _check_amax(self) -> None:
+        if not 0 < self.amax_value < float("inf"):
+            raise UserError(f"amax_value: {self.amax_value} is no magnitude; use one above 0")
+        if self.amax_steps < 1:
+            raise UserError(f"amax_steps: {self.amax_steps} is no number of steps; use 1 or more")
         if self.amax == "current":
             return
         if self.amax_span != "tensor":
@@ -110,10 +115,6 @@ class QuantSpec:
                 f"amax: {self.amax} is for a scale of the whole tensor, which {self.format} with block "
                 f"{self.block} does not have; use amax: current"
             )
-        if self.amax == "fixed" and not 0 < self.amax_value < float("inf"):
-            raise UserError(f"amax_value: {self.amax_value} is no magnitude; use one above 0")
-        if self.amax != "fixed" and self.amax_steps < 1:
-            raise UserError(f"amax_steps: {self.amax_steps} is no number of steps; use 1 or more")
 
     def _settle_unused(self) -> None:
         """Numbers that nothing reads get their defaults, so that equal casts are equal."""

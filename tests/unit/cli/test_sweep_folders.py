@@ -32,7 +32,7 @@ FOLDERS = [
     (["run_dir=x/a,x/b"], ["x/a", "x/b"]),
     (
         ["data.split='9,1','8,2'"],
-        ["runs/nvfp4-seed1234-split_9_1", "runs/nvfp4-seed1234-split_8_2"],
+        ["runs/nvfp4-seed1234-data.split_9_1", "runs/nvfp4-seed1234-data.split_8_2"],
     ),
     (["baseline=fp8"], ["runs/fp8-seed1234", "runs/nvfp4-seed1234"]),
     (["baseline=fp8", "run_dir=runs/demo"], ["runs/demo-fp8", "runs/demo-nvfp4"]),

@@ -72,7 +72,6 @@ REFUSED = [
     ("precision.fprop.x.scale=rceil", "precision.fprop.x.scale", r"'rceil' .*unbiased"),
     ("precision.wgrad.rotation.kind=dct", "precision.wgrad.rotation.kind", r"'dct'.*hadamard"),
     ("precision.wgrad.rotation.size=17", "precision.wgrad.rotation.size", r"17 .*16, 32"),
-    ("precision.wgrad.rotation.size=32", "precision.wgrad.rotation.signs", r"te .*signs: seed"),
     ("precision.backend=cuda", "precision.backend", r"'cuda' is unknown; choose .*triton"),
     ("logging.wandb.mode=off", "logging.wandb.mode", r"'off' is unknown; choose .*disabled"),
     ('model.activation="a\\nb"', "model.activation", r"unknown; choose swiglu"),

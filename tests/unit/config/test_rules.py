@@ -58,7 +58,7 @@ def test_a_stored_config_says_what_its_rules_compute() -> None:
 @pytest.mark.parametrize(
     "overrides, key, said",
     [
-        ([f"{RULE}.recipe=fp9"], f"{RULE}.recipe", "choose bf16"),
+        ([f"{RULE}.recipe=fp9"], f"{RULE}.recipe", "no recipe; choose fp8"),
         ([f"{RULE}.linears=[fc2]"], f"{RULE}.recipe", "nothing to compute"),
         ([f"{RULE}.recipe=fp8", f"{RULE}.gemms=[forward]"], f"{RULE}.gemms", "fprop"),
         ([f"{RULE}.gemms=[dgrad]", f"{RULE}.fprop.x.format=nvfp4"], f"{RULE}.dgrad", "give it"),

@@ -313,6 +313,8 @@ def test_stdlib_corpus_is_source_and_built_once(tmp_path: Path) -> None:
 
 
 def _one_rank(rank: int, folder: str, spec: DataSpec) -> None:
+    if dist.is_initialized():  # another test's group, that the fork brought along
+        dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     data = build(spec, 30, is_builder=rank == 0)
     torch.save([tokens_of(one, 10) for one in (data.train, held_out(data))], f"{folder}/{rank}.pt")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import COVERING
 from torch import Tensor
 
 from fp4pretrain import selftests
@@ -15,7 +16,6 @@ from fp4pretrain.config import compose, plan_of
 from fp4pretrain.ops import Cast
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.precision import Recipe
-from fp4pretrain.presets import groups
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ def recipe_of(name: str) -> Recipe:
     return plan_of(compose([f"precision={name}"])).recipe
 
 
-@pytest.mark.parametrize("name", groups()["precision"])
+@pytest.mark.parametrize("name", COVERING)
 def test_the_reference_passes_for_every_shipped_recipe(name: str) -> None:
     backend, recipe = ReferenceBackend(), recipe_of(name)
     for test in (selftests.stochastic_rounding, selftests.rotation):
