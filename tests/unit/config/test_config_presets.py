@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fp4pretrain.checks import schedule_steps
 from fp4pretrain.config import compose, plan_of
 from fp4pretrain.model.layout import check_layout
 from fp4pretrain.precision import Progress
@@ -61,6 +62,14 @@ def test_experiments_state_their_papers_numbers() -> None:
         33e9, rel=1e-4
     )
     assert (b.precision.name, b.optim.lr, b.optim.min_lr) == ("mxfp4_rht_sr", 1.5e-4, 1e-5)
+
+    c = compose(["experiment=full_grid_8b"])
+    tokens = c.train.global_batch * c.model.seq_length
+    assert tokens == pytest.approx(4.2e6, rel=0.01)
+    assert c.train.steps * tokens == pytest.approx(160e9, rel=1e-4)
+    assert (c.optim.lr, c.optim.min_lr, schedule_steps(c)[0]) == (3e-4, 3e-4, 2000)
+    hundred = compose(["experiment=quartet2_100m"])
+    assert hundred.train.steps * hundred.train.global_batch * 512 == pytest.approx(2.5e9, rel=0.01)
 
     late = plan_of(compose(["experiment=late_switch"]))
     before, after = (late.at(5, "mlp.linear_fc1", Progress(s, 100)) for s in (81, 82))
