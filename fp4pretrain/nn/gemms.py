@@ -49,13 +49,12 @@ class LinearCall:
             casts,
             amax_group=self.tp_group,
             sites=self.sites,
-            record=self.training,
         )
 
     def multiply(self, gemm: str, a: Operand, b: Operand, **how: Any) -> Tensor:
         """a @ b.T, one of the three GEMMs; ``how`` as in ``ops.multiply``."""
         chosen = self.casts.recipe.gemm(gemm)
-        if self.training and self.sites is not None:
+        if self.sites is not None and self.sites.recording:
             first, second = chosen.specs
             site = self.casts.first(gemm).site
             self.sites.multiplied[site, first.format, second.format] += 1

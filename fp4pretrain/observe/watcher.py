@@ -144,7 +144,7 @@ class Watcher:
         if octaves is not None:
             self._sums[number, len(st.SUMS) :] += octaves
         if "inexact" in self._wanted and not isinstance(seen.caster.backend, ReferenceBackend):
-            reference = Caster(_REFERENCE, seen.caster.group, seen.caster.sites)
+            reference = Caster(_REFERENCE, seen.caster.group, seen.caster.sites, record=False)
             (truth,) = reference.operands(seen.x, [cast])
             found["inexact"] = (truth.dequantize() != y).sum(dtype=torch.float64)
         if self._draws and cast.noise is not None:

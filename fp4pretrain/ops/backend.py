@@ -87,17 +87,15 @@ def cast_operands(
     *,
     amax_group: dist.ProcessGroup | None = None,
     sites: SiteState | None = None,
-    record: bool = False,
 ) -> list[Operand]:
     """Operands of x [rows, cols], one for each cast; shown to the watch that is attached, if any.
 
     Args:
         amax_group: the amaxes of casts that are ``shared`` are all-reduced (max) over this group, so
             that every shard of a tensor is cast by the scales of the whole tensor.
-        sites: who answers casts whose ``spec.amax`` is not current, and counts.
-        record: let ``sites`` remember and count what this call did.
+        sites: who answers casts whose ``spec.amax`` is not current, remembers and counts.
     """
-    caster = Caster(backend, amax_group, sites, record=record)
+    caster = Caster(backend, amax_group, sites)
     operands = caster.operands(x, casts)
     if watching.attached is not None:
         watching.attached(watching.Seen(caster, x, casts, operands))
@@ -116,20 +114,20 @@ class Caster:
         amax_group: dist.ProcessGroup | None = None,
         sites: SiteState | None = None,
         *,
-        record: bool = False,
+        record: bool = True,
     ) -> None:
         self.backend = backend
         self.group = amax_group if amax_group is not None and amax_group.size() > 1 else None
         self.sites = sites
-        self._record = record
+        self._record = record and sites is not None
 
     def unrecorded(self) -> Caster:
         """The same, leaving nothing behind for later steps."""
-        return Caster(self.backend, self.group, self.sites)
+        return Caster(self.backend, self.group, self.sites, record=False)
 
     def operands(self, x: Tensor, casts: Sequence[Cast]) -> list[Operand]:
         """One operand of x [rows, cols] for each cast."""
-        if self._record and self.sites is not None:
+        if self._record and self.sites is not None and self.sites.recording:
             for cast in casts:
                 self.sites.cast[cast.site, cast.spec.format] += 1
         whole = [cast for cast in casts if cast.spec.split == "none"]
@@ -161,7 +159,8 @@ class Caster:
         for i, cast in enumerate(casts):
             if cast.spec.amax != "current":
                 assert self.sites is not None
-                found[i] = self.sites.used(cast, found[i], record=self._record)
+                record = self._record and self.sites.recording
+                found[i] = self.sites.used(cast, found[i], record=record)
         return found
 
 

@@ -33,7 +33,7 @@ class SiteState:
     """What casts leave behind at their sites: amaxes for later steps, and counts.
 
     ``cast``: (site, format) -> casts made; ``multiplied``: (site of the first operand, formats of both)
-    -> products made; since this process started, of this rank, while training.
+    -> products made; since this process started, of this rank, while ``recording``.
 
     Args:
         sites: every site of the whole model that any recipe of the plan casts by ``held`` or
@@ -42,6 +42,7 @@ class SiteState:
 
     def __init__(self, sites: Mapping[Site, int], device: torch.device) -> None:
         self.step = 0
+        self.recording = True  # off while evaluating
         self.cast: Counter[tuple[Site | None, str]] = Counter()
         self.multiplied: Counter[tuple[Site | None, str, str]] = Counter()
         self._row = {site: row for row, site in enumerate(sites)}

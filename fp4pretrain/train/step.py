@@ -130,6 +130,7 @@ def evaluate(trainer: Trainer, name: str, *, bf16: bool = False) -> Evaluated:
     for chunk in trainer.chunks:
         chunk.eval()
     trainer.clock.step = trainer.step
+    trainer.binding.sites.recording = False
     forward = ForwardStep(trainer, loss=masked_sum, first_microbatch=_EVALUATION)
     sequences = len(trainer.data.valid[name])
     sampler = evaluation_sampler(trainer, sequences=sequences)
@@ -145,6 +146,8 @@ def evaluate(trainer: Trainer, name: str, *, bf16: bool = False) -> Evaluated:
     for chunk in trainer.chunks:
         chunk.train()
     trainer.binding.set_recipes(recipes)
+    trainer.binding.sites.recording = True
+    trainer.clock.weights_changed()  # the next step makes its own casts, and leaves what they leave
     sums = _sums(losses, trainer, sampler, sequences=sequences)
     total, tokens = sums.sum(dim=0).tolist()
     return Evaluated(total / tokens, (sums[:, 0] / sums[:, 1]).tolist())

@@ -59,6 +59,8 @@ VARIANTS = {
         ["precision=nvfp4"],
         [],
     ),
+    # casts of weights that the first, gradient-free forward makes leave their amaxes too
+    "recompute, delayed amaxes": (1, ["parallel.recompute=full"], ["precision=fp8_delayed"], []),
     "tied embeddings, PP 2": (
         2,
         LAYOUTS["PP 2"][1],
