@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import select
+import selectors
 import subprocess
 import sys
 from pathlib import Path
@@ -73,10 +73,9 @@ class Ranks:
     def _reply(self, rank: int) -> dict[str, Any]:
         stdout = self._processes[rank].stdout
         assert stdout is not None
-        ready, _, _ = select.select(
-            [stdout], [], [], _PATIENCE
-        )  # one line a reply: none is buffered
-        assert ready, f"rank {rank} hangs"
+        with selectors.DefaultSelector() as waiting:  # one line a reply: none is buffered
+            waiting.register(stdout, selectors.EVENT_READ)
+            assert waiting.select(_PATIENCE), f"rank {rank} hangs"
         line = stdout.readline()
         assert line, f"rank {rank} died"
         return json.loads(line)
