@@ -164,6 +164,17 @@ def leave(*, destroy: bool = False) -> None:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()
+    _destroy_subgroups()
     if destroy and dist.is_initialized():
         dist.destroy_process_group()
         meet.cache_clear()  # its store holds what the groups that are gone wrote
+
+
+def _destroy_subgroups() -> None:
+    """End every group but the default one: each holds threads and file descriptors, and megatron-core
+    forgets its groups without ending them. (torch lists groups nowhere but in this map.)"""
+    if not dist.is_initialized():
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
