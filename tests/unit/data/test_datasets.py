@@ -26,6 +26,7 @@ from fp4pretrain.data.spec import DataSpec
 from fp4pretrain.data.tokenizers import ByteTokenizer
 from fp4pretrain.errors import UserError
 from fp4pretrain.parallel.agreement import agree
+from fp4pretrain.parallel.groups import leave
 
 MakeDataset = Callable[..., str]
 
@@ -313,8 +314,6 @@ def test_stdlib_corpus_is_source_and_built_once(tmp_path: Path) -> None:
 
 
 def _one_rank(rank: int, folder: str, spec: DataSpec) -> None:
-    if dist.is_initialized():  # another test's group, that the fork brought along
-        dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     data = build(spec, 30, is_builder=rank == 0)
     torch.save([tokens_of(one, 10) for one in (data.train, held_out(data))], f"{folder}/{rank}.pt")
@@ -337,6 +336,7 @@ def test_two_ranks_read_the_same(
         other = make_dataset("other", first=100)
         blend = {"a": {"prefix": spec.path}, "b": {"prefix": other, "weight": 2}}
         spec = replace(spec, path=blend)
+    leave(destroy=True)  # another test's group: threads do not survive a fork
     # Forked children have the imports already.
     start_processes(_one_rank, (str(tmp_path), spec), nprocs=2, start_method="fork")
     data = build(spec, 30)
