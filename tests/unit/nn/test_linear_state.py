@@ -31,7 +31,7 @@ from fp4pretrain.precision import BF16, Dgrad, Fprop, Recipe, Wgrad
 
 RECIPES = COVERING
 STOCHASTIC = ["nvfp4", "mxfp4_rht_sr"]
-# Nothing of fprop is cast; drawn anew for each microbatch; cast in terms; scales that a transpose cannot share.
+# Nothing of fprop is cast; drawn anew each microbatch; cast in terms; scales that no transpose can share.
 NOT_ONCE = (
     *("bf16", "mxfp4_bwd", "mxfp4_rht_sr", "quartet2"),
     *("tetrajet2", "hot_channels", "nvfp4_local_h16"),
