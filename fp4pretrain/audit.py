@@ -94,10 +94,15 @@ def _rule(rule: Rule, plan: Plan) -> dict[str, Any]:
         "key": rule.key,
         "linears": [linear_name(*place) for place in covered],
         "gemms": list(rule.gemms),
-        "start": None if rule.start is None else str(rule.start),
-        "stop": None if rule.stop is None else str(rule.stop),
+        **_when(rule),
         "recipe": rule.recipe.label(),
     }
+
+
+def _when(rule: Rule) -> dict[str, str | None]:
+    """What begins and ends a rule, in words; None where nothing does."""
+    parts = {key: getattr(rule, key) for key in ("start", "stop", "trigger", "release")}
+    return {key: None if part is None else str(part) for key, part in parts.items()}
 
 
 def _switch(rule: Rule, plan: Plan, config: RunConfig, start: Progress) -> dict[str, Any]:
@@ -107,8 +112,7 @@ def _switch(rule: Rule, plan: Plan, config: RunConfig, start: Progress) -> dict[
     return {
         "rule": rule.key,
         "holds_at_start": rule.active(start),
-        "start": None if rule.start is None else str(rule.start),
-        "stop": None if rule.stop is None else str(rule.stop),
+        **_when(rule),
         "flops": _categories(shares),
     }
 
@@ -123,9 +127,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         told += [f"{len(names)} linears: {_short(names)}", text, ""]
     told.append("FLOPs: " + _shares(found["flops"]) + " (attention and head are in it)")
     for rule in found["rules"]:
-        when = "".join(
-            f", {w} {rule[k]}" for w, k in (("from", "start"), ("until", "stop")) if rule[k]
-        )
+        when = "".join(f", {word} {rule[key]}" for key, word in _WHEN.items() if rule[key])
         told.append(f"{rule['key']}: {len(rule['linears'])} linears, {rule['recipe']}{when}")
     for switch in found["switches"]:
         told.append(f"switch {switch['rule']}: FLOPs then " + _shares(switch["flops"]))
@@ -149,6 +151,7 @@ def _text(gemms: Mapping[str, Any]) -> str:
     return "\n".join(rows)
 
 
+_WHEN = {"start": "from", "stop": "until", "trigger": "once", "release": "until"}
 _USUAL = {"source": "tensor", "split": "none", "amax": "current"}
 
 
@@ -162,7 +165,7 @@ def _shares(flops: Mapping[str, float]) -> str:
 
 def _in_tiles(recipe: Recipe) -> bool:
     """Whether dgrad's w may be fprop's, transposed."""
-    return recipe.dgrad.w == recipe.fprop.w and recipe.dgrad.w.block.startswith("2d")
+    return recipe.dgrad.w == recipe.fprop.w and recipe.dgrad.w.tiled
 
 
 def done(binding: Any) -> tuple[dict[str, int], dict[str, int], list[str]]:

@@ -20,8 +20,8 @@ def read_config(path: Path) -> RunConfig:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(file))
         config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, YAMLError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, OmegaConfBaseException, YAMLError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{file}: it is no config of this version ({reason}); use the version that wrote it"
         ) from None

@@ -21,6 +21,7 @@ import torch
 from fp4pretrain.errors import UserError
 from fp4pretrain.model.families import Family, Linear
 from fp4pretrain.numerics import QuantizedTensor, QuantSpec, quantize
+from fp4pretrain.numerics.scaling import mx_stretch
 from fp4pretrain.precision import Plan, Progress
 
 _LAYOUTS = {"nvfp4": ("nvfp4-pack-quantized", 16), "mxfp4": ("mxfp4-pack-quantized", 32)}
@@ -30,7 +31,7 @@ class Packer:
     """Casts the linears that the plan has in FP4 at ``progress``; a ``Pack`` for ``tensors_of``.
 
     Raises UserError where it has none, or what the layout cannot say: two formats, a rotated forward
-    pass, a factor of 4/3 on the scales.
+    pass, a factor on the product, a second term, an amax of earlier steps.
     """
 
     def __init__(self, plan: Plan, progress: Progress, family: Family) -> None:
@@ -62,13 +63,13 @@ class Packer:
                 "--quantize: the forward pass mixes nvfp4 and mxfp4, and one folder holds one of them; "
                 "export without --quantize"
             )
-        if any(
-            spec.format == "mxfp4" and spec.scale == "unbiased" for spec in self._specs.values()
-        ):
-            raise UserError(
-                "--quantize: precision.fprop.w.scale: unbiased has a factor of 4/3 that MXFP4's layout "
-                "has no place for; export without --quantize"
-            )
+        for spec in self._specs.values():
+            what = _beyond(spec)
+            if what is not None:
+                raise UserError(
+                    f"--quantize: precision.fprop.w.{what} that the layout has no place for; export "
+                    "without --quantize"
+                )
         self.layout, self.group = _LAYOUTS[formats.pop()]
         self._family, self._layers = family, plan.num_layers
 
@@ -131,6 +132,17 @@ class Packer:
             },
             "ignore": ignored,
         }
+
+
+def _beyond(spec: QuantSpec) -> str | None:
+    """What a cast is made of beside codes and scales of the tensor itself, as a clause with its key."""
+    if spec.format == "mxfp4" and mx_stretch(spec)[1] != 1:
+        return f"scale: {spec.scale} has a factor on the product"
+    if spec.split != "none":
+        return f"split: {spec.split} is a second term"
+    if spec.amax != "current":
+        return f"amax: {spec.amax} is a number of the run"
+    return None
 
 
 def _row_scales(cast: QuantizedTensor) -> torch.Tensor:

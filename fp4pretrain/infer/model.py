@@ -80,6 +80,8 @@ def load_model(
         gpt.bfloat16()  # what megatron-core's Float16Module does in training
     restore_weights(gpt, run.checkpoint)
     clock.weights_changed()
+    binding.sites.restore(run.amaxes, run.step)
+    binding.sites.recording = False
     if precision == "recipe":
         binding.apply(run.last_moment)
     else:

@@ -23,12 +23,12 @@ from fp4pretrain.nn.clock import Clock
 from fp4pretrain.nn.linear import Binding, ColumnParallelQuantLinear, QuantLinear
 from fp4pretrain.nn.spec import block_spec
 from fp4pretrain.ops import Backend, Site, SiteState, sites_of
+from fp4pretrain.ops.keys import place_of
 from fp4pretrain.precision import Plan, Progress, Recipe
 from fp4pretrain.precision.rules import HEAD, LINEARS
 
 # The vocabulary is padded to a multiple of this and of the tensor-parallel ranks.
 _VOCAB_MULTIPLE = 128
-_HEAD = len(LINEARS)
 
 
 class GPT(GPTModel):
@@ -222,20 +222,16 @@ def _bind(chunk: GPT, bind: Callable[..., Binding]) -> list[tuple[int | None, st
     """Bind every linear of a chunk; returns them as (global layer or None for the head, name, linear)."""
     found: list[tuple[int | None, str, QuantLinear]] = []
     for layer in chunk.decoder.layers:
-        for index, name in enumerate(LINEARS):
-            linear = layer.get_submodule(name)
-            linear.bind(bind(layer=layer.layer_number - 1, linear=index))
-            found.append((layer.layer_number - 1, name, linear))
+        for name in LINEARS:
+            found.append((layer.layer_number - 1, name, layer.get_submodule(name)))
     if chunk.post_process:
-        chunk.output_layer.bind(bind(layer=-1, linear=_HEAD))
         found.append((None, HEAD, chunk.output_layer))
+    for block, name, linear in found:
+        number, index = place_of(block, name)
+        linear.bind(bind(layer=number, linear=index))
     return found
 
 
 def remembering_sites(plan: Plan) -> dict[Site, int]:
     """The sites of the whole model whose amaxes outlive a step, and for how many steps."""
-    recipes = {}
-    for layer, name in plan.linears():
-        place = (-1, _HEAD) if layer is None else (layer, LINEARS.index(name))
-        recipes[place] = plan.recipes_of(layer, name)
-    return sites_of(recipes)
+    return sites_of({place_of(*one): plan.recipes_of(*one) for one in plan.linears()})

@@ -147,6 +147,12 @@ class QuantSpec:
         """Whether the operand is cast below BF16."""
         return self.row.quantized
 
+    @property
+    def tiled(self) -> bool:
+        """Whether blocks are as tall as they are wide, so that a matrix and its transpose share codes."""
+        rows, cols = self.row.blocks[self.block]
+        return rows == cols > 1
+
     @cached_property
     def level_blocks(self) -> tuple[Block, ...]:
         """The block of each scale level, innermost first."""

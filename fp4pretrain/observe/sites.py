@@ -8,9 +8,9 @@ from typing import Any
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.observe.statistics import STATISTICS
-from fp4pretrain.ops.keys import Site
+from fp4pretrain.ops.keys import Site, site_of
 from fp4pretrain.precision import BF16, OPERANDS, Plan, Rule
-from fp4pretrain.precision.rules import BLOCK_LINEARS, LINEARS
+from fp4pretrain.precision.rules import BLOCK_LINEARS
 
 _ALL_OPERANDS = ("x", "w", "dy")
 
@@ -86,12 +86,6 @@ def selection_of(section: Any) -> Selection:
         statistics=section.statistics,
         blocks=section.blocks,
     )
-
-
-def site_of(layer: int | None, linear: str, gemm: str, operand: str) -> Site:
-    """The site of an operand of a linear by its global name; layer None is the head."""
-    number = LINEARS.index(linear) if layer is not None else len(LINEARS)
-    return Site(-1 if layer is None else layer, number, gemm, operand)
 
 
 def label(site: Site) -> str:

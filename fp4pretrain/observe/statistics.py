@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fp4pretrain.numerics import QuantSpec
 from fp4pretrain.numerics.blocks import block_amax, block_view, spread
-from fp4pretrain.numerics.scaling import BlockScales, operand_scales
+from fp4pretrain.numerics.scaling import BlockScales, decoded_scales, operand_scales
 
 STATISTICS = (
     "sqnr", "cosine", "underflow", "saturation", "inexact", "kurtosis", "crest", "amax_spread",
@@ -83,7 +83,7 @@ def of_blocks(
     scales = operand_scales(x, spec, amax)
     if "saturation" in wanted:
         found["saturated"] = _saturated(x, scales, spec)
-    return found, _octaves(scales.stored) if "scales" in wanted else None
+    return found, octaves(scales.stored) if "scales" in wanted else None
 
 
 def of_draws(x: Tensor, drawn: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -142,12 +142,12 @@ def _saturated(x: Tensor, scales: BlockScales, spec: QuantSpec) -> Tensor:
     """As ``numerics.saturation_fraction`` counts them, with the scales made once."""
     scaled = block_view(x, spec.block_shape((x.shape[0], x.shape[1]))) * spread(scales.encode)
     clipped = scaled.abs_() > spec.row.element.max
-    return _sum(clipped & spread(scales.stored.float() != 0))
+    return _sum(clipped & spread(decoded_scales(scales.stored) != 0))
 
 
-def _octaves(stored: Tensor) -> Tensor:
+def octaves(stored: Tensor) -> Tensor:
     """Scales by floor(log2), float64 [OCTAVES]; the first one holds the zeros."""
-    values = stored.float().flatten()
+    values = decoded_scales(stored).flatten()
     exponent = torch.floor(torch.log2(values.clamp(min=1e-45)))
     index = torch.where(values == 0, 0, (exponent - LOWEST).clamp(1, OCTAVES - 1).nan_to_num(1.0))
     found = torch.zeros(OCTAVES, dtype=torch.float64, device=stored.device)

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from fp4pretrain.numerics import Noise, QuantSpec
 from fp4pretrain.ops.keys import Moment, Placement, Site
-from fp4pretrain.precision import Recipe
+from fp4pretrain.precision import OPERANDS, Recipe
 
 _WHOLE: Placement = (0, 0, 0)
 
@@ -110,13 +110,14 @@ class LinearCasts:
     def w_shared(self) -> bool:
         """Whether dgrad's w is fprop's transposed: 2d tiles, rounded alike, without a rotation."""
         fprop, dgrad = self.fprop_w, self.dgrad_w
-        same = fprop.spec == dgrad.spec and fprop.spec.block == "2d" and not fprop.spec.stochastic
+        same = fprop.spec == dgrad.spec and fprop.spec.tiled and not fprop.spec.stochastic
         turned = fprop.rotation_size or dgrad.rotation_size
         return same and not turned and fprop.multiple == dgrad.multiple
 
     def first(self, gemm: str) -> Cast:
         """The cast of a GEMM's first operand."""
-        return {"fprop": self.fprop_x, "dgrad": self.dgrad_dy, "wgrad": self.wgrad_dy}[gemm]
+        cast: Cast = getattr(self, f"{gemm}_{OPERANDS[gemm][0]}")
+        return cast
 
     def all(self) -> dict[str, Cast]:
         """The casts by "gemm.operand"."""

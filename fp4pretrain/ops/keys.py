@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 
 from fp4pretrain.numerics import Noise, derive_key, random_signs, signs_te
 from fp4pretrain.precision import GEMMS, OPERANDS, Rotation
+from fp4pretrain.precision.rules import LINEARS
 
 # Where a shard sits along one axis: offset, and (0, 0) or part length and gap (see numerics.Noise).
 Placement = tuple[int, int, int]
@@ -40,6 +41,16 @@ class Site:
         """The integers that stand for the site in noise keys."""
         index = OPERANDS[self.gemm].index(self.operand)
         return self.layer, self.linear, _GEMM_INDEX[self.gemm], index
+
+
+def site_of(layer: int | None, linear: str, gemm: str, operand: str) -> Site:
+    """The site of an operand of a linear by its global name; ``layer`` None: the head."""
+    return Site(*place_of(layer, linear), gemm, operand)
+
+
+def place_of(layer: int | None, linear: str) -> tuple[int, int]:
+    """(layer, linear) as in ``Site`` of a linear by its global name; ``layer`` None: the head."""
+    return (-1, len(LINEARS)) if layer is None else (layer, LINEARS.index(linear))
 
 
 @lru_cache(maxsize=4096)

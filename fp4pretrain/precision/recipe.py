@@ -232,7 +232,7 @@ class Recipe:
                     f"precision.{gemm}.rotation.resample: eden is unbiased over rotations that are drawn "
                     "anew (arXiv:2601.22813); use resample: gemm"
                 )
-            if spec.block.startswith("2d") and rotation.active:
+            if spec.tiled and rotation.active:
                 said.append(
                     f"{key}.block: 2d tiles exist so that w and its transpose share codes; rotating "
                     "w undoes that; use block: 1d or no rotation"
@@ -320,7 +320,7 @@ def _check_gemm(name: str, gemm: Gemm) -> None:
     families = set()
     for operand in OPERANDS[name]:
         spec: QuantSpec = getattr(gemm, operand)
-        if spec.block.startswith("2d") and operand != "w":
+        if spec.tiled and operand != "w":
             raise UserError(
                 f"precision.{name}.{operand}.block: {spec.block} is for w, whose transpose shares its "
                 f"codes; use {spec.block.replace('2d', '1d')}"

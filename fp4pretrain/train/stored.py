@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from fp4pretrain.config import ModelConfig, RunConfig
 from fp4pretrain.errors import UserError
 from fp4pretrain.precision import Progress
+from fp4pretrain.stored import read_config
 from fp4pretrain.train import checkpoint
 from fp4pretrain.train.run_dir import CHECKPOINTS
 
@@ -19,7 +16,8 @@ from fp4pretrain.train.run_dir import CHECKPOINTS
 @dataclass(frozen=True)
 class StoredRun:
     """``config`` with the checkpoint's own model section; ``step``: finished steps; ``tokens``: those
-    the model was trained on; ``fingerprint``: the digest of what shaped it."""
+    the model was trained on; ``fingerprint``: the digest of what shaped it; ``amaxes``: what its casts
+    remember of earlier steps."""
 
     folder: Path
     checkpoint: Path
@@ -27,6 +25,7 @@ class StoredRun:
     step: int
     tokens: int
     fingerprint: str
+    amaxes: dict[str, list[float]]
 
     @property
     def last_moment(self) -> Progress:
@@ -57,7 +56,7 @@ def stored_run(path: Path) -> StoredRun:
             )
         found = newest
     described = checkpoint.described(found)
-    config = _config(folder / "config.yaml")
+    config = read_config(folder)
     try:
         config.model = ModelConfig(**described["model"])
     except TypeError:
@@ -72,18 +71,5 @@ def stored_run(path: Path) -> StoredRun:
         step=described["step"],
         tokens=read * config.model.seq_length,
         fingerprint=str(described["fingerprint"].get("digest")),
+        amaxes=described.get("amaxes", {}),
     )
-
-
-def _config(path: Path) -> RunConfig:
-    """A stored config.yaml. Keys of another version, or none, are the user's to sort out."""
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path))
-        found = OmegaConf.to_object(merged)
-    except (OSError, OmegaConfBaseException, YAMLError, UnicodeDecodeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} cannot be read ({reason}); use the version of fp4pretrain that wrote it"
-        ) from None
-    assert isinstance(found, RunConfig)
-    return found

@@ -50,6 +50,7 @@ class Lab:
                 f"of {self._each} or more; lower --batches, or raise data.valid_tokens"
             )
         self.batches = batches
+        trainer.binding.sites.recording = False
         for chunk in trainer.chunks:
             chunk.eval()  # no dropout; gradients are made all the same
 

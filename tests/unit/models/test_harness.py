@@ -37,7 +37,7 @@ doc_to_text: ""
 doc_to_target: "{{{{text}}}}"
 metric_list: [{{metric: bits_per_byte}}]
 """
-DOCUMENTS = [
+DOCUMENTS: list[dict[str, Any]] = [
     {"question": f"Q{i}: the sky is", "choices": [" red", " blue", " a cat"], "answer": i % 3}
     for i in range(6)
 ]
@@ -99,7 +99,7 @@ def test_tasks_of_local_files(model: Model, tasks: Path) -> None:
     right = 0
     for row in DOCUMENTS:
         pairs = [(row["question"], choice) for choice in row["choices"]]
-        scores = [score for score, _ in continuations(model, pairs)]  # type: ignore[arg-type]
+        scores = [score for score, _ in continuations(model, pairs)]
         right += scores.index(max(scores)) == row["answer"]
     assert found["colours/acc"] == pytest.approx(right / len(DOCUMENTS))
     nats = -sum(whole_text(model, text) for text in TEXTS)

@@ -154,7 +154,7 @@ def test_a_weight_is_cast_once_a_step(name: str) -> None:
         for microbatch in range(3):
             clock.microbatch = microbatch
             # 2d tiles: dgrad's operand is fprop's transposed
-            once = 1 if recipe_of(name).fprop.w.block == "2d" else 2
+            once = 1 if recipe_of(name).fprop.w.tiled else 2
             assert weight_casts(linear, spy) == (once if microbatch == 0 else 0)
         clock.weights_changed()
 

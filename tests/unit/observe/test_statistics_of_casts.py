@@ -16,6 +16,7 @@ from fp4pretrain.numerics import (
     sqnr_db,
     underflow_fraction,
 )
+from fp4pretrain.numerics.scaling import operand_scales
 from fp4pretrain.observe import statistics as st
 from fp4pretrain.observe.sites import Selection, label
 from fp4pretrain.observe.watcher import Watcher
@@ -74,16 +75,21 @@ def test_spread_of_block_amaxes_and_scales_by_hand() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("scale", ["default", "four_over_six"])
-@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "fp8_e4m3"])
-def test_numbers_are_those_of_the_measures(name: str, scale: str) -> None:
-    if scale != "default" and name != "nvfp4":
-        pytest.skip("a rule of nvfp4")
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec("nvfp4"),
+        QuantSpec("nvfp4", scale="four_over_six"),
+        QuantSpec("ue5m3"),
+        QuantSpec("mxfp4"),
+        QuantSpec("fp8_e4m3", "tensor"),
+    ],
+    ids=lambda spec: f"{spec.format} {spec.scale}",
+)
+def test_numbers_are_those_of_the_measures(spec: QuantSpec) -> None:
     torch.manual_seed(0)
     x = torch.randn(64, 96) * torch.exp(2 * torch.randn(64, 1))
-    block = {"block": "tensor"} if name == "fp8_e4m3" else {}
-    how = {"scale": scale} if name == "nvfp4" else {}
-    cast = Cast(QuantSpec(name, **block, **how), SITE)
+    cast = Cast(spec, SITE)
     y = cast_operands(ReferenceBackend(), x, [cast])[0].dequantize()
     found = observed(x, cast)
     assert found["sqnr_db"] == pytest.approx(float(sqnr_db(x, y)), rel=1e-5)
@@ -92,6 +98,16 @@ def test_numbers_are_those_of_the_measures(name: str, scale: str) -> None:
     assert found["saturation"] == pytest.approx(float(saturation_fraction(x, cast.spec)), abs=1e-7)
     # twice the same tensor is the same distribution
     assert observed(x, cast, times=2)["sqnr_db"] == pytest.approx(found["sqnr_db"])
+
+
+def test_scales_are_counted_by_their_value_not_by_their_code() -> None:
+    """UE5M3 keeps a byte: scales of 2^3 and 2^5 are the codes 144 and 160."""
+    x = torch.zeros(1, 32)
+    x[0, 0], x[0, 16] = 6 * 2.0**3, 6 * 2.0**5
+    spec = QuantSpec("ue5m3", amax="fixed", amax_value=6 * 61440.0)  # so that the outer scale is 1
+    stored = operand_scales(x, spec, torch.tensor(6 * 61440.0)).stored
+    found = st.octaves(stored).tolist()
+    assert [found[power - st.LOWEST] for power in (3, 5)] == [1.0, 1.0] and sum(found) == 2
 
 
 def test_kurtosis_of_gradients_whose_fourth_power_fp32_cannot_hold() -> None:

@@ -18,6 +18,7 @@ RUN = (
 ).split()
 
 
+# Linux alone lists a process's threads and descriptors as files; the groups are ended everywhere alike.
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
 def test_runs_of_one_process_do_not_pile_up_threads_and_descriptors(tmp_path: Path) -> None:
     """megatron-core forgets its groups without ending them: 51 threads and 68 descriptors a run."""

@@ -107,8 +107,8 @@ def test_conditions_read_as_they_are_written() -> None:
 def test_a_run_switches_when_its_noise_reaches_the_gradient_and_resumes_exactly(
     tmp_path: Path,
 ) -> None:
-    """Every fourth of the noise is above the gradient here, so the first measurement fires; the step
-    after it is in BF16, and a run that stopped before it does the same."""
+    """The first measurement, after step 2, fires: dgrad and wgrad are in BF16 from step 3 on. A run that
+    goes on from the checkpoint of step 3 has the losses of the run that never stopped."""
     run = [*SMALL, *NOISE, "precision.rules.finish.trigger='gradient_to_noise < 1e9'"]
     run += ["checkpoint.interval=3", "checkpoint.keep_last=9"]
     train(compose([*run, f"run_dir={tmp_path}/a"]))
