@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from fp4pretrain.cli import main
-from fp4pretrain.config import plan_of
+from fp4pretrain.config import compose, plan_of
 from fp4pretrain.infer import Model, Sampling, generate, load_model, text_loss
 from fp4pretrain.infer.sampling import _draw
 from fp4pretrain.model.decode import Decoder
 from fp4pretrain.parallel import groups
 from fp4pretrain.precision import BF16
+from fp4pretrain.train.main import train
 from fp4pretrain.train.stored import stored_run
 from fp4pretrain.train.trainer import unwrapped
 
@@ -81,6 +82,19 @@ def test_the_loaded_model_is_the_trained_one(trained: Any) -> None:
     assert all(torch.equal(found[name], parameter) for name, parameter in kept.items())
     linear = loaded.gpt.decoder.layers[1].mlp.linear_fc1
     assert linear.bound.recipe is plan_of(trainer.config).recipe.interned()
+
+
+def test_amaxes_of_earlier_steps_come_with_the_weights(small: list[str], tmp_path: Path) -> None:
+    """Delayed scaling in a loaded model is the run's: its loss on a text is that of the run's last step."""
+    run = tmp_path / "run"
+    train(compose([*small, "precision=fp8_delayed", "logging=quiet", f"run_dir={run}"]))
+    stored = stored_run(run)
+    loaded = load_model(stored, device="cpu", precision="recipe")
+    sites = loaded.gpt.decoder.layers[0].mlp.linear_fc1.bound.sites
+    assert sites.state() == stored.amaxes and len(stored.amaxes) == 2 * 4 * 6
+    loaded.logits(torch.arange(8).unsqueeze(0))
+    sites.finish_step(stored.step + 1)
+    assert sites.state() == stored.amaxes  # nothing of what was evaluated is remembered
 
 
 @pytest.mark.parametrize(
