@@ -135,6 +135,21 @@ def within(key: str, prefixes: Collection[str]) -> bool:
     return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
 
 
+def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> (then, now) of every key whose value is another, or that one of the two lacks."""
+    return {
+        key: (then.get(key), now.get(key))
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    }
+
+
+def digests(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides of a fingerprint's ``data``: digests, of the validation sets by name."""
+    sets = {name: one["digest"] for name, one in data[VALIDATION].items()}
+    return {ORDER: data[ORDER], VALIDATION: sets}
+
+
 def check_names(names: Sequence[str], schema: Collection[str]) -> None:
     """Raises UserError for a name in ``resume_with`` that decides nothing."""
     named = {key for key in schema if not within(key, HARMLESS)} | set(BY_CONTENT)

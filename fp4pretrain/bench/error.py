@@ -2,8 +2,8 @@
 
 The columns, for a matrix x and its cast q(x):
 
-- ``mse``: mean (q(x) - x)^2 for x from N(0, 1), the number that papers print times 1000 (arXiv:2601.22813
-  table 1: 9.0 nearest 1x16, 7.6 Four Over Six, 12.4 16x16, 23.5 stochastic and unbiased, 9.4 MS-EDEN).
+- ``mse``: mean (q(x) - x)^2 for x from N(0, 1), the number that papers print times 1000 (arXiv:2601.22813:
+  9.0 nearest 1x16, 7.6 Four Over Six, 12.4 16x16, 23.5 stochastic and unbiased, 9.4 MS-EDEN).
 - ``cosine`` of the angle between x and q(x).
 - ``bias``: of the mean over draws: |mean q(x) - x| / |x| after ``DRAWS`` draws of the noise (and of the
   rotation, for casts that are unbiased over rotations). Where the noise averages out it falls as

@@ -191,7 +191,7 @@ def _corrected(
     noise: Noise | None,
     group: int,
 ) -> BlockScales:
-    """MS-EDEN's block scales (arXiv:2601.22813, sec. 4): times <x, x> / <x, q>, rounded by noise.
+    """MS-EDEN's block scales (arXiv:2601.22813): times <x, x> / <x, q>, rounded by noise.
 
     x and q are one group of ``group`` neighbours before and after they were rounded, both in units of
     their scales. Over random rotations the corrected cast is unbiased. The noise of a block is that of

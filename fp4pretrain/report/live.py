@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fp4pretrain.errors import UserError
+from fp4pretrain.fingerprint import differing, digests
 from fp4pretrain.report.endpoint import curve_of
 from fp4pretrain.report.load import Run, load_run
 
@@ -78,36 +79,21 @@ def _refuse_other(run: Run, ours: Mapping[str, Any]) -> None:
             "version"
         )
     if run.changes:
-        told = ", ".join(f"{key}: {change}" for key, change in run.changes.items())
+        changed = ", ".join(f"{key}: {change}" for key, change in run.changes.items())
         raise UserError(
-            f"baseline: {run.path} was resumed as another experiment ({told}); choose another one"
+            f"baseline: {run.path} was resumed as another experiment ({changed}); choose another one"
         )
     theirs = run.fingerprint
-    pairs = {
-        key: (theirs["entries"].get(key), ours["entries"].get(key))
-        for key in sorted(theirs["entries"].keys() | ours["entries"].keys())
-    }
-    for key in sorted(theirs["data"].keys() | ours["data"].keys()):
-        pairs[key] = _digests(theirs["data"].get(key)), _digests(ours["data"].get(key))
-    differing = [
-        f"{key} ({there} there, {here} here)"
-        for key, (there, here) in pairs.items()
-        if there != here
-    ]
-    if differing:
-        more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+    found = differing(theirs["entries"], ours["entries"])
+    found |= differing(digests(theirs["data"]), digests(ours["data"]))
+    told = [f"{key} ({there} there, {here} here)" for key, (there, here) in found.items()]
+    if told:
+        more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
         raise UserError(
-            f"baseline: {run.path} differs in more than the recipe: {', '.join(differing[:_SHOWN])}"
+            f"baseline: {run.path} differs in more than the recipe: {', '.join(told[:_SHOWN])}"
             f"{more}; give this run the same settings, or choose another baseline"
         )
     if theirs["plan"] == ours["plan"]:
         raise UserError(
             f"baseline: {run.path} has this run's own recipe; choose another baseline or precision"
         )
-
-
-def _digests(value: Any) -> Any:
-    """Validation sets by their digests; a digest as it is."""
-    if isinstance(value, Mapping):
-        return {name: one["digest"] for name, one in value.items()}
-    return value

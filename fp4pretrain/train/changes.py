@@ -36,12 +36,14 @@ def changes(
         UserError: for a difference that is not named.
     """
     stored = found["fingerprint"]
-    differing = _different(stored["entries"], fingerprint.entries(config))
+    differing = fingerprint.differing(stored["entries"], fingerprint.entries(config))
     if stored["plan"] != fingerprint.plan_digest(config, plan_of(config)):
-        recipe = _different(stored["precision"], fingerprint.recipe_entries(config))
+        recipe = fingerprint.differing(stored["precision"], fingerprint.recipe_entries(config))
         differing |= recipe or {"precision": (stored["plan"], "another plan")}
     if data is not None:
-        differing |= _different(_digests(stored["data"]), _digests(data))
+        differing |= fingerprint.differing(
+            fingerprint.digests(stored["data"]), fingerprint.digests(data)
+        )
     longer = _same_past(stored, config, step=found["step"])
     named = list(config.resume_with)
     if config.data.seed is None and ("seed" in named or "seed" in differing):
@@ -72,20 +74,6 @@ def _refusal(path: Path, refused: Changes) -> str:
 def told(found: Changes) -> str:
     """The changes as one line."""
     return ", ".join(f"{key}: {_short(was)} -> {_short(now)}" for key, (was, now) in found.items())
-
-
-def _different(then: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    return {
-        key: (then.get(key), now.get(key))
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
-    }
-
-
-def _digests(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the data decides: digests, of the validation sets by name."""
-    sets = {name: one["digest"] for name, one in data[fingerprint.VALIDATION].items()}
-    return {fingerprint.ORDER: data[fingerprint.ORDER], fingerprint.VALIDATION: sets}
 
 
 def _same_past(stored: Mapping[str, Any], config: RunConfig, *, step: int) -> bool:

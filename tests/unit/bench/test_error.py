@@ -8,7 +8,7 @@ import pytest
 
 from fp4pretrain.cli import main
 
-# x 1000 on N(0, 1), as printed in arXiv:2601.22813, table 1
+# x 1000 on N(0, 1), as printed in arXiv:2601.22813
 PUBLISHED = {
     "nvfp4 1d nearest default": 9.0,
     "nvfp4 1d nearest four_over_six": 7.6,
