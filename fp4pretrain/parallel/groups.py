@@ -73,6 +73,8 @@ def join(
 ) -> World:
     """Form all groups. ``virtual_pipeline`` is the number of model chunks a pipeline rank holds.
 
+    Groups of an earlier ``join`` with the same sizes stay: two models in one process share them. Groups
+    of other sizes end.
     A rank that waits longer than ``timeout_minutes`` for another in a collective fails. Dead
     processes are noticed at once on gloo (their sockets close); hosts that vanish, and peers lost
     under NCCL, only by this.
@@ -99,13 +101,17 @@ def join(
         dist.init_process_group(
             backend, timeout=timeout, store=store, rank=met.rank, world_size=met.size, **bind
         )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=virtual_pipeline,
-        create_gloo_process_groups=True,
-        distributed_timeout_minutes=timeout_minutes,
-    )
+    sizes = (tensor, pipeline, virtual_pipeline)
+    if parallel_state.model_parallel_is_initialized() and _joined_sizes() != sizes:
+        leave()
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=virtual_pipeline,
+            create_gloo_process_groups=True,
+            distributed_timeout_minutes=timeout_minutes,
+        )
     # The seed is the same on every rank: what is drawn from it (initial weights, rotation signs,
     # rounding noise) is keyed by names and global coordinates, not by rank.
     model_parallel_cuda_manual_seed(seed)
@@ -115,6 +121,17 @@ def join(
         device=device,
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def _joined_sizes() -> tuple[int, int, int | None]:
+    """Tensor, pipeline and virtual pipeline size of the groups that exist."""
+    from megatron.core import parallel_state
+
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
     )
 
 

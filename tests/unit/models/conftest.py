@@ -71,11 +71,17 @@ def _make(run: Path, *overrides: str) -> tuple[Trainer, Path]:
     return trainer, run
 
 
-@pytest.fixture
-def trained(tmp_path: Path) -> Iterator[Make]:
-    """A run's folder with one checkpoint of a model whose every weight is drawn anew, norms too."""
-    yield lambda *overrides: _make(tmp_path / "run", *overrides)
+@pytest.fixture(autouse=True)
+def _groups() -> Iterator[None]:
+    """End the groups of models that a test built, loaded or trained."""
+    yield
     leave()
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Make:
+    """A run's folder with one checkpoint of a model whose every weight is drawn anew, norms too."""
+    return lambda *overrides: _make(tmp_path / "run", *overrides)
 
 
 @pytest.fixture(scope="session")

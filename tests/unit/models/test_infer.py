@@ -84,6 +84,16 @@ def test_the_loaded_model_is_the_trained_one(trained: Any) -> None:
     assert linear.bound.recipe is plan_of(trainer.config).recipe.interned()
 
 
+def test_two_models_of_one_process_share_their_groups(plain: Path) -> None:
+    """A notebook compares two: loading the second changes nothing in what the first computes."""
+    ids = torch.arange(8).unsqueeze(0)
+    first = load_model(stored_run(plain), device="cpu")
+    expected = first.logits(ids)
+    second = load_model(stored_run(plain), device="cpu", precision="recipe")
+    assert torch.equal(first.logits(ids), expected)
+    assert torch.equal(second.logits(ids), expected)
+
+
 def test_amaxes_of_earlier_steps_come_with_the_weights(small: list[str], tmp_path: Path) -> None:
     """Delayed scaling in a loaded model is the run's: its loss on a text is that of the run's last step."""
     run = tmp_path / "run"
