@@ -106,6 +106,8 @@ def plan_digest(config: RunConfig, plan: Plan) -> str:
         "amax": p.amax if p.amax == "tensor_parallel" else [p.amax, config.parallel.tensor],
         "mxfp4_emulation": p.mxfp4_emulation,
     }
+    if plan.deoscillation:
+        facts["deoscillation"] = asdict(plan.deoscillation)
     return digest(facts)
 
 

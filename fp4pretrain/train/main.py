@@ -34,6 +34,7 @@ from fp4pretrain.train.changes import Changes, changes, told
 from fp4pretrain.train.hooks import (
     Auditing,
     Checkpointing,
+    Deoscillating,
     Evaluation,
     Guard,
     Logging,
@@ -149,6 +150,7 @@ def _fit(trainer: Trainer, path: Path, start: Path | None) -> bool:
         Guard(path, logging, checkpointing),
         logging,
         Profiling(path / "profile", logging),
+        Deoscillating(logging),
         *([Observing(trainer, logging)] if config.observe.interval else []),
         Evaluation(logging, gap),
         Triggers(logging),

@@ -36,6 +36,7 @@ from fp4pretrain.parallel.agreement import agree
 from fp4pretrain.parallel.groups import World
 from fp4pretrain.precision import Progress
 from fp4pretrain.train.optimizer import build_optimizer, build_schedule
+from fp4pretrain.train.weight_paths import WeightPaths
 
 Batch = dict[str, torch.Tensor]
 TRIGGERS = "triggers"  # what is remembered of them, in ``Trainer.memory``
@@ -48,6 +49,7 @@ class Trainer:
     ``step`` counts finished steps, ``consumed_samples`` is the position in the data (sequences read
     or passed over by all ranks), ``skipped_samples`` how many of those were passed over.
     ``data`` has the training samples and the validation sets; ``fingerprint`` is what shapes the curve.
+    ``paths`` follows weights while the plan looks for swinging ones.
     ``memory`` is what hooks remember across restarts: JSON values, stored with every checkpoint.
     A hook that sets ``stopped`` ends the loop early.
     """
@@ -58,6 +60,7 @@ class Trainer:
     clock: Clock
     chunks: list[DistributedDataParallel]
     binding: PlanBinding
+    paths: WeightPaths
     transformer: TransformerConfig
     optimizer: Any
     schedule: Any
@@ -148,6 +151,7 @@ def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
         clock=clock,
         chunks=chunks,
         binding=binding,
+        paths=WeightPaths(binding.linears),
         transformer=transformer,
         optimizer=optimizer,
         schedule=build_schedule(config, optimizer),

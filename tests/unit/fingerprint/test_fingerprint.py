@@ -45,9 +45,11 @@ OTHERS = {
     "source": "forward",
     "split": "channels",
     "amax": "fixed",
+    "start": 0.5,
 }
 # Numbers that count beside another knob alone.
 BESIDE = {"channels": "split=channels", "amax_value": "amax=fixed", "amax_steps": "amax=held"}
+BESIDE |= dict.fromkeys(("window", "ratio", "start"), "period=8")
 BESIDE |= dict.fromkeys(("size", "resample", "signs", "dtype"), "kind=random_hadamard")
 
 
