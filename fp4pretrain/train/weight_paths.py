@@ -62,7 +62,8 @@ class WeightPaths:
             Path(
                 linear,
                 linear.weight.detach().clone(),
-                *(torch.zeros_like(linear.weight, dtype=torch.float32) for _ in range(2)),
+                torch.zeros_like(linear.weight, dtype=torch.float32),
+                torch.zeros_like(linear.weight, dtype=torch.float32),
             )
             for linear in self._linears
         ]
