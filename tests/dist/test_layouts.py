@@ -84,6 +84,13 @@ VARIANTS = {
         ["precision=nvfp4"],
         ["model.qk_norm=true", "model.z_loss=1e-3", "model.attention_softcap=20"],
     ),
+    # every stage needs to know where documents end
+    "ends of documents, TP 2 x PP 2": (
+        4,
+        LAYOUTS["TP 2 x PP 2"][1],
+        ["precision=nvfp4"],
+        ["data.document_mask=true", "data.reset_positions=true", "data.eod_mask_loss=true"],
+    ),
     "QK-norm, z-loss, TP 2": (
         2,
         LAYOUTS["TP 2"][1],
