@@ -18,6 +18,7 @@ from fp4pretrain.data.entropy import unigram_entropy
 from fp4pretrain.data.indexed import DatasetIndex, read_index
 from fp4pretrain.data.records import Reading
 from fp4pretrain.data.spec import DataSpec, validate
+from fp4pretrain.data.stream import document_places
 from fp4pretrain.data.tokenizers import Tokenizer, load_tokenizer
 from fp4pretrain.data.validation import ValidationSet
 
@@ -33,6 +34,7 @@ __all__ = [
     "ValidationSet",
     "batches",
     "build_datasets",
+    "document_places",
     "evaluation_batches",
     "inspect",
     "load_tokenizer",

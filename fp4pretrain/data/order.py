@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fp4pretrain.data.documents import Documents
 from fp4pretrain.data.indexed import folder_aside, unwritable
-from fp4pretrain.data.stream import Sample, TokenStream, sample_of
+from fp4pretrain.data.stream import Ends, Sample, TokenStream
 
 _FORMAT = 1  # raise it when the same seed comes to give another order
 _IN_MEMORY = 1 << 20  # documents and samples of an epoch whose arrays are not worth a file
@@ -49,6 +49,7 @@ class TrainingSamples(torch.utils.data.Dataset[Sample]):
         seed: 0 to 2^32 - 1, with `member` (the dataset's place in a blend) and the epoch it decides
             the order.
         cache: the cache folder.
+        meaning: what ends of documents mean; None: nothing.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class TrainingSamples(torch.utils.data.Dataset[Sample]):
         seed: int,
         member: int,
         cache: Path,
+        meaning: Ends | None = None,
     ) -> None:
         self._documents = documents
+        self._meaning = meaning
         self._numbers = numbers
         self._seed = [seed % _SEED_WORD, member]
         self.seq_length = seq_length
@@ -77,7 +80,7 @@ class TrainingSamples(torch.utils.data.Dataset[Sample]):
         epoch, place = divmod(number, self.epoch_samples)
         opened = self.epoch(epoch)
         begin = int(opened.samples[place]) * self.seq_length
-        return sample_of(opened.stream.read(begin, begin + self.seq_length + 1), self.seq_length)
+        return opened.stream.sample(begin, self.seq_length)
 
     def epoch(self, number: int) -> Epoch:
         """The arrays of an epoch: those in memory, the cache's, or made now."""
@@ -108,7 +111,13 @@ class TrainingSamples(torch.utils.data.Dataset[Sample]):
         else:
             order, ends, samples = self._made(number)
         return Epoch(
-            TokenStream(self._documents.index, order, ends=ends, id_limit=self._documents.id_limit),
+            TokenStream(
+                self._documents.index,
+                order,
+                ends=ends,
+                id_limit=self._documents.id_limit,
+                meaning=self._meaning,
+            ),
             samples,
         )
 

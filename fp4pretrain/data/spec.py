@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fp4pretrain.data.ids import check_ids
+from fp4pretrain.data.ids import check_ids, has_id
 from fp4pretrain.data.indexed import DatasetIndex, read_index
 from fp4pretrain.data.text import STDLIB, list_files
 from fp4pretrain.data.tokenizers import Tokenizer, load_tokenizer
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import unwritable, user_path
+
+# Options that say what the end of a document means.
+ENDS = ("document_mask", "reset_positions", "eod_mask_loss")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class DataSpec:
             cache folder. All nodes of a run must share it.
         mock: uniform random tokens in place of data, for benchmarks.
         vocab_size: the model's, which the tokens must fit; None is the tokenizer's.
+        document_mask: samples say which document each token is of, for attention to stop at its end.
+        reset_positions: positions begin again with every document.
+        eod_mask_loss: what follows the end of a document is not predicted.
     """
 
     path: str | Mapping[str, Any] | None = None
@@ -55,6 +61,9 @@ class DataSpec:
     cache_dir: str | None = None
     mock: bool = False
     vocab_size: int | None = None
+    document_mask: bool = False
+    reset_positions: bool = False
+    eod_mask_loss: bool = False
 
     @property
     def cache(self) -> Path:
@@ -203,6 +212,13 @@ def check_dataset(spec: DataSpec, index: DatasetIndex, *, key: str, tokenizer: T
             f"set data.tokenizer={made_by} or build the dataset again"
         )
     check_ids(index, vocab_size=spec.vocab_size, key=key)
+    wanted = [name for name in ENDS if getattr(spec, name)]
+    if wanted and not has_id(index, tokenizer.eod):
+        raise UserError(
+            f"data.{wanted[0]}: {index.prefix} has no token {tokenizer.eod}, which ends a document for "
+            f"tokenizer {tokenizer.name}; build it with `fp4pretrain data build` (Megatron's tools: "
+            f"--append-eod), or set data.{wanted[0]}=false"
+        )
 
 
 def _check_split(spec: DataSpec, index: DatasetIndex, *, key: str) -> None:

@@ -100,7 +100,13 @@ class Trainer:
                 rotate=self.config.train.sum_order,
             )
 
-        return [iterator() if reads_data(chunk) else None for chunk in self.chunks]
+        return [iterator() if self._reads(chunk) else None for chunk in self.chunks]
+
+    def _reads(self, chunk: Any) -> bool:
+        """Whether a model chunk needs tokens (first stage) or labels (last stage), or, as all do where
+        attention or positions heed them, the ends of documents."""
+        gpt, d = unwrapped(chunk), self.config.data
+        return gpt.pre_process or gpt.post_process or d.document_mask or d.reset_positions
 
     def evaluation_batches(
         self, name: str, sampler: EvaluationSampler
@@ -108,7 +114,7 @@ class Trainer:
         """This rank's microbatches of a validation set, for each of its model chunks."""
         dataset = self.data.valid[name]
         return [
-            evaluation_batches(dataset, sampler) if reads_data(chunk) else None
+            evaluation_batches(dataset, sampler) if self._reads(chunk) else None
             for chunk in self.chunks
         ]
 
@@ -118,12 +124,6 @@ def unwrapped(chunk: Any) -> Any:
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
-
-
-def reads_data(chunk: Any) -> bool:
-    """Whether a model chunk needs tokens (first stage) or labels (last stage)."""
-    gpt = unwrapped(chunk)
-    return gpt.pre_process or gpt.post_process
 
 
 def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
@@ -177,6 +177,9 @@ def data_spec(config: RunConfig) -> DataSpec:
         cache_dir=d.cache_dir,
         mock=d.mock,
         vocab_size=config.model.vocab_size,
+        document_mask=d.document_mask,
+        reset_positions=d.reset_positions,
+        eod_mask_loss=d.eod_mask_loss,
     )
 
 

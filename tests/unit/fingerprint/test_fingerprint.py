@@ -125,6 +125,15 @@ def test_every_key_is_in_the_fingerprint_or_harmless_for_a_reason(key: str) -> N
         assert moved[1] == (key == "model.num_layers")
 
 
+def test_runs_from_before_a_key_was_there_keep_their_fingerprint() -> None:
+    """Digests that were written before the data section could mask documents."""
+    for digest, overrides in (
+        ("6b65c24685fe4336", []),
+        ("e13b63b296e7a31b", ["precision=nvfp4", "model=gpt_10m"]),
+    ):
+        assert digests(compose(overrides))[0] == digest
+
+
 def test_a_rule_is_in_the_plan_s_digest_whatever_it_is_called() -> None:
     fc2 = ["recipe=fp8", "linears=[fc2]"]
 
