@@ -26,6 +26,7 @@ from fp4pretrain.config import RunConfig, compose, schema_keys
 from fp4pretrain.errors import UserError
 from fp4pretrain.overrides import expand_sweep, refuse_unknown
 from fp4pretrain.presets import groups
+from fp4pretrain.units import tokens_of
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -201,6 +202,27 @@ def _flat(node: object, prefix: str) -> list[str]:
     if isinstance(node, list):
         return [f"{prefix}=[{','.join(repr(one) for one in node)}]"]
     return [f"{prefix}={node!r}"]
+
+
+def _keys_and_defaults(page: Path) -> Iterator[tuple[str, str]]:
+    """Rows of the tables of keys and defaults; `a.b`, `c` in one row are a.b and a.c."""
+    for names, (default, *_) in _table_rows(page, "| key | default |").items():
+        keys = re.findall(r"`([\w.]+)`", names)
+        section = keys[0].rpartition(".")[0] if keys else ""
+        full = [key if "." in key or not section else f"{section}.{key}" for key in keys]
+        yield from zip(full, default.split(", ") if len(full) > 1 else [default], strict=False)
+
+
+def test_tables_of_keys_have_the_defaults() -> None:
+    """Those of the schema, unless a model preset brings its own ("by model")."""
+    rows = [row for page in PAGES for row in _keys_and_defaults(page)]
+    assert len(rows) > 20
+    config = OmegaConf.structured(RunConfig())
+    for key, default in rows:
+        assert key in schema_keys(), key
+        if default != "by model":
+            told = tokens_of(default, key=key) if default == "4M" else yaml.safe_load(default)
+            assert OmegaConf.select(config, key) == told, key
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
