@@ -42,8 +42,9 @@ check: docs ## style, types, import directions, shell scripts, the site, the pin
 	$(BIN)/shellcheck launch/* scripts/*.sh .ci/run
 	$(BIN)/python scripts/resolve_constraints.py
 
+# Not with --quiet: it hides warnings from the strict mode that should count them.
 docs: $(VENV)/.installed-dev ## the site, into build/site: open build/site/index.html
-	cd $(ROOT) && NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet -d $(abspath build/site)
+	cd $(ROOT) && NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -d $(abspath build/site)
 
 bench: $(VENV)/.installed ## kernels and linears beside BF16 and a device copy
 	$(BIN)/fp4pretrain bench kernels

@@ -285,7 +285,8 @@ def amax(
 
     Args:
         x: [R, C] bfloat16, float16 or float32; one of its strides is 1.
-        row, col: their rotations, or None to leave the entry unwritten.
+        row: the rotation of the first, or None to leave its entry unwritten.
+        col: the rotation of the second, likewise.
     """
     if x.stride(1) != 1 and x.shape[1] > 1:
         return amax(x.t(), row=col, col=row, tile=tile).flip(0)

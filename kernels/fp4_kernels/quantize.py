@@ -58,9 +58,11 @@ def quantize(
 
     Args:
         x: bfloat16, float16 or float32; one of its strides is 1.
-        row, col: the copy of x and the copy of x.T; None to leave one out.
-        row_amax, col_amax: fp32, after the copy's rotation: a scalar where ``Copy.amax`` is "tensor",
-            one a row of the copy where it is "row".
+        row: the copy of x; None to leave it out.
+        col: the copy of x.T; None to leave it out.
+        row_amax: the row copy's amax, fp32, after its rotation: a scalar where ``Copy.amax`` is
+            "tensor", one a row of the copy where it is "row".
+        col_amax: the column copy's, likewise.
         lost: int64 [2], to which the counts of elements that an e4m3 copy could not hold are added.
         tile: tokens / 16, columns, warps of a program; None for the one that was measured best.
 
