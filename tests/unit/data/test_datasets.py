@@ -81,6 +81,7 @@ def test_sample_is_next_token_prediction(spec: DataSpec) -> None:
 def test_padding_of_megatron_core_is_predicted_nowhere(spec: DataSpec, tmp_path: Path) -> None:
     """Ids of -1, which its own tools write for padding, are read as token 0 and masked."""
     index = read_index(str(spec.path))
+    Path(f"{spec.path}.json").unlink()  # which is ours
     raw = np.fromfile(f"{spec.path}.bin", dtype=index.dtype).astype(np.int32)
     raw[::5] = -1
     raw.tofile(f"{spec.path}.bin")
