@@ -70,7 +70,7 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     """What to train on. ``path``: null for the running Python's standard library, a prefix of an
-    indexed dataset, or ``{name: {prefix: ..., weight: ...}}`` for a blend.
+    indexed dataset, or a blend: a list of prefixes, or ``{name: {prefix: ..., weight: ...}}``.
 
     ``split``: shares of training, validation and test; a hash of its content puts a document on one
     side. ``valid``: other text to validate on, a prefix or ``{name: prefix}``, the first of them in
