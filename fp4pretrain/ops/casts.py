@@ -157,7 +157,8 @@ def linear_casts(
     and signs that are redrawn, are made anew. Recipes are found by identity: pass interned ones.
 
     Args:
-        layer, linear: the linear's place in the model, as in ``Site``.
+        layer: the linear's layer, counted over the whole model, as in ``Site``.
+        linear: which linear of that layer, as in ``Site``.
         global_amax: scale shards by the largest magnitude of the whole tensor.
     """
     key = id(recipe), moment.seed, layer, linear, shard, global_amax
