@@ -246,7 +246,10 @@ class WandbConfig:
 
 @dataclass
 class LoggingConfig:
+    """``tensorboard``: event files in the run's folder too, which need the package of that name."""
+
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
     console: str = "auto"
 
 

@@ -46,7 +46,7 @@ def fetch(path: WandbPath, keys: Sequence[str]) -> WandbRun:
             )
             for key in keys
         }
-        return WandbRun(run.name, dict(run.config), curves, going=run.state == "running")
+        return WandbRun(str(run.name), dict(run.config), curves, going=run.state == "running")
     except UserError:
         raise
     except Exception as error:  # of the network, the server, the package

@@ -30,6 +30,7 @@ from fp4pretrain.errors import UserError
 from fp4pretrain.files import write_text
 from fp4pretrain.observe.about import About
 from fp4pretrain.observe.sink import DECIDED, HAPPENED, STOPPED, Row
+from fp4pretrain.observe.sites import scale_shares
 
 MODES = ("auto", "online", "offline", "disabled")
 PROJECT = "fp4pretrain"  # where neither the config nor wandb's own variables name one
@@ -245,23 +246,12 @@ def _shown(row: Row) -> dict[str, Any]:
     columns = zip(observed["sites"], *(observed[name] for name in names), strict=True)
     table = wandb.Table(columns=["site", *names], data=[list(one) for one in columns])
     shown["observe/sites"] = table
-    for operand, counts in _by_operand(observed).items():
+    for operand, counts in scale_shares(observed).items():
         octaves = sorted(counts)
         edges = np.arange(octaves[0], octaves[-1] + 2)
         shares = np.array([counts.get(octave, 0.0) for octave in edges[:-1].tolist()])
         shown[f"observe/scales/{operand}"] = wandb.Histogram(np_histogram=(shares, edges))
     return shown
-
-
-def _by_operand(observed: Mapping[str, Any]) -> dict[str, dict[int, float]]:
-    """GEMM.operand -> octave of the scale -> share of blocks, summed over linears; zeros left out."""
-    found: dict[str, dict[int, float]] = {}
-    for site, shares in zip(observed["sites"], observed.get("scales", ()), strict=False):
-        counts = found.setdefault(".".join(site.split(".")[-2:]), {})
-        for octave, share in shares.items():
-            if octave != "zero":
-                counts[int(octave)] = counts.get(int(octave), 0.0) + share
-    return {operand: counts for operand, counts in found.items() if counts}
 
 
 def where_to() -> str:

@@ -39,8 +39,9 @@ class LiveGap:
     """
 
     def __init__(self, baseline: Path | WandbPath, fingerprint: Mapping[str, Any]) -> None:
-        folder = isinstance(baseline, Path)
-        self._source: Source = FolderSource(baseline) if folder else WandbSource(baseline)
+        self._source: Source = (
+            FolderSource(baseline) if isinstance(baseline, Path) else WandbSource(baseline)
+        )
         _refuse_other(self._source, fingerprint)
 
     def at(self, tokens: float, losses: Mapping[str, Any]) -> dict[str, float]:

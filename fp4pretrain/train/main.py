@@ -16,6 +16,7 @@ from fp4pretrain.config import RunConfig, plan_of
 from fp4pretrain.data import unigram_entropy, validate
 from fp4pretrain.model.layout import check_layout
 from fp4pretrain.model.memory import check_fits, state_bytes
+from fp4pretrain.observe import tensorboard_sink
 from fp4pretrain.observe.sites import selection_of
 from fp4pretrain.parallel.agreement import agree, attempted
 from fp4pretrain.parallel.groups import join, leave, pick_device, world_size
@@ -63,6 +64,8 @@ def check_run(config: RunConfig) -> None:
         check_initial(config.init, config.model)
     if config.observe.interval:
         selection_of(config.observe).sites(plan_of(config))
+    if config.logging.tensorboard:
+        tensorboard_sink.check_installed()
 
 
 def train(config: RunConfig) -> Path:

@@ -18,6 +18,7 @@ from fp4pretrain.observe import (
     WandbSink,
     stored_run_id,
 )
+from fp4pretrain.observe.tensorboard_sink import FOLDER, TensorBoardSink
 from fp4pretrain.precision import GEMMS, Plan, Recipe
 from fp4pretrain.report.live import LiveGap
 from fp4pretrain.train.changes import Changes, told
@@ -55,6 +56,9 @@ def sinks_of(trainer: Trainer, path: Path, known: Told) -> Sink:
         resume_id = stored_run_id(path) if known.goes_on else None
         said = {**asdict(config), **_identity(trainer, known.changes)}
         sinks.append(WandbSink(said, path, w, about, resume_id))
+    if config.logging.tensorboard:
+        resume_tokens = trainer.tokens if known.goes_on else None
+        sinks.append(TensorBoardSink(path / FOLDER, about, resume_tokens))
     return CompositeSink(sinks)
 
 
