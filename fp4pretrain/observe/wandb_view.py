@@ -8,6 +8,7 @@ final gap, and the columns by which one sorts stand first.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from fp4pretrain.errors import UserError
@@ -25,7 +26,7 @@ _COLUMNS = (
 _OPERANDS = [f"{gemm}.{operand}" for gemm in GEMMS for operand in OPERANDS[gemm]]
 _OBSERVED = ("sqnr_db", "underflow", "saturation", "kurtosis")
 # Section -> chart -> the keys that it draws over tokens.
-_CHARTS = {
+_CHARTS: dict[str, dict[str, Sequence[str]]] = {
     "Loss": {key: (key,) for key in ("loss", "val_loss", "val_loss_bf16")},
     "Gap to the baseline": {key: (key,) for key in ("gap", "gap_bf16")},
     "Optimizer": {key: (key,) for key in ("lr", "grad_norm")},
