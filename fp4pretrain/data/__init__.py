@@ -12,7 +12,7 @@ from fp4pretrain.data.batches import (
     batches,
     evaluation_batches,
 )
-from fp4pretrain.data.build import inspect, prepare_text, train_bpe
+from fp4pretrain.data.build import inspect, prepare_text, train_bpe, verify
 from fp4pretrain.data.datasets import RandomTokens, RunData, build_datasets
 from fp4pretrain.data.entropy import unigram_entropy
 from fp4pretrain.data.indexed import DatasetIndex, read_index
@@ -43,4 +43,5 @@ __all__ = [
     "train_bpe",
     "unigram_entropy",
     "validate",
+    "verify",
 ]

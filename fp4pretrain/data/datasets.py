@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -64,7 +65,7 @@ class RandomTokens(torch.utils.data.Dataset[Sample]):
         self.vocab_size = vocab_size
         self._meaning = meaning
         self._key = [seed % 2**64, stream]
-        facts = ["random tokens", samples, seq_length, vocab_size, *self._key]
+        facts: list[object] = ["random tokens", samples, seq_length, vocab_size, *self._key]
         if meaning is not None and meaning.no_loss:
             facts.append(["no loss behind", meaning.eod])
         self.digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
@@ -154,12 +155,18 @@ def _build(spec: DataSpec, *, samples: int, build: bool) -> RunData:
         _training(spec, part, documents, member=number, meaning=_meaning(spec, tokenizer))
         for number, (part, documents) in enumerate(zip(parts, opened, strict=True))
     ]
-    weights = [part.weight for part in parts]
+    parts = _weighed(parts, members)
+    weights = [part.weight or 0.0 for part in parts]
+    caps = [_cap(part, member) for part, member in zip(parts, members, strict=True)]
     if build:
         for member, weight in zip(members, weights, strict=True):
             _prepare(member, samples=round(samples * weight))
-    train = members[0] if len(members) == 1 else Blend(members, weights, expected=samples)
-    facts = [[member.digest for member in members], weights, tokenizer.fingerprint]
+    train: TrainingSamples | Blend = members[0]
+    facts: list[object] = [[member.digest for member in members], weights, tokenizer.fingerprint]
+    if len(members) > 1 or caps != [None]:
+        train = Blend(members, weights, expected=samples, caps=caps)
+    if any(cap is not None for cap in caps):
+        facts.append(caps)
     return RunData(
         train=train,
         valid=_validation(spec, parts, opened, tokenizer=tokenizer, build=build),
@@ -233,6 +240,34 @@ def _training(
     )
 
 
+def _weighed(parts: Sequence[Part], members: Sequence[TrainingSamples]) -> list[Part]:
+    """Parts with their shares: as given, or, where they say epochs, so often the samples of an epoch."""
+    if any(part.epochs is None for part in parts):
+        return list(parts)
+    sizes = [
+        (part.epochs or 0.0) * member.epoch_samples
+        for part, member in zip(parts, members, strict=True)
+    ]
+    return [
+        replace(part, weight=size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)
+    ]
+
+
+def _cap(part: Part, member: TrainingSamples) -> int | None:
+    """How many samples of a part a run may read; None for any number."""
+    caps = []
+    if part.max_epochs is not None:
+        caps.append(math.floor(part.max_epochs * member.epoch_samples))
+    if part.max_tokens is not None:
+        caps.append(part.max_tokens // member.seq_length)
+    if caps and min(caps) == 0:
+        raise UserError(
+            f"{part.key}: its cap is below one sample of {member.seq_length:,} tokens; raise max_epochs or "
+            "max_tokens, or leave the dataset out"
+        )
+    return min(caps, default=None)
+
+
 def _prepare(member: TrainingSamples, *, samples: int) -> None:
     for epoch in range(-(-samples // member.epoch_samples)):
         if not member.prepare(epoch):
@@ -275,7 +310,7 @@ def _validation(
         sets[name] = [HeldOut(documents, np.arange(documents.index.documents))]
     if not sets:
         sets[HELD_OUT] = [
-            HeldOut(documents, _held_out(spec, part, documents), part.weight)
+            HeldOut(documents, _held_out(spec, part, documents), part.weight or 1.0)
             for part, documents in zip(parts, opened, strict=True)
         ]
     found = {

@@ -68,7 +68,19 @@ class TokenStream:
     def sample(self, begin: int, seq_length: int) -> Sample:
         """The sample that begins at a token of the stream; raises LocalError as `read`."""
         text = self.read(begin, begin + seq_length + 1)
-        return sample_of(text, seq_length, meaning=self._meaning)
+        sample = sample_of(text, seq_length, meaning=self._meaning)
+        if self.index.prompts is not None and len(text) > 1:
+            prompt = torch.from_numpy(self._prompt(begin + 1, begin + len(text)))
+            sample["loss_mask"][: len(prompt)].masked_fill_(prompt, 0.0)
+        return sample
+
+    def _prompt(self, begin: int, end: int) -> NDArray[np.bool_]:
+        """Which of the tokens [begin, end) belong to the prompt of their document."""
+        assert self.index.prompts is not None
+        places = np.arange(begin, end)
+        which = np.searchsorted(self.ends, places, side="right")
+        first = np.where(which > 0, self.ends[which - 1], 0)
+        return places - first < self.index.prompts[self.order[which]]
 
     def read(self, begin: int, end: int) -> NDArray[np.int64]:
         """Tokens [begin, end), fewer where the stream ends.

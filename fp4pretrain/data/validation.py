@@ -74,9 +74,17 @@ class ValidationSet(torch.utils.data.Dataset[Sample]):
         facts += [[len(chosen), count] for chosen, count in zip(self._chosen, counts, strict=True)]
         self._begins = np.cumsum([0, *map(len, self._chosen)])
         self.tokens = sum(self._predicted(i) for i in range(len(self._streams)))
+        silent: list[object] = []
         if meaning is not None and meaning.no_loss:
+            silent.append(["no loss behind", meaning.eod])
+        for stream in self._streams:
+            if stream.index.prompts is not None:
+                lengths = stream.index.prompts[stream.order].astype("<i4")
+                digest = hashlib.blake2b(lengths.data, digest_size=16).hexdigest()
+                silent.append(["prompts", digest])
+        if silent:
             self.tokens = sum(int(self[i]["loss_mask"].sum()) for i in range(len(self)))
-            facts.append(["no loss behind", meaning.eod])
+            facts += silent
         self.digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
     def __len__(self) -> int:

@@ -69,10 +69,11 @@ class CoreAttention(torch.nn.Module):
                 out_bhsd = self._capped(q_bhsd, k_bgsd, v_bgsd, dropout, mask=attention_mask)
             elif attention_mask is not None:
                 heads = query.shape[2] // key.shape[2]
+                # the kernels that take a mask take no grouped queries
                 out_bhsd = F.scaled_dot_product_attention(
                     q_bhsd,
-                    # the kernels that take a mask take no grouped queries
-                    *(t.repeat_interleave(heads, dim=1) for t in (k_bgsd, v_bgsd)),
+                    k_bgsd.repeat_interleave(heads, dim=1),
+                    v_bgsd.repeat_interleave(heads, dim=1),
                     attn_mask=attention_mask,
                     dropout_p=dropout,
                     scale=self.softmax_scale,

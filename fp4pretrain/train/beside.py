@@ -27,6 +27,7 @@ from fp4pretrain.train.run_dir import (
     find_checkpoint,
     run_path,
 )
+from fp4pretrain.train.together import together
 from fp4pretrain.version import sources_digest
 
 # What is the main rank's wherever ranks compose it otherwise (a name with the time in it).
@@ -46,7 +47,7 @@ def train_all(sweep: list[list[str]]) -> list[Path]:
     pairs = found or []
     theirs = ranks.agree(problem, _stated(pairs), judge=_unequal)
     names = iter(theirs["names"])
-    pairs = [[_of_main(config, next(names)) for config in pair] for pair in pairs]
+    pairs = together([[_of_main(config, next(names)) for config in pair] for pair in pairs])
     runs, problem = attempted(lambda: _checked(pairs))
     ranks.agree(problem, None, judge=lambda _: {})
     assert runs is not None
@@ -58,8 +59,8 @@ def train_all(sweep: list[list[str]]) -> list[Path]:
                 train(config)
                 trained.add(path)
         given = baseline_path(pair[0])
-        if len(pair) > 1 or given is not None:
-            _report(paths if given is None else [given, *paths])
+        if len(pair) > 1 or isinstance(given, Path):
+            _report([given, *paths] if isinstance(given, Path) else paths)
     return list(runs)
 
 
