@@ -323,3 +323,15 @@ def test_every_page_is_in_the_navigation() -> None:
     nav = set(re.findall(r": ([\w/-]+\.md)$", text, re.MULTILINE))
     pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
     assert nav == pages | {"index.md"}
+
+
+def test_every_recipe_and_picture_has_its_place() -> None:
+    """docs/recipes.md has each file of configs/precision, the gallery each picture of docs/images."""
+    first = re.findall(
+        r"^\| `(\w+)` \|", (ROOT / "docs/recipes.md").read_text(encoding="utf-8"), re.M
+    )
+    listed = set(first) - {"period", "window", "ratio", "start"}  # keys of deoscillation
+    assert listed == set(groups()["precision"])
+    gallery = (ROOT / "docs/gallery.md").read_text(encoding="utf-8")
+    for picture in (ROOT / "docs/images").iterdir():
+        assert f"images/{picture.name}" in gallery
