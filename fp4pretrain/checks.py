@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import user_path
 from fp4pretrain.presets import groups, offer
-from fp4pretrain.units import steps_of
+from fp4pretrain.units import seconds_of, steps_of
 
 if TYPE_CHECKING:
-    from fp4pretrain.config import ModelConfig, RunConfig, WandbConfig
+    from fp4pretrain.config import ModelConfig, RunConfig, SweepConfig, WandbConfig
     from fp4pretrain.precision import Plan
 
 CHOICES = {
@@ -32,6 +32,7 @@ CHOICES = {
     "precision.mxfp4_emulation": ("fp8", "bf16"),
     "guard.spike.action": ("none", "report", "rollback"),
     "guard.hang_action": ("restart", "report"),
+    "sweep.launcher": ("here", "processes", "slurm"),
     "logging.wandb.mode": ("auto", "online", "offline", "disabled"),
     "logging.console": ("auto", "progress", "lines", "quiet"),
 }
@@ -62,6 +63,7 @@ POSITIVE = (
     "parallel.virtual_pipeline",
     "parallel.context",
     "checkpoint.keep_last",
+    "sweep.ranks",
     "guard.spike.threshold",
     "guard.spike.window",
     "guard.spike.warmup",
@@ -84,6 +86,7 @@ NOT_NEGATIVE = (
     "profile.start",
     "profile.steps",
     "observe.interval",
+    "sweep.jobs",
 )
 BELOW_ONE = ("optim.beta1", "optim.beta2", "model.attention_dropout", "model.hidden_dropout")
 # Optional words: null says "none", an empty one says nothing.
@@ -137,6 +140,7 @@ def check(config: RunConfig) -> None:
             f"baseline: {named!r} is no recipe and no run's folder; choose {offer(named, offered)}, "
             "or give a run_dir"
         )
+    _check_sweep(config.sweep)
     _check_wandb(config.logging.wandb)
     _check_model(config.model)
     _check_schedule(config)
@@ -162,6 +166,22 @@ def check(config: RunConfig) -> None:
             f"train.global_batch: {config.train.global_batch} is no multiple of train.micro_batch="
             f"{config.train.micro_batch}; change one"
         )
+
+
+def _check_sweep(sweep: SweepConfig) -> None:
+    if sweep.budget is not None:
+        seconds_of(sweep.budget, key="sweep.budget")
+    if sweep.jobs == 0 and sweep.launcher != "slurm":
+        raise UserError(
+            "sweep.jobs: 0 is for sweep.launcher=slurm, whose queue says; give 1 or more"
+        )
+    if sweep.launcher == "here" and (sweep.jobs, sweep.ranks) != (1, 1):
+        raise UserError(
+            "sweep.launcher: here trains one run at a time, on the ranks of this command; add "
+            "sweep.launcher=processes"
+        )
+    if sweep.slurm and sweep.launcher != "slurm":
+        raise UserError("sweep.slurm: it says something to Slurm alone; add sweep.launcher=slurm")
 
 
 def _check_wandb(w: WandbConfig) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.parallel.agreement import Meeting, Said, raise_first
-from fp4pretrain.train.beside import _unequal
+from fp4pretrain.sweep.planning import _unequal
 
 
 def meet(
