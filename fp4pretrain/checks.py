@@ -182,6 +182,13 @@ def _check_sweep(sweep: SweepConfig) -> None:
         )
     if sweep.slurm and sweep.launcher != "slurm":
         raise UserError("sweep.slurm: it says something to Slurm alone; add sweep.launcher=slurm")
+    if sweep.slurm is not None and not isinstance(sweep.slurm, Mapping):
+        raise UserError(
+            f"sweep.slurm: {sweep.slurm!r} says nothing; write {{partition: gpu, time: 720}}"
+        )
+    nodes = (sweep.slurm or {}).get("nodes", 1)
+    if not isinstance(nodes, int) or nodes < 1:
+        raise UserError(f"sweep.slurm: nodes is {nodes!r}; give a whole number from 1")
 
 
 def _check_wandb(w: WandbConfig) -> None:

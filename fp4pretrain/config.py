@@ -267,14 +267,14 @@ class SweepConfig:
     processes of its own, ``jobs`` runs at once on each GPU, or on the CPU; ``slurm``, each run a job, and
     ``jobs`` of them at once (0: as many as the cluster takes). ``ranks``: processes of a run on a node,
     each with a GPU of its own where there are any (not for ``here``: torchrun says how many). ``slurm``:
-    what sbatch is told, such as {partition: gpu, time: 720, nodes: 2}.
+    null, or what sbatch is told, such as {partition: gpu, time: 720, nodes: 2}.
     """
 
     budget: Any = None
     launcher: str = "here"
     jobs: int = 1
     ranks: int = 1
-    slurm: dict[str, Any] = field(default_factory=dict)
+    slurm: Any = None
 
 
 @dataclass

@@ -114,13 +114,16 @@ def planned(sweep: list[list[str]], ranks: Meeting, *, stored: Path | None = Non
         if problem is not None
     ]
     several, order = len(runs) + len(failed) > 1, _folders(runs)
+    page = _page(order, sweep, told)
+    if len(sweep) > 1:
+        runs = [_grouped(run, page.name) for run in runs]
     runs, finished = _continued(runs, ranks) if several else (runs, [])
     ready, refused = _judged(runs, ranks, elsewhere=ranks_elsewhere(settings))
     if not ready and not finished and refused:
         raise refused[0][1]
     outcomes = [Outcome(run, run.told, "finished") for run in finished]
     outcomes += [Outcome(run, run.told, "failed", str(problem)) for run, problem in refused]
-    return Command(ready, [*failed, *outcomes], order, _page(order, sweep, told), settings)
+    return Command(ready, [*failed, *outcomes], order, page, settings)
 
 
 def _of_command(configs: Sequence[RunConfig]) -> SweepConfig:
@@ -176,6 +179,15 @@ def _folders(runs: Sequence[Planned]) -> list[Path]:
     return [run.path for run in runs]
 
 
+def _grouped(run: Planned, name: str) -> Planned:
+    """The run in wandb's group of this name, unless it was given one."""
+    logging = run.config.logging
+    if logging.wandb.group or os.environ.get("WANDB_RUN_GROUP"):
+        return run
+    logging = replace(logging, wandb=replace(logging.wandb, group=name))
+    return replace(run, config=replace(run.config, logging=logging))
+
+
 def _varied(sweep: list[list[str]]) -> list[list[str]]:
     """Of each combination the overrides that are not those of all. Of a key given twice the last counts."""
     last = [{text.partition("=")[0]: text for text in overrides} for overrides in sweep]
@@ -229,7 +241,7 @@ def ranks_elsewhere(settings: SweepConfig) -> int | None:
     """Ranks of each run, where other processes train it; None for this process and its ranks."""
     if settings.launcher == "here":
         return None
-    return settings.ranks * int(settings.slurm.get("nodes", 1))
+    return settings.ranks * int((settings.slurm or {}).get("nodes", 1))
 
 
 def _nobody(_: Sequence[Any]) -> dict[int, str]:

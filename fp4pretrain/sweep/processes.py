@@ -24,10 +24,9 @@ from fp4pretrain.config import SweepConfig
 from fp4pretrain.errors import UserError
 from fp4pretrain.sweep.planning import Outcome, Planned
 from fp4pretrain.sweep.progress import Progress
-from fp4pretrain.sweep.starting import arguments, last_words, outcome
+from fp4pretrain.sweep.starting import arguments, last_words, open_log, outcome
 from fp4pretrain.train.hooks.signals import SIGNALS
 from fp4pretrain.train.main import Stopped
-from fp4pretrain.train.run_dir import LOG
 
 
 class Processes:
@@ -97,7 +96,7 @@ class Processes:
             **os.environ,
             **({"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}),
         }
-        with (run.path / LOG).open("ab") as log:
+        with open_log(run.path) as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         self._alive.add(process)
         status = process.wait()

@@ -24,7 +24,7 @@ from fp4pretrain.files import write_text
 from fp4pretrain.presets import launch_dir
 from fp4pretrain.sweep.planning import Outcome, Planned
 from fp4pretrain.sweep.progress import Progress
-from fp4pretrain.sweep.starting import arguments, last_words, outcome
+from fp4pretrain.sweep.starting import arguments, last_words, open_log, outcome
 from fp4pretrain.train.run_dir import JOB, LOG, SUBMITTED
 
 _POLL = 10.0  # seconds between two looks at the queue
@@ -35,13 +35,13 @@ _TIMES = 1000  # a job may be put into the queue again after this many time limi
 class Job:
     """What a job does on each of its nodes; submitit stores it and calls it there.
 
-    ``arguments``: of ``fp4pretrain train``. ``log``: what the run prints is added to it.
+    ``arguments``: of ``fp4pretrain train``. ``folder``: the run's.
     """
 
     script: str
     arguments: list[str]
     ranks: int
-    log: str
+    folder: str
 
     def __call__(self) -> int:
         import submitit
@@ -54,13 +54,13 @@ class Job:
             "MASTER_ADDR": job.hostnames[0],
             "MASTER_PORT": str(20000 + int(job.raw_job_id) % 10000),
         }
-        with open(self.log, "ab") as log:
+        with open_log(Path(self.folder)) as log:
             self._process = subprocess.Popen(
                 ["bash", self.script, *self.arguments], env=environment, stdout=log, stderr=log
             )
         status = self._process.wait()
         if status:
-            raise RuntimeError(f"status {status}; see {self.log}")
+            raise RuntimeError(f"status {status}; see {LOG} of {self.folder}")
         return status
 
     def checkpoint(self) -> Any:
@@ -70,7 +70,7 @@ class Job:
         self._process.send_signal(signal.SIGTERM)
         self._process.wait()
         return submitit.helpers.DelayedSubmission(
-            Job(self.script, self.arguments, self.ranks, self.log)
+            Job(self.script, self.arguments, self.ranks, self.folder)
         )
 
 
@@ -103,7 +103,8 @@ class Slurm:
         told: Callable[[Outcome], None],
     ) -> list[Outcome]:
         """Every run as a job, ``jobs`` of them in the queue at once; ``told`` is shown each as it ends."""
-        waiting, jobs = list(runs), {}
+        waiting = list(runs)
+        jobs: dict[Path, tuple[Planned, str]] = {}
         ended: dict[Path, Outcome] = {}
         while waiting or jobs:
             while waiting and (self._settings.jobs == 0 or len(jobs) < self._settings.jobs):
@@ -131,15 +132,16 @@ class Slurm:
             if in_queue([number]):
                 return number
         given = arguments(run, until=until)
-        log = (run.path / LOG).absolute()
-        job = Job(str(launch_dir() / "torchrun.sh"), given, self._settings.ranks, str(log))
+        job = Job(
+            str(launch_dir() / "torchrun.sh"), given, self._settings.ranks, str(run.path.absolute())
+        )
         number = str(self._submit(run, job))
         write_text(file, number + "\n")
         return number
 
     def _submit(self, run: Planned, job: Job) -> str:
         executor = self._executor(folder=str(run.path / SUBMITTED), slurm_max_num_timeout=_TIMES)
-        told = {"job_name": run.path.name, "ntasks_per_node": 1, **self._settings.slurm}
+        told = {"job_name": run.path.name, "ntasks_per_node": 1, **(self._settings.slurm or {})}
         if run.config.parallel.device != "cpu":
             told.setdefault("gpus_per_node", self._settings.ranks)
         try:

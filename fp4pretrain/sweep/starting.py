@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 from omegaconf import OmegaConf
 
@@ -27,6 +28,11 @@ def arguments(run: Planned, *, until: float | None) -> list[str]:
     file = run.path / START
     write_text(file, OmegaConf.to_yaml(OmegaConf.structured(config)))
     return ["--config", str(file), *([] if until is None else ["--until", str(until)])]
+
+
+def open_log(run: Path) -> BinaryIO:
+    """Where the processes of the run in this folder print; to be closed by the caller."""
+    return (run / LOG).open("ab")
 
 
 def outcome(run: Planned, *, problem: str | None) -> Outcome:

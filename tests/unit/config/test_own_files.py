@@ -115,4 +115,6 @@ def test_a_stored_config_needs_the_files_no_more(
     ):
         with pytest.raises(UserError, match=f"^{line}"):
             composed([override], folder / "config.yaml")
-    assert yaml.safe_load((folder / "config.yaml").read_text())["precision"]["name"] == "recipe"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["precision"]["name"] == (
+        "recipe-recipe_fp8-linears_fc2"
+    )
