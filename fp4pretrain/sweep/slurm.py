@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from fp4pretrain.sweep.starting import arguments, last_words, open_log, outcome
 from fp4pretrain.train.run_dir import JOB, LOG, SUBMITTED
 
 _POLL = 10.0  # seconds between two looks at the queue
+# As launch/slurm.sbatch: minutes, and seconds for saving before a job ends. (submitit says 5 minutes.)
+_TOLD = {"ntasks_per_node": 1, "time": 24 * 60, "signal_delay_s": 300}
 _TIMES = 1000  # a job may be put into the queue again after this many time limits
 
 
@@ -68,7 +71,9 @@ class Job:
         import submitit
 
         self._process.send_signal(signal.SIGTERM)
-        self._process.wait()
+        # This runs as a signal's handler inside Popen.wait, whose lock a second wait would never get.
+        with suppress(ChildProcessError):
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(
             Job(self.script, self.arguments, self.ranks, self.folder)
         )
@@ -79,7 +84,7 @@ class Slurm:
 
     def __init__(self, settings: SweepConfig) -> None:
         try:
-            import submitit
+            import submitit  # noqa: F401
         except ImportError:
             raise UserError(
                 "sweep.launcher: slurm needs submitit; pip install 'fp4pretrain[slurm]'"
@@ -90,7 +95,6 @@ class Slurm:
                     f"sweep.launcher: slurm needs {command}, which is not here; start this on a node "
                     "that submits jobs, or use sweep.launcher=processes"
                 )
-        self._executor: Callable[..., Any] = submitit.AutoExecutor
         self._settings = settings
         self.at_once = max(1, settings.jobs)
 
@@ -140,8 +144,12 @@ class Slurm:
         return number
 
     def _submit(self, run: Planned, job: Job) -> str:
-        executor = self._executor(folder=str(run.path / SUBMITTED), slurm_max_num_timeout=_TIMES)
-        told = {"job_name": run.path.name, "ntasks_per_node": 1, **(self._settings.slurm or {})}
+        import submitit
+
+        executor = submitit.AutoExecutor(
+            folder=str(run.path / SUBMITTED), slurm_max_num_timeout=_TIMES
+        )
+        told = {"job_name": run.path.name, **_TOLD, **(self._settings.slurm or {})}
         if run.config.parallel.device != "cpu":
             told.setdefault("gpus_per_node", self._settings.ranks)
         try:
@@ -149,7 +157,11 @@ class Slurm:
         except NameError as error:  # submitit's word for a parameter that it does not know
             reason = str(error).splitlines()[0]
             raise UserError(f"sweep.slurm: {reason}; see submitit's parameters of sbatch") from None
-        return str(executor.submit(job).job_id)
+        try:
+            return str(executor.submit(job).job_id)
+        except submitit.core.utils.FailedJobError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"sweep.slurm: sbatch refused the job ({reason}); correct it") from None
 
     def _ended(self, run: Planned, *, until: float | None) -> Outcome:
         """A job that is gone is finished, or was stopped by the budget, or failed."""

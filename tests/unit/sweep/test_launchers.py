@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import types
 from pathlib import Path
@@ -183,7 +184,11 @@ class Cluster:
                 cluster.queue[str(len(cluster.jobs))] = job
                 return types.SimpleNamespace(job_id=str(len(cluster.jobs)))
 
-        monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(AutoExecutor=Executor))
+        utils = types.SimpleNamespace(FailedJobError=type("FailedJobError", (Exception,), {}))
+        stand_in = types.SimpleNamespace(
+            AutoExecutor=Executor, core=types.SimpleNamespace(utils=utils)
+        )
+        monkeypatch.setitem(sys.modules, "submitit", stand_in)
         monkeypatch.setattr(slurm.shutil, "which", lambda name: f"/bin/{name}")
         monkeypatch.setattr(slurm, "in_queue", self.asked)
         monkeypatch.setattr(slurm, "_POLL", 0.0)
@@ -215,6 +220,7 @@ def test_every_run_is_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cluster.most == 2
     assert (cluster.parameters["slurm_partition"], cluster.parameters["slurm_nodes"]) == ("gpu", 2)
     assert cluster.parameters["slurm_gpus_per_node"] == 4
+    assert cluster.parameters["slurm_time"] == 1440  # submitit's own default is five minutes
     job = cluster.jobs[0]
     assert Path(job.script).name == "torchrun.sh" and Path(job.script).is_file()
     assert job.arguments == ["--config", f"runs/bf16-seed11/{START}"]
@@ -225,6 +231,45 @@ def test_every_run_is_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("runs/bf16-seed13", JOB).read_text() == "4\n"
     swept(*command, launcher="slurm")
     assert len(cluster.jobs) == 4
+
+
+def test_a_job_that_is_warned_saves_and_is_queued_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """submitit calls ``checkpoint`` from a signal's handler, while the job waits for its processes."""
+    script = tmp_path / "torchrun.sh"
+    script.write_text(
+        "trap 'echo saved >> saved; exit 0' TERM\n"
+        'echo "$NNODES $NODE_RANK $NPROC_PER_NODE $MASTER_ADDR $*" > told\nwhile :; do sleep 0.1; done\n'
+    )
+    queued: list[slurm.Job] = []
+
+    class Left(Exception):
+        """What submitit's handler ends with."""
+
+    stand_in = types.SimpleNamespace(
+        JobEnvironment=lambda: types.SimpleNamespace(
+            num_nodes=2, node=1, hostnames=["gpu03", "gpu04"], raw_job_id="17"
+        ),
+        helpers=types.SimpleNamespace(DelayedSubmission=queued.append),
+    )
+    monkeypatch.setitem(sys.modules, "submitit", stand_in)
+    job = slurm.Job(str(script), ["--config", "a"], 4, str(tmp_path))
+
+    def warned(number: int, frame: Any) -> None:
+        job.checkpoint()
+        raise Left
+
+    before = signal.signal(signal.SIGALRM, warned)
+    signal.setitimer(signal.ITIMER_REAL, 1.5)
+    try:
+        with pytest.raises(Left):
+            job()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert (tmp_path / "saved").read_text() == "saved\n"
+    assert (tmp_path / "told").read_text() == "2 1 4 gpu03 --config a\n"
+    assert queued == [job]
 
 
 def test_slurm_without_submitit_or_without_slurm_is_one_line(

@@ -87,7 +87,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[RunConfig]:
     configs: list[RunConfig] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(engine, "train", lambda config, *, until: configs.append(config))
-    monkeypatch.setattr(planning, "check_run", lambda config: None)
+    monkeypatch.setattr(planning, "check_run", lambda config, *, elsewhere: None)
     monkeypatch.setattr(engine, "report", lambda outcomes, *, page: None)
     return configs
 
