@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install -q -c $(ROOT)/constraints.txt
 # Tests start up to four processes each; more threads would only get in each other's way.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: train test test-gpu chaos sanitize check bench clean
+.PHONY: train test test-gpu chaos sanitize check docs bench clean
 
 train: $(VENV)/.installed ## FP8 then NVFP4 on this machine, and the gap between them
 	$(BIN)/fp4pretrain train precision=nvfp4 baseline=fp8 name=$(NAME) $(ARGS)
@@ -34,13 +34,16 @@ sanitize: $(VENV)/.installed-dev ## compute-sanitizer over the kernels' GPU test
 	compute-sanitizer --error-exitcode 1 --target-processes all \
 		$(BIN)/python -m pytest tests/gpu/test_kernels_cuda.py
 
-check: $(VENV)/.installed-dev ## style, types, import directions, shell scripts, the pins of constraints.txt
+check: docs ## style, types, import directions, shell scripts, the site, the pins of constraints.txt
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck launch/* scripts/*.sh .ci/run
 	$(BIN)/python scripts/resolve_constraints.py
+
+docs: $(VENV)/.installed-dev ## the site, into build/site: open build/site/index.html
+	cd $(ROOT) && NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet -d $(abspath build/site)
 
 bench: $(VENV)/.installed ## kernels and linears beside BF16 and a device copy
 	$(BIN)/fp4pretrain bench kernels

@@ -46,6 +46,7 @@ def audit(
         "flops": _categories(flop_shares(plan, config.model)),
         "rules": [_rule(rule, plan) for rule in plan.ordered],
         "switches": [_switch(rule, plan, config, start) for rule in plan.ordered if rule.timed],
+        "deoscillation": str(plan.deoscillation) if plan.deoscillation else None,
         "never_quantized": [
             linear_name(*place)
             for place in plan.linears()
@@ -131,6 +132,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         told.append(f"{rule['key']}: {len(rule['linears'])} linears, {rule['recipe']}{when}")
     for switch in found["switches"]:
         told.append(f"switch {switch['rule']}: FLOPs then " + _shares(switch["flops"]))
+    if found["deoscillation"]:
+        told.append(found["deoscillation"])
     return told
 
 

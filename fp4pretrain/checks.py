@@ -101,6 +101,10 @@ NOT_EMPTY = (
 )
 
 
+# Of a member of a blend.
+_MEMBER = ("prefix", "weight", "epochs", "max_epochs", "max_tokens")
+
+
 def check(config: RunConfig) -> None:
     """Raises UserError, one line naming key and cure, for a value that cannot be meant."""
 
@@ -265,16 +269,17 @@ def _check_data_valid(valid: Any) -> None:
 
 
 def _check_data_path(path: Any) -> None:
-    """null, a prefix, or a blend of ``{prefix, weight}``; numbers and files are for ``data``."""
-    shape = "give null, some/prefix, or {name: {prefix: some/prefix, weight: 1}, ...}"
+    """null, a prefix, or a blend, a map or a list; numbers and files are for ``data``."""
+    shape = "give null, some/prefix, [some/prefix, ...], or {name: {prefix: some/prefix, weight: 1}, ...}"
     if path is None or (isinstance(path, str) and path):
         return
-    if not isinstance(path, Mapping):
+    if not isinstance(path, Mapping | list):
         raise UserError(f"data.path: {path!r} names no dataset; {shape}")
-    for name, member in path.items():
+    for name, member in path.items() if isinstance(path, Mapping) else enumerate(path):
         for key in member if isinstance(member, Mapping) else ():
-            if key not in ("prefix", "weight"):
-                raise UserError(f"data.path.{name}.{key}: no such key; use prefix and weight")
+            if key not in _MEMBER:
+                place = f"data.path.{name}" if isinstance(path, Mapping) else f"data.path[{name}]"
+                raise UserError(f"{place}.{key}: no such key; use {', '.join(_MEMBER)}")
 
 
 def check_triggers(config: RunConfig, plan: Plan) -> None:

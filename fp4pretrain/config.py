@@ -80,12 +80,14 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     """What to train on. ``path``: null for the running Python's standard library, a prefix of an
-    indexed dataset, or ``{name: {prefix: ..., weight: ...}}`` for a blend.
+    indexed dataset, or a blend: a list of prefixes, or ``{name: {prefix: ..., weight: ...}}``.
 
     ``split``: shares of training, validation and test; a hash of its content puts a document on one
     side. ``valid``: other text to validate on, a prefix or ``{name: prefix}``, the first of them in
     ``val_loss``. ``valid_tokens``: so many tokens of a validation set are read (null: all).
-    ``seed`` decides the order of the training data; null is the run's ``seed``.
+    ``seed`` decides the order of the training data; null is the run's ``seed``. ``document_mask``:
+    attention stops at the token that ends a document; ``reset_positions``: positions begin again behind
+    it; ``eod_mask_loss``: what follows it is not predicted.
     """
 
     path: Any = None
@@ -96,6 +98,9 @@ class DataConfig:
     seed: int | None = None
     cache_dir: str | None = None
     mock: bool = False
+    document_mask: bool = False
+    reset_positions: bool = False
+    eod_mask_loss: bool = False
 
 
 @dataclass
@@ -125,8 +130,7 @@ class ParallelConfig:
     """Layout of the ranks; data parallelism takes what is left of the world size.
 
     ``timeout_minutes``: how long a rank waits for the others before it fails (also while rank 0
-    builds the index of a dataset).
-    """
+    builds the index of a dataset)."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -321,14 +325,10 @@ class _LooseRun(RunConfig):
     precision: _LoosePrecision = field(default_factory=_LoosePrecision)
 
 
-def _register() -> None:
-    store = ConfigStore.instance()
-    store.store(name="schema", node=_LooseRun)
-    for group in ("model", "data", "optim", "parallel", "train", "precision", "logging"):
-        store.store(group=group, name="schema", node=type(getattr(_LooseRun(), group)))
-
-
-_register()
+_store = ConfigStore.instance()
+_store.store(name="schema", node=_LooseRun)
+for _group in ("model", "data", "optim", "parallel", "train", "precision", "logging"):
+    _store.store(group=_group, name="schema", node=type(getattr(_LooseRun(), _group)))
 
 
 class _OwnConfigs(SearchPathPlugin):

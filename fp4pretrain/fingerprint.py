@@ -57,6 +57,12 @@ _LATER_FIELDS = {
     name: getattr(QuantSpec, name)
     for name in ("source", "split", "channels", "amax", "amax_value", "amax_steps")
 }
+# Keys that came later, and the values that change nothing: fingerprints of earlier runs lack them.
+_LATER_KEYS: dict[str, Any] = {
+    "data.document_mask": False,
+    "data.reset_positions": False,
+    "data.eod_mask_loss": False,
+}
 BY_CONTENT = {
     ORDER: (*_TEXT, "data.seed"),
     VALIDATION: (*_TEXT, "data.valid_tokens"),
@@ -71,6 +77,9 @@ def entries(config: RunConfig) -> dict[str, Any]:
         for key, value in flat(asdict(config)).items()
         if not (within(key, HARMLESS) or within(key, by_content) or key.startswith("precision."))
     }
+    for key, silent in _LATER_KEYS.items():
+        if found[key] == silent:
+            del found[key]
     found["data.seed"] = data_seed(config)
     found["optim.warmup"], found["optim.decay"] = schedule_steps(config)
     if config.optim.schedule == "cosine":  # which knows no stable part
@@ -107,6 +116,8 @@ def plan_digest(config: RunConfig, plan: Plan) -> str:
         "amax": p.amax if p.amax == "tensor_parallel" else [p.amax, config.parallel.tensor],
         "mxfp4_emulation": p.mxfp4_emulation,
     }
+    if plan.deoscillation:
+        facts["deoscillation"] = asdict(plan.deoscillation)
     return digest(facts)
 
 

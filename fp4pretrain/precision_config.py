@@ -16,6 +16,7 @@ from fp4pretrain.numerics import QuantSpec
 from fp4pretrain.precision import (
     GEMMS,
     OPERANDS,
+    Deoscillation,
     Dgrad,
     Fprop,
     Keep,
@@ -36,6 +37,7 @@ RecipeDgrad = mutable(Dgrad)
 RecipeWgrad = mutable(Wgrad)
 KeepConfig = mutable(Keep)
 TailConfig = mutable(Tail)
+DeoscillationConfig = mutable(Deoscillation)
 
 
 @dataclass
@@ -70,6 +72,8 @@ class PrecisionConfig:
 
     ``rules``: by name, in their order; for each GEMM of a linear the last that matches wins. ``keep``
     comes before them, ``tail`` after them.
+    ``deoscillation``: every ``period`` steps, weights that swing around a rounding boundary are set
+    onto their cast.
     ``amax``: the per-tensor amax of an operand that tensor parallelism shards is all-reduced over
     the tensor-parallel group (``tensor_parallel``: the single process's numbers) or taken from the
     rank's own shard (``rank``: no collective).
@@ -85,6 +89,9 @@ class PrecisionConfig:
     keep: KeepConfig = field(default_factory=KeepConfig)  # type: ignore[valid-type]
     tail: TailConfig = field(default_factory=TailConfig)  # type: ignore[valid-type]
     rules: dict[str, RuleConfig] = field(default_factory=dict)
+    deoscillation: DeoscillationConfig = field(  # type: ignore[valid-type]
+        default_factory=DeoscillationConfig
+    )
     amax: str = "tensor_parallel"
     backend: str = "auto"
     mxfp4_emulation: str = "fp8"
@@ -139,6 +146,7 @@ def plan_from(precision: PrecisionConfig, num_layers: int, *, rules: bool = True
         keep=_frozen(Keep, precision.keep),
         tail=_frozen(Tail, precision.tail),
         rules=tuple(_rule(name, rule) for name, rule in precision.rules.items()),
+        deoscillation=_frozen(Deoscillation, precision.deoscillation),
     )
 
 

@@ -22,7 +22,7 @@ SHAPES = ((8192, 4096, 4096), (8192, 4096, 14336), (8192, 8192, 8192))  # tokens
 
 @dataclass(frozen=True)
 class LinearTiming:
-    """``of_bf16``: GPU time over BF16's; ``kept``: bytes kept for the backward pass over BF16's."""
+    """``of_bf16``: GPU time over BF16's; ``saved``: bytes saved for the backward pass over BF16's."""
 
     recipe: str
     backend: str
@@ -30,7 +30,7 @@ class LinearTiming:
     microseconds: float
     of_bf16: float
     host_microseconds: float
-    kept: float | None
+    saved: float | None
 
 
 def casts_of(recipe: Recipe, *, step: int = 0) -> dict[str, Cast]:
@@ -41,7 +41,7 @@ def casts_of(recipe: Recipe, *, step: int = 0) -> dict[str, Cast]:
 def linear_step(
     backend: Backend, recipe: Recipe, tensors: tuple[torch.Tensor, ...]
 ) -> tuple[Callable[[], tuple[torch.Tensor, torch.Tensor]], Any]:
-    """(one forward and backward, x as it is kept) of x [t, k], w [n, k], dy [t, n], main [n, k]."""
+    """(one forward and backward, x as it is saved) of x [t, k], w [n, k], dy [t, n], main [n, k]."""
     x, w, dy, main = tensors
     casts = casts_of(recipe)
     w_fprop, w_dgrad = backend.quantize(w, [casts["fprop.w"], casts["dgrad.w"]])
@@ -86,9 +86,9 @@ def bench_linear(
         before, host = sustained_microseconds(plain), host_microseconds(plain)
         found = [LinearTiming("bf16", "torch", (t, k, n), before, 1.0, host, 1.0)]
         for name, (backend, recipe) in {"bf16 + main grad": (same_work, BF16), **recipes}.items():
-            step, kept = linear_step(backend, recipe, (x, w, dy, main))
+            step, saved = linear_step(backend, recipe, (x, w, dy, main))
             us, host = sustained_microseconds(step), host_microseconds(step)
-            share = kept.nbytes / (x.numel() * x.element_size())
+            share = saved.nbytes / (x.numel() * x.element_size())
             found.append(LinearTiming(name, backend.name, (t, k, n), us, 0.0, host, share))
         after = sustained_microseconds(plain)
         drifts["x".join(map(str, (t, k, n)))] = round(after / before, 3)
@@ -114,12 +114,12 @@ def table(found: dict[str, Any]) -> Any:
     from rich.table import Table
 
     shown = Table(title=f"{found['device']}: one linear, forward + backward")
-    for column in ("recipe", "backend", "tokens x k x n", "us", "of bf16", "host us", "kept"):
+    for column in ("recipe", "backend", "tokens x k x n", "us", "of bf16", "host us", "saved"):
         text = column in ("recipe", "backend")
         shown.add_column(column, justify="left" if text else "right")
     for t in found["timings"]:
         shown.add_row(
             t["recipe"], t["backend"], "x".join(map(str, t["shape"])), f"{t['microseconds']:.0f}",
-            f"{t['of_bf16']:.2f}", f"{t['host_microseconds']:.0f}", f"{t['kept']:.2f}",
+            f"{t['of_bf16']:.2f}", f"{t['host_microseconds']:.0f}", f"{t['saved']:.2f}",
         )  # fmt: skip
     return shown

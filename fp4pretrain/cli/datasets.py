@@ -15,6 +15,8 @@ Build and look at datasets: Megatron indexed datasets (PREFIX.bin, PREFIX.idx).
   fp4pretrain data train-bpe notes/ --vocab-size 8192 --out bpe.json    a tokenizer of your own
   fp4pretrain data build notes/ --out data/notes --tokenizer bpe.json
   fp4pretrain data inspect data/notes
+  fp4pretrain data verify data/notes                                    every byte against its manifest
+  fp4pretrain data build asked.jsonl --prompt-key prompt --text-key completion --out data/asked
   fp4pretrain data corpus --out data/text                               text that this machine has
   fp4pretrain data corpus torch notes/ linux-doc --out data/text        packages, folders, Debian packages
 
@@ -48,11 +50,16 @@ def _data_jobs(data: argparse.ArgumentParser) -> None:
         job.add_argument(
             "--on-error", choices=("stop", "skip"), default="stop", help="at a broken record"
         )
+    build.add_argument(
+        "--prompt-key", metavar="KEY", help="of what comes before the text and is not predicted"
+    )
     bpe.add_argument("--vocab-size", type=int, required=True)
     bpe.add_argument("--out", required=True, metavar="tokenizer.json")
     inspect = jobs.add_parser("inspect", help="what is in an indexed dataset")
     inspect.add_argument("prefix", metavar="PREFIX")
     inspect.add_argument("--tokenizer", help="to show the text; default: the one it was built with")
+    verify = jobs.add_parser("verify", help="hold datasets against the hashes of their manifests")
+    verify.add_argument("prefixes", nargs="+", metavar="PREFIX")
     corpus = jobs.add_parser("corpus", help="a dataset and its BPE of text that this machine has")
     corpus.add_argument(
         "sources",
@@ -73,10 +80,18 @@ def _data(arguments: argparse.Namespace) -> None:
     if arguments.job == "inspect":
         data.inspect(arguments.prefix, tokenizer=arguments.tokenizer)
         return
+    if arguments.job == "verify":
+        for prefix in arguments.prefixes:
+            print(data.verify(prefix))
+        return
     if arguments.job == "corpus":
         _corpus(arguments)
         return
-    reading = data.Reading(arguments.text_key, skip=arguments.on_error == "skip")
+    reading = data.Reading(
+        arguments.text_key,
+        prompt_key=getattr(arguments, "prompt_key", None),
+        skip=arguments.on_error == "skip",
+    )
     if arguments.job == "build":
         data.prepare_text(
             arguments.inputs,

@@ -12,12 +12,13 @@ from fp4pretrain.data.batches import (
     batches,
     evaluation_batches,
 )
-from fp4pretrain.data.build import inspect, prepare_text, train_bpe
+from fp4pretrain.data.build import inspect, prepare_text, train_bpe, verify
 from fp4pretrain.data.datasets import RandomTokens, RunData, build_datasets
 from fp4pretrain.data.entropy import unigram_entropy
 from fp4pretrain.data.indexed import DatasetIndex, read_index
 from fp4pretrain.data.records import Reading
 from fp4pretrain.data.spec import DataSpec, validate
+from fp4pretrain.data.stream import document_places
 from fp4pretrain.data.tokenizers import Tokenizer, load_tokenizer
 from fp4pretrain.data.validation import ValidationSet
 
@@ -33,6 +34,7 @@ __all__ = [
     "ValidationSet",
     "batches",
     "build_datasets",
+    "document_places",
     "evaluation_batches",
     "inspect",
     "load_tokenizer",
@@ -41,4 +43,5 @@ __all__ = [
     "train_bpe",
     "unigram_entropy",
     "validate",
+    "verify",
 ]

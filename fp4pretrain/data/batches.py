@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
-
 
 class MicrobatchSampler(torch.utils.data.Sampler[list[int]]):
     """Sample numbers of each microbatch of one rank, without end.
@@ -92,7 +90,8 @@ def batches(
 
     Yields:
         tokens, labels, position_ids int64 and loss_mask fp32, each [micro_batch, seq], on the CPU;
-        in pinned memory where there is a GPU to copy them to.
+        in pinned memory where there is a GPU to copy them to. And documents int64, where attention stops
+        at ends of documents.
     """
     sampler = MicrobatchSampler(
         consumed_samples=consumed_samples,
@@ -146,4 +145,4 @@ def _loaded(
 
 
 def _collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {key: torch.stack([sample[key] for sample in samples]) for key in _KEYS}
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}

@@ -7,6 +7,7 @@ inspect("data/mine")
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 import platform
@@ -23,8 +24,9 @@ from rich.table import Table
 
 from fp4pretrain.data.ids import PADDING, scan
 from fp4pretrain.data.indexed import DatasetIndex, is_meta, read_index, write_dataset
-from fp4pretrain.data.records import Reading
-from fp4pretrain.data.text import STDLIB, TextFile, list_files, read_documents
+from fp4pretrain.data.manifest import check_content
+from fp4pretrain.data.records import Document, Reading
+from fp4pretrain.data.text import STDLIB, TextFile, list_files, read_records
 from fp4pretrain.data.tokenizers import END_OF_TEXT, Tokenizer, load_tokenizer, tokenizer_files
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import unwritable, user_path, write_text
@@ -139,7 +141,8 @@ def train_bpe(
     path = path if path.suffix == ".json" else path / "tokenizer.json"
     _refuse_input(path, [file.path for file in files])
     with _progress("reading", files, reading) as documents:
-        trained.train_from_iterator(documents, trainer=trainer)
+        texts = (document.prompt + document.text for document in documents)
+        trained.train_from_iterator(texts, trainer=trainer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, trained.to_str(pretty=True) + "\n")
@@ -176,6 +179,8 @@ def inspect(
     }
     if ids.smallest < PADDING:
         rows["smallest id"] = f"{ids.smallest:,}: cannot be trained on"
+    if index.prompts is not None:
+        rows["prompts"] = f"{int(index.prompts.sum()):,} tokens, left out of the loss"
     if ids.padding:
         rows["padding (id -1)"] = f"{ids.padding:,} of {ids.scanned:,} tokens read"
     if tokenizer is not None:
@@ -191,6 +196,26 @@ def inspect(
         table.add_row(name, value.replace("[", r"\["))
     (console or Console()).print(table)
     return index
+
+
+def verify(prefix: str | Path) -> str:
+    """One line that says PREFIX is whole: its index fits its tokens, and all files have the content that
+    was written, where a manifest says which.
+
+    Raises:
+        UserError: as `read_index`, and for other content.
+    """
+    index = read_index(str(user_path(prefix, key="prefix")), key="prefix")
+    try:
+        files = check_content(index.prefix, index.meta, key="prefix")
+    except OSError as error:
+        raise UserError(
+            f"prefix: {error.filename or prefix} cannot be read ({error.strerror}); copy it again"
+        ) from None
+    has = f"{prefix}: {index.documents:,} documents, {index.tokens:,} tokens"
+    if not files:
+        return f"{has}; sizes fit its index, and no manifest says what its content was"
+    return f"{has}; {files} files have the content that was written"
 
 
 def _sample(index: DatasetIndex, tokenizer: str) -> str:
@@ -228,29 +253,47 @@ def _tokenize(
     reading: Reading | None = None,
 ) -> DatasetIndex:
     key = "out" if reading is not None else "data.cache_dir"
+    wanted = reading is not None and reading.prompt_key is not None
+    prompts = array.array("i") if wanted else None
     with _progress("tokenizing", files, reading) as documents:
-        ids = _encode(documents, tokenizer)
-        return write_dataset(ids, prefix, tokenizer=tokenizer, source=source, key=key)
+        ids = _encode(documents, tokenizer, prompts)
+        return write_dataset(
+            ids, prefix, tokenizer=tokenizer, source=source, key=key, prompts=prompts
+        )
 
 
-def _encode(documents: Iterator[str], tokenizer: Tokenizer) -> Iterator[NDArray[np.int64]]:
-    """Ids a document, in order, encoded in batches that keep a parallel tokenizer busy."""
-    batch: list[str] = []
+def _encode(
+    documents: Iterator[Document], tokenizer: Tokenizer, prompts: array.array | None
+) -> Iterator[NDArray[np.int64]]:
+    """Ids a document, in order, encoded in batches that keep a parallel tokenizer busy. Prompts are
+    encoded apart, as they are when a model is asked; how long each is goes to ``prompts``."""
+    batch: list[Document] = []
     waiting = 0
-    for text in documents:
-        batch.append(text)
-        waiting += len(text)
+
+    def encoded() -> Iterator[NDArray[np.int64]]:
+        texts = tokenizer.encode_batch([document.text for document in batch])
+        if prompts is None:
+            yield from texts
+            return
+        asked = tokenizer.encode_batch([document.prompt for document in batch])
+        for prompt, text in zip(asked, texts, strict=True):
+            prompts.append(len(prompt))
+            yield np.concatenate([prompt, text])
+
+    for document in documents:
+        batch.append(document)
+        waiting += len(document.text) + len(document.prompt)
         if waiting >= _BATCH_CHARACTERS:
-            yield from tokenizer.encode_batch(batch)
+            yield from encoded()
             batch, waiting = [], 0
     if batch:
-        yield from tokenizer.encode_batch(batch)
+        yield from encoded()
 
 
 @contextmanager
 def _progress(
     label: str, files: Sequence[TextFile], reading: Reading | None
-) -> Iterator[Iterator[str]]:
+) -> Iterator[Iterator[Document]]:
     """The documents of `files`, moving a bar by the bytes read; silent away from a terminal."""
     console = Console(stderr=True)
     bar = Progress(
@@ -263,4 +306,4 @@ def _progress(
     )
     with bar:
         task = bar.add_task(label, total=sum(file.size for file in files))
-        yield read_documents(files, reading, watch=partial(bar.wrap_file, task_id=task))
+        yield read_records(files, reading, watch=partial(bar.wrap_file, task_id=task))

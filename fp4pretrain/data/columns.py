@@ -21,8 +21,10 @@ _ROWS = 1024
 _STATE = "state.json"  # beside the Arrow files of `Dataset.save_to_disk`
 
 
-def table_documents(stream: BinaryIO, name: str, reading: Reading, *, kind: str) -> Iterator[str]:
-    """The non-empty texts of a .parquet or .arrow file, in the order of its rows.
+def table_rows(
+    stream: BinaryIO, name: str, reading: Reading, *, kind: str
+) -> Iterator[tuple[str, str]]:
+    """The non-empty texts of a .parquet or .arrow file with their prompts, in the order of its rows.
 
     Raises:
         UserError: without pyarrow, for a damaged file, and for a file or row without the text.
@@ -34,40 +36,50 @@ def table_documents(stream: BinaryIO, name: str, reading: Reading, *, kind: str)
         raise UserError(
             f"inputs: {name} needs the pyarrow package; pip install 'fp4pretrain[data]'"
         ) from None
+    wanted = [reading.text_key]
+    if reading.prompt_key is not None:
+        wanted.append(reading.prompt_key)
     try:
         if kind == ".parquet":
             table = pq.ParquetFile(stream)
-            names, batches = table.schema_arrow.names, table.iter_batches
-            _require(reading.text_key, names, name)
-            columns = (b.column(0) for b in batches(_ROWS, columns=[reading.text_key]))
+            _require(reading, table.schema_arrow.names, name)
+            batches = table.iter_batches(_ROWS, columns=list(dict.fromkeys(wanted)))
         else:
-            opened = pa.ipc.open_stream(stream)
-            _require(reading.text_key, opened.schema.names, name)
-            columns = (batch.column(reading.text_key) for batch in opened)
-        yield from _texts(columns, name, reading)
+            batches = pa.ipc.open_stream(stream)
+            _require(reading, batches.schema.names, name)
+        yield from _texts(
+            ([batch.column(key) for key in wanted] for batch in batches), name, reading
+        )
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"inputs: {name} is damaged ({reason}); write or copy it again") from None
 
 
-def _require(key: str, names: list[str], name: str) -> None:
-    if key not in names:
-        shown = ", ".join(names[:8]) or "none"
-        raise UserError(
-            f'inputs: {name} has no column "{key}" (its columns: {shown}); name the column of the text '
-            "with --text-key"
-        )
+def _require(reading: Reading, names: list[str], name: str) -> None:
+    options = {"text": reading.text_key, "prompt": reading.prompt_key}
+    for what, key in options.items():
+        if key is not None and key not in names:
+            shown = ", ".join(names[:8]) or "none"
+            raise UserError(
+                f'inputs: {name} has no column "{key}" (its columns: {shown}); name the column of the '
+                f"{what} with --{what}-key"
+            )
 
 
-def _texts(columns: Iterator[Any], name: str, reading: Reading) -> Iterator[str]:
+def _texts(batches: Iterator[list[Any]], name: str, reading: Reading) -> Iterator[tuple[str, str]]:
     row = 0
-    for column in columns:
-        for value in column.to_pylist():
+    for columns in batches:
+        texts, *prompts = (column.to_pylist() for column in columns)
+        for text, prompt in zip(texts, *prompts or [[""] * len(texts)], strict=True):
             row += 1
-            if not isinstance(value, str):
+            if not isinstance(text, str):
                 reading.broken(f'{name} row {row} has no text in "{reading.text_key}"; correct it')
-            elif value:
-                yield value
+            elif not isinstance(prompt, str):
+                reading.broken(
+                    f'{name} row {row} has no text in "{reading.prompt_key}"; correct it'
+                )
+            elif text:
+                yield text, prompt
 
 
 def is_dataset_file(path: Path) -> bool:

@@ -35,6 +35,7 @@ from fp4pretrain.data import corpus_work
 from fp4pretrain.data.build import train_bpe
 from fp4pretrain.data.corpus_files import DEFAULT_SOURCES, LeftOut, Piece, list_pieces
 from fp4pretrain.data.indexed import DatasetIndex, read_index, unwritable, write_index
+from fp4pretrain.data.manifest import FILES, described
 from fp4pretrain.data.tokenizers import load_tokenizer
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import write_text
@@ -178,7 +179,7 @@ def _build(
 
     largest = _join(folder, len(groups), dtype)
     target = f"{prefix}.tokenizer.json"
-    meta = {
+    meta: dict[str, object] = {
         "source": f"corpus of {len(pieces):,} files",
         "tokenizer": target,
         "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -188,6 +189,7 @@ def _build(
         "text_bytes": sum(kept),
         "left_out": left_out.reasons,
     }
+    meta[FILES] = described(str(folder / "whole"), (".bin", ".idx"))
     write_text(folder / "whole.json", json.dumps(meta, indent=2) + "\n")
     shutil.copyfile(trained, folder / "whole.tokenizer.json")
     Path(f"{prefix}.idx").unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -31,7 +32,7 @@ from fp4pretrain.data.spec import (
     valid_parts_of,
     validate,
 )
-from fp4pretrain.data.stream import Sample
+from fp4pretrain.data.stream import Ends, Sample, sample_of
 from fp4pretrain.data.tokenizers import Tokenizer, load_tokenizer
 from fp4pretrain.data.validation import HeldOut, ValidationSet
 from fp4pretrain.errors import UserError
@@ -46,17 +47,27 @@ class RandomTokens(torch.utils.data.Dataset[Sample]):
     """Uniform random tokens, for benchmarks: no files, and sample i is a function of (seed, i).
 
     Samples are those of text: tokens, labels, position_ids int64 [seq], loss_mask fp32 [seq].
-    ``samples``: how many there are; None is no end.
+    ``samples``: how many there are; None is no end. ``meaning``: of ends of documents, None for nothing.
     """
 
     def __init__(
-        self, samples: int | None, *, seq_length: int, vocab_size: int, seed: int, stream: int
+        self,
+        samples: int | None,
+        *,
+        seq_length: int,
+        vocab_size: int,
+        seed: int,
+        stream: int,
+        meaning: Ends | None = None,
     ) -> None:
         self.samples = samples
         self.seq_length = seq_length
         self.vocab_size = vocab_size
+        self._meaning = meaning
         self._key = [seed % 2**64, stream]
-        facts = ["random tokens", samples, seq_length, vocab_size, *self._key]
+        facts: list[object] = ["random tokens", samples, seq_length, vocab_size, *self._key]
+        if meaning is not None and meaning.no_loss:
+            facts.append(["no loss behind", meaning.eod])
         self.digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
     def __len__(self) -> int:
@@ -67,19 +78,15 @@ class RandomTokens(torch.utils.data.Dataset[Sample]):
     @property
     def tokens(self) -> int:
         """How many are predicted."""
+        if self._meaning is not None and self._meaning.no_loss:
+            return sum(int(self[i]["loss_mask"].sum()) for i in range(len(self)))
         return len(self) * self.seq_length
 
     def __getitem__(self, index: int) -> Sample:
         # Drawing moves the counter's lowest word, so the sample's number stands in the highest.
         bits = np.random.Philox(key=self._key, counter=[0, 0, 0, index])
         ids = np.random.Generator(bits).integers(self.vocab_size, size=self.seq_length + 1)
-        text = torch.from_numpy(ids)
-        return {
-            "tokens": text[:-1],
-            "labels": text[1:],
-            "loss_mask": torch.ones(self.seq_length),
-            "position_ids": torch.arange(self.seq_length),
-        }
+        return sample_of(ids, self.seq_length, meaning=self._meaning)
 
 
 Training: TypeAlias = TrainingSamples | Blend | RandomTokens
@@ -145,15 +152,21 @@ def _build(spec: DataSpec, *, samples: int, build: bool) -> RunData:
         parts = [Part("data.path", prefix, 1.0)]
     opened = [_open(spec, part, tokenizer=tokenizer, build=build) for part in parts]
     members = [
-        _training(spec, part, documents, member=number)
+        _training(spec, part, documents, member=number, meaning=_meaning(spec, tokenizer))
         for number, (part, documents) in enumerate(zip(parts, opened, strict=True))
     ]
-    weights = [part.weight for part in parts]
+    parts = _weighed(parts, members)
+    weights = [part.weight or 0.0 for part in parts]
+    caps = [_cap(part, member) for part, member in zip(parts, members, strict=True)]
     if build:
         for member, weight in zip(members, weights, strict=True):
             _prepare(member, samples=round(samples * weight))
-    train = members[0] if len(members) == 1 else Blend(members, weights, expected=samples)
-    facts = [[member.digest for member in members], weights, tokenizer.fingerprint]
+    train: TrainingSamples | Blend = members[0]
+    facts: list[object] = [[member.digest for member in members], weights, tokenizer.fingerprint]
+    if len(members) > 1 or caps != [None]:
+        train = Blend(members, weights, expected=samples, caps=caps)
+    if any(cap is not None for cap in caps):
+        facts.append(caps)
     return RunData(
         train=train,
         valid=_validation(spec, parts, opened, tokenizer=tokenizer, build=build),
@@ -166,7 +179,12 @@ def _mock(spec: DataSpec, tokenizer: Tokenizer) -> RunData:
     held_out = -(-(spec.valid_tokens or spec.seq_length) // spec.seq_length)
     train, valid = (
         RandomTokens(
-            count, seq_length=spec.seq_length, vocab_size=vocab_size, seed=seed, stream=stream
+            count,
+            seq_length=spec.seq_length,
+            vocab_size=vocab_size,
+            seed=seed,
+            stream=stream,
+            meaning=_meaning(spec, tokenizer),
         )
         for stream, (count, seed) in enumerate([(None, spec.seed), (held_out, _VALIDATION_SEED)])
     )
@@ -182,7 +200,21 @@ def _open(spec: DataSpec, part: Part, *, tokenizer: Tokenizer, build: bool) -> D
     return replace(documents, id_limit=limit)
 
 
-def _training(spec: DataSpec, part: Part, documents: Documents, *, member: int) -> TrainingSamples:
+def _meaning(spec: DataSpec, tokenizer: Tokenizer) -> Ends | None:
+    """What ends of documents mean to a run; None where they are tokens like others."""
+    if not (spec.document_mask or spec.reset_positions or spec.eod_mask_loss):
+        return None
+    return Ends(
+        tokenizer.eod,
+        mask=spec.document_mask,
+        reset=spec.reset_positions,
+        no_loss=spec.eod_mask_loss,
+    )
+
+
+def _training(
+    spec: DataSpec, part: Part, documents: Documents, *, member: int, meaning: Ends | None
+) -> TrainingSamples:
     """The documents below the validation share, and the validation share too where other text
     validates. Raises UserError where they are too few."""
     train, valid, _ = parse_split(spec.split)
@@ -204,7 +236,36 @@ def _training(spec: DataSpec, part: Part, documents: Documents, *, member: int) 
         seed=spec.seed,
         member=member,
         cache=spec.cache,
+        meaning=meaning,
     )
+
+
+def _weighed(parts: Sequence[Part], members: Sequence[TrainingSamples]) -> list[Part]:
+    """Parts with their shares: as given, or, where they say epochs, so often the samples of an epoch."""
+    if any(part.epochs is None for part in parts):
+        return list(parts)
+    sizes = [
+        (part.epochs or 0.0) * member.epoch_samples
+        for part, member in zip(parts, members, strict=True)
+    ]
+    return [
+        replace(part, weight=size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)
+    ]
+
+
+def _cap(part: Part, member: TrainingSamples) -> int | None:
+    """How many samples of a part a run may read; None for any number."""
+    caps = []
+    if part.max_epochs is not None:
+        caps.append(math.floor(part.max_epochs * member.epoch_samples))
+    if part.max_tokens is not None:
+        caps.append(part.max_tokens // member.seq_length)
+    if caps and min(caps) == 0:
+        raise UserError(
+            f"{part.key}: its cap is below one sample of {member.seq_length:,} tokens; raise max_epochs or "
+            "max_tokens, or leave the dataset out"
+        )
+    return min(caps, default=None)
 
 
 def _prepare(member: TrainingSamples, *, samples: int) -> None:
@@ -249,10 +310,22 @@ def _validation(
         sets[name] = [HeldOut(documents, np.arange(documents.index.documents))]
     if not sets:
         sets[HELD_OUT] = [
-            HeldOut(documents, _held_out(spec, part, documents), part.weight)
+            HeldOut(documents, _held_out(spec, part, documents), part.weight or 1.0)
             for part, documents in zip(parts, opened, strict=True)
         ]
-    return {
-        name: ValidationSet(held_out, seq_length=spec.seq_length, tokens=spec.valid_tokens)
+    found = {
+        name: ValidationSet(
+            held_out,
+            seq_length=spec.seq_length,
+            tokens=spec.valid_tokens,
+            meaning=_meaning(spec, tokenizer),
+        )
         for name, held_out in sets.items()
     }
+    for name, one in found.items():
+        if not one.tokens:
+            raise UserError(
+                f"data.valid: no token of {name!r} is in the loss; give text that has some, or leave out "
+                "data.eod_mask_loss"
+            )
+    return found

@@ -19,7 +19,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fp4pretrain.data.indexed import DatasetIndex, folder_aside, read_index, unwritable
+from fp4pretrain.data.indexed import (
+    PROMPTS,
+    DatasetIndex,
+    folder_aside,
+    read_index,
+    unwritable,
+)
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import write_text
 
@@ -35,7 +41,8 @@ class Documents:
     Attributes:
         index: where they lie.
         hashes: [documents] uint64, of the token ids of each, whatever type they are stored in.
-        digest: of all hashes in their order: equal for equal datasets, wherever they lie.
+        digest: of all hashes in their order, and of the lengths of prompts: equal for equal datasets,
+            wherever they lie.
         id_limit: the model's number of ids, which no token may reach; None where any is taken.
     """
 
@@ -89,9 +96,10 @@ def _edge(share: float) -> int:
 def _identity(prefix: str) -> str:
     """Changes whenever a file of the dataset is written anew."""
     facts: list[object] = [_FORMAT, os.path.realpath(prefix)]
-    for suffix in (".idx", ".bin"):
-        stat = Path(prefix + suffix).stat()
-        facts += [stat.st_size, stat.st_mtime_ns]
+    for suffix in (".idx", ".bin", PROMPTS):
+        if suffix != PROMPTS or Path(prefix + suffix).exists():
+            stat = Path(prefix + suffix).stat()
+            facts += [stat.st_size, stat.st_mtime_ns]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
 
@@ -108,7 +116,10 @@ def _write(index: DatasetIndex, folder: Path) -> None:
             for (begin, end), part in zip(chunks, found, strict=True):
                 hashes[begin:end] = part
         np.save(target / _HASHES, hashes)
-        digest = hashlib.blake2b(hashes.astype("<u8").data, digest_size=16).hexdigest()
+        state = hashlib.blake2b(hashes.astype("<u8").data, digest_size=16)
+        if index.prompts is not None:
+            state.update(index.prompts.astype("<i4").data)
+        digest = state.hexdigest()
         write_text(target / _ABOUT, json.dumps({"digest": digest, "prefix": index.prefix}) + "\n")
         try:
             target.rename(folder)

@@ -76,6 +76,13 @@ def refuse_sample(ids: NDArray[Any], *, document: int, prefix: str, vocab_size: 
         )
 
 
+def has_id(index: DatasetIndex, wanted: int) -> bool:
+    """Whether one of the first 16 Mi tokens has this id; PREFIX.json says that of the end of a document."""
+    if index.meta.get("eod") == wanted:
+        return True
+    return bool((index.read(0, min(index.tokens, _SCAN_TOKENS)) == wanted).any())
+
+
 def padding_line(index: DatasetIndex) -> str | None:
     """What to say of a dataset's padding; None where the tokens that were read have none."""
     found = scan(index)

@@ -2,8 +2,9 @@
 
 A dataset is a path prefix. ``PREFIX.bin`` holds the tokens of all documents end to end,
 ``PREFIX.idx`` the length and the byte offset of each. We add ``PREFIX.json``, which says whose
-tokens they are, so that a run with another tokenizer is refused; a dataset made by Megatron-LM's
-own tools has none and is taken as it is.
+tokens they are, so that a run with another tokenizer is refused, and has the ``manifest``; a dataset made
+by Megatron-LM's own tools has none and is taken as it is. ``PREFIX.prompts`` is there where documents
+begin with prompts, which are read and not predicted.
 
 megatron-core checks an index by assertion and a ``.bin`` not at all: a truncated one would fail in
 the middle of a run, on one rank. `read_index` reads the same bytes first, in microseconds.
@@ -17,7 +18,7 @@ import shutil
 import struct
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fp4pretrain.data.manifest import FILES, check_sizes, described
 from fp4pretrain.data.tokenizers import Tokenizer
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import unwritable, write_text
 
+PROMPTS = ".prompts"
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 # megatron.core.datasets.indexed_dataset.DType, less the two float codes: tokens are integers.
@@ -52,6 +55,8 @@ class DatasetIndex:
         pointers: [documents] int64, the byte of the .bin where each document begins; on disk.
         tokens: how many there are.
         meta: what PREFIX.json says; empty where there is none.
+        prompts: [documents] int32, how many tokens at the beginning of each are not to be predicted; None
+            where all are.
     """
 
     prefix: str
@@ -59,6 +64,7 @@ class DatasetIndex:
     pointers: NDArray[np.int64]
     tokens: int
     meta: dict[str, Any]
+    prompts: NDArray[np.int32] | None = None
 
     @property
     def documents(self) -> int:
@@ -144,8 +150,17 @@ def _read_index(prefix: str, key: str) -> DatasetIndex:
             f"{key}: {prefix}.bin has {actual:,} bytes where its index says {expected:,}; "
             "build or copy the dataset again"
         )
-    tokens = expected // dtype.itemsize
-    return DatasetIndex(prefix, dtype, pointers, tokens, _read_meta(prefix, key))
+    tokens, meta = expected // dtype.itemsize, _read_meta(prefix, key)
+    check_sizes(prefix, meta, key=key)
+    prompts = None
+    if PROMPTS in meta.get(FILES, {}):
+        prompts = np.memmap(f"{prefix}{PROMPTS}", dtype="<i4", mode="r")
+        if len(prompts) != len(pointers):
+            raise UserError(
+                f"{key}: {prefix}{PROMPTS} has {len(prompts):,} prompts of {len(pointers):,} documents; "
+                "build the dataset again"
+            )
+    return DatasetIndex(prefix, dtype, pointers, tokens, meta, prompts)
 
 
 def _damage(
@@ -185,11 +200,13 @@ def write_dataset(
     tokenizer: Tokenizer,
     source: str,
     key: str = "out_prefix",
+    prompts: Sequence[int] | None = None,
 ) -> DatasetIndex:
     """Write `documents` (ids without the end token, which is added here) to PREFIX.{bin,json,idx}.
 
-    All three files are made in a temporary folder beside PREFIX and renamed into place, the index
+    All files are made in a temporary folder beside PREFIX and renamed into place, the index
     last: whoever sees an index sees a whole dataset, and builders that race write equal files.
+    ``prompts``: tokens of each document's prompt, to PREFIX.prompts; it may grow while documents are read.
 
     Raises:
         UserError: the folder cannot be written, or there is no document.
@@ -210,8 +227,14 @@ def write_dataset(
                 "eod": tokenizer.eod,
                 "largest_id": largest,
             }
+            suffixes = [".bin", ".idx"]
+            if prompts is not None:
+                np.asarray(prompts, dtype="<i4").tofile(made + PROMPTS)
+                suffixes.append(PROMPTS)
+            meta[FILES] = described(made, suffixes)
             write_text(f"{made}.json", json.dumps(meta, indent=2) + "\n")
-            for suffix in (".bin", ".json", ".idx"):
+            Path(prefix + PROMPTS).unlink(missing_ok=True)  # of a dataset that is replaced
+            for suffix in (*suffixes[2:], ".bin", ".json", ".idx"):
                 Path(made + suffix).replace(prefix + suffix)
     except OSError as error:
         raise unwritable(key, target.parent, error) from None

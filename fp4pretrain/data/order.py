@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 
 from fp4pretrain.data.documents import Documents
 from fp4pretrain.data.indexed import folder_aside, unwritable
-from fp4pretrain.data.stream import Sample, TokenStream, sample_of
+from fp4pretrain.data.stream import Ends, Sample, TokenStream
+from fp4pretrain.errors import LocalError, UserError
 
 _FORMAT = 1  # raise it when the same seed comes to give another order
 _IN_MEMORY = 1 << 20  # documents and samples of an epoch whose arrays are not worth a file
@@ -49,6 +51,7 @@ class TrainingSamples(torch.utils.data.Dataset[Sample]):
         seed: 0 to 2^32 - 1, with `member` (the dataset's place in a blend) and the epoch it decides
             the order.
         cache: the cache folder.
+        meaning: what ends of documents mean; None: nothing.
     """
 
     def __init__(
@@ -60,8 +63,10 @@ class TrainingSamples(torch.utils.data.Dataset[Sample]):
         seed: int,
         member: int,
         cache: Path,
+        meaning: Ends | None = None,
     ) -> None:
         self._documents = documents
+        self._meaning = meaning
         self._numbers = numbers
         self._seed = [seed % _SEED_WORD, member]
         self.seq_length = seq_length
@@ -77,7 +82,7 @@ class TrainingSamples(torch.utils.data.Dataset[Sample]):
         epoch, place = divmod(number, self.epoch_samples)
         opened = self.epoch(epoch)
         begin = int(opened.samples[place]) * self.seq_length
-        return sample_of(opened.stream.read(begin, begin + self.seq_length + 1), self.seq_length)
+        return opened.stream.sample(begin, self.seq_length)
 
     def epoch(self, number: int) -> Epoch:
         """The arrays of an epoch: those in memory, the cache's, or made now."""
@@ -108,7 +113,13 @@ class TrainingSamples(torch.utils.data.Dataset[Sample]):
         else:
             order, ends, samples = self._made(number)
         return Epoch(
-            TokenStream(self._documents.index, order, ends=ends, id_limit=self._documents.id_limit),
+            TokenStream(
+                self._documents.index,
+                order,
+                ends=ends,
+                id_limit=self._documents.id_limit,
+                meaning=self._meaning,
+            ),
             samples,
         )
 
@@ -140,39 +151,86 @@ class TrainingSamples(torch.utils.data.Dataset[Sample]):
 
 
 class Blend(torch.utils.data.Dataset[Sample]):
-    """Endless: samples of several datasets, interleaved so that each keeps its share throughout.
+    """Samples of several datasets, interleaved so that each keeps its share throughout. Endless, unless
+    every dataset has a cap.
 
     Sample n is decided by the weights and by the samples before it (megatron-core's rule), so a
-    longer run begins like a shorter one.
+    longer run begins like a shorter one. From where a dataset reaches its cap the rule begins anew with
+    the others.
 
     Args:
         members: the datasets.
         weights: their shares, summing to 1.
         expected: how many samples will be asked for; more are planned when they are.
+        caps: how many samples of each may be read; None for any number.
+
+    Raises:
+        UserError: more samples are expected than the caps allow.
     """
 
     def __init__(
-        self, members: list[TrainingSamples], weights: list[float], *, expected: int
+        self,
+        members: list[TrainingSamples],
+        weights: list[float],
+        *,
+        expected: int,
+        caps: list[int | None] | None = None,
     ) -> None:
         self.members = members
         self.weights = weights
-        self._plan(max(1, expected))
+        self._caps = [math.inf if cap is None else cap for cap in caps or [None] * len(members)]
+        self._refuse(expected - 1, UserError)
+        self._plan(min(max(1, expected), sum(self._caps)))
 
     def __getitem__(self, number: int) -> Sample:
         while number >= len(self._member):
-            self._plan(2 * len(self._member))
+            # a run that passed over batches goes on beyond what it was to read
+            self._refuse(number, LocalError)
+            self._plan(min(2 * len(self._member), sum(self._caps)))
         return self.members[int(self._member[number])][int(self._sample[number])]
 
-    def _plan(self, samples: int) -> None:
-        from megatron.core.datasets import helpers_cpp
+    def _refuse(self, number: int, kind: type[UserError]) -> None:
+        """Raises an error for a sample that the caps leave no room for."""
+        if number >= sum(self._caps):
+            raise kind(
+                f"data.path: the run reads {number + 1:,} samples where the caps of its datasets "
+                f"(max_epochs, max_tokens) allow {sum(self._caps):,}; raise one, or shorten train.steps"
+            )
 
-        self._member = np.zeros(samples, dtype=np.int16)
-        self._sample = np.zeros(samples, dtype=np.int64)
-        helpers_cpp.build_blending_indices(
-            self._member,
-            self._sample,
-            np.array(self.weights, dtype=np.float64),
-            len(self.members),
-            samples,
-            False,
-        )
+    def _plan(self, samples: float) -> None:
+        """``_member`` and ``_sample`` [samples]: which dataset, and which of its samples, comes n-th."""
+        total = int(samples)
+        self._member = np.zeros(total, dtype=np.int16)
+        self._sample = np.zeros(total, dtype=np.int64)
+        read = [0] * len(self.members)
+        begin = 0
+        while begin < total:
+            open_ = [i for i, cap in enumerate(self._caps) if read[i] < cap]
+            member, sample = _interleaved([self.weights[i] for i in open_], total - begin)
+            # up to where the first of them would go over its cap
+            over = [
+                np.flatnonzero((member == place) & (sample >= self._caps[i] - read[i]))[:1]
+                for place, i in enumerate(open_)
+            ]
+            count = int(min((found[0] for found in over if len(found)), default=total - begin))
+            part = slice(begin, begin + count)
+            for place, i in enumerate(open_):
+                mine = member[:count] == place
+                self._member[part][mine] = i
+                self._sample[part][mine] = sample[:count][mine] + read[i]
+                read[i] += int(mine.sum())
+            begin += count
+
+
+def _interleaved(weights: list[float], samples: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+    """megatron-core's blend of datasets with these weights: which one, and which of its samples."""
+    member, sample = np.zeros(samples, dtype=np.int16), np.zeros(samples, dtype=np.int64)
+    if len(weights) == 1:
+        return member, np.arange(samples, dtype=np.int64)
+    from megatron.core.datasets import helpers_cpp
+
+    shares = np.array(weights, dtype=np.float64)
+    if abs(shares.sum() - 1) > 1e-12:  # given ones are left as they are, to the last bit
+        shares /= shares.sum()
+    helpers_cpp.build_blending_indices(member, sample, shares, len(weights), samples, False)
+    return member, sample

@@ -20,11 +20,11 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import zstandard
 
-from fp4pretrain.data.columns import TABLES, table_documents
+from fp4pretrain.data.columns import TABLES, table_rows
 from fp4pretrain.errors import UserError
 
 DOCUMENT_CHARACTERS = 1 << 16
@@ -39,18 +39,27 @@ _BOM = codecs.BOM_UTF8
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
+class Document(NamedTuple):
+    """A text, and the prompt that comes before it."""
+
+    text: str
+    prompt: str = ""
+
+
 @dataclass
 class Reading:
     """How records are read, and what became of them.
 
     Attributes:
         text_key: the key of a JSON object, or the column of a table, that holds the document.
+        prompt_key: the key or column of what comes before it and is not to be predicted; None for none.
         skip: pass over a broken record and count it, in place of stopping there.
         skipped: how many were passed over.
         first_skipped: what was wrong with the first of them.
     """
 
     text_key: str = "text"
+    prompt_key: str | None = None
     skip: bool = False
     skipped: int = 0
     first_skipped: str | None = field(default=None)
@@ -70,7 +79,7 @@ def kind_of(name: str) -> str:
 
 def documents_of(
     stream: BinaryIO, name: str, reading: Reading, *, may_skip_file: bool = False
-) -> Iterator[str]:
+) -> Iterator[Document]:
     """The non-empty documents of one open file.
 
     Args:
@@ -84,12 +93,17 @@ def documents_of(
         UserError: a broken record (naming file and line), damaged compression, an archive.
     """
     kind = kind_of(name)
+    if reading.prompt_key is not None and kind not in (*TABLES, *_LINES, ".json"):
+        raise UserError(
+            f"--prompt-key: {name} is plain text; give .jsonl, .json or .parquet files, or leave it out"
+        )
     if kind == ".tar" or name.lower().endswith(".tgz"):
         raise UserError(f"inputs: {name} is an archive; unpack it and give the folder")
     if kind in TABLES:
         if _uncompressed(name) != name.lower():
             raise UserError(f"inputs: {name} is compressed as a whole; decompress it first")
-        yield from table_documents(stream, name, reading, kind=kind)
+        for text, prompt in table_rows(stream, name, reading, kind=kind):
+            yield Document(text, prompt)
         return
     try:
         plain = _decompressed(stream, name)
@@ -103,7 +117,7 @@ def documents_of(
                     return
                 stream.seek(0)
                 plain = _decompressed(stream, name)
-            yield from _text(plain, name, reading)
+            yield from map(Document, _text(plain, name, reading))
     except (EOFError, OSError, zlib.error, zstandard.ZstdError) as error:
         reason = str(error) or type(error).__name__
         raise UserError(
@@ -202,7 +216,7 @@ def _text(stream: BinaryIO, name: str, reading: Reading) -> Iterator[str]:
         reading.broken(f"{name} is not UTF-8 text; convert it first")
 
 
-def _json(stream: BinaryIO, name: str, reading: Reading) -> Iterator[str]:
+def _json(stream: BinaryIO, name: str, reading: Reading) -> Iterator[Document]:
     """One array, or objects line by line: the first character says which."""
     head = b""
     while not head.removeprefix(_BOM).strip() and (data := stream.read(_CHUNK)):
@@ -221,7 +235,9 @@ def _after(head: bytes, stream: BinaryIO) -> Iterator[bytes]:
     yield from stream
 
 
-def _json_lines(lines: Iterator[bytes] | BinaryIO, name: str, reading: Reading) -> Iterator[str]:
+def _json_lines(
+    lines: Iterator[bytes] | BinaryIO, name: str, reading: Reading
+) -> Iterator[Document]:
     for number, line in enumerate(lines, start=1):
         if number == 1:
             line = line.removeprefix(_BOM)
@@ -238,7 +254,7 @@ def _json_lines(lines: Iterator[bytes] | BinaryIO, name: str, reading: Reading) 
             yield from _document(record, where, reading)
 
 
-def _json_array(head: bytes, stream: BinaryIO, name: str, reading: Reading) -> Iterator[str]:
+def _json_array(head: bytes, stream: BinaryIO, name: str, reading: Reading) -> Iterator[Document]:
     """The objects of ``[{...}, {...}]``, each parsed as soon as it has been read."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     parser = json.JSONDecoder()
@@ -279,20 +295,25 @@ def _past_space(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-def _document(record: object, where: str, reading: Reading) -> Iterator[str]:
+def _document(record: object, where: str, reading: Reading) -> Iterator[Document]:
     key = reading.text_key
     document = record.get(key) if isinstance(record, dict) else None
-    if isinstance(document, str):
+    prompt: object = ""
+    if isinstance(record, dict) and isinstance(document, str) and reading.prompt_key is not None:
+        key = reading.prompt_key
+        prompt = record.get(key)
+    if isinstance(document, str) and isinstance(prompt, str):
         if document:
             # JSON can spell half a surrogate pair, which no UTF-8 holds: "?" in its place.
-            yield document.encode(errors="replace").decode()
+            yield Document(*(s.encode(errors="replace").decode() for s in (document, prompt)))
         return
     if not isinstance(record, dict):
         reading.broken(f'{where} is not a JSON object with a string "{key}"; write such objects')
         return
     keys = ", ".join(list(map(str, record))[:8]) or "none"
+    what, option = ("text", "--text-key") if prompt == "" else ("prompt", "--prompt-key")
     reading.broken(
-        f'{where} has no string "{key}" (its keys: {keys}); name the key of the text with --text-key'
+        f'{where} has no string "{key}" (its keys: {keys}); name the key of the {what} with {option}'
     )
 
 

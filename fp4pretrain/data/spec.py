@@ -4,6 +4,9 @@
     null                                    Python's standard library, tokenized once into the cache
     some/prefix                             one indexed dataset
     {web: {prefix: a, weight: 3}, ...}      a blend: samples are drawn in proportion to weight
+    [a, {prefix: b, weight: 3}, ...]        the same without names
+A member of a blend says `weight` or `epochs`: in place of shares, how often each is read in one pass over
+all. `max_epochs` and `max_tokens` cap what a run reads of it; then the others share what is left.
 `data.split` gives the shares of train, validation and test. A hash of its content decides on which
 side a document is: see `documents`. `data.valid` names other text to validate on, in place of a share.
 """
@@ -13,17 +16,21 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fp4pretrain.data.ids import check_ids
+from fp4pretrain.data.ids import check_ids, has_id
 from fp4pretrain.data.indexed import DatasetIndex, read_index
 from fp4pretrain.data.text import STDLIB, list_files
 from fp4pretrain.data.tokenizers import Tokenizer, load_tokenizer
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import unwritable, user_path
+from fp4pretrain.units import tokens_of
+
+# Options that say what the end of a document means.
+ENDS = ("document_mask", "reset_positions", "eod_mask_loss")
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,8 @@ class DataSpec:
     """The data of one run.
 
     Attributes:
-        path: None, an indexed dataset's prefix, or {name: {"prefix": ..., "weight": ...}}.
+        path: None, an indexed dataset's prefix, or a blend: {name: {"prefix": ..., "weight": ...}}, or
+            a list of prefixes and such members.
         tokenizer: see `load_tokenizer`.
         split: shares of training, validation and test; any scale, "0.98,0.02,0" or "98,2".
         seq_length: tokens a sample.
@@ -43,9 +51,12 @@ class DataSpec:
             cache folder. All nodes of a run must share it.
         mock: uniform random tokens in place of data, for benchmarks.
         vocab_size: the model's, which the tokens must fit; None is the tokenizer's.
+        document_mask: samples say which document each token is of, for attention to stop at its end.
+        reset_positions: positions begin again with every document.
+        eod_mask_loss: what follows the end of a document is not predicted.
     """
 
-    path: str | Mapping[str, Any] | None = None
+    path: str | Mapping[str, Any] | Sequence[Any] | None = None
     tokenizer: str = "byte"
     split: str = "0.98,0.02,0"
     valid: str | Mapping[str, Any] | None = None
@@ -55,6 +66,9 @@ class DataSpec:
     cache_dir: str | None = None
     mock: bool = False
     vocab_size: int | None = None
+    document_mask: bool = False
+    reset_positions: bool = False
+    eod_mask_loss: bool = False
 
     @property
     def cache(self) -> Path:
@@ -82,18 +96,31 @@ def _home_cache() -> Path:
 
 @dataclass(frozen=True)
 class Part:
-    """One dataset of a blend; `weight` sums to 1 over the blend."""
+    """One dataset of a blend; `weight` sums to 1 over the blend.
 
-    key: str  # the config key that names it, for messages
+    Attributes:
+        key: the config key that names it, for messages.
+        prefix: where it lies.
+        weight: its share of the samples; None where all members say ``epochs``.
+        epochs: how often it is read in one pass over the blend.
+        max_epochs: at most so often by one run.
+        max_tokens: at most so many tokens of it.
+    """
+
+    key: str
     prefix: str
-    weight: float
+    weight: float | None = 1.0
+    epochs: float | None = None
+    max_epochs: float | None = None
+    max_tokens: int | None = None
 
 
 def parts_of(spec: DataSpec) -> list[Part]:
     """The datasets `data.path` names, weights normalized; none where it is null.
 
     Raises:
-        UserError: an empty blend, a member without prefix, or a weight that is not above 0.
+        UserError: an empty blend, a member without prefix, a number that is not above 0, or members of
+            which some say weight and some epochs.
     """
     if spec.path is None:
         return []
@@ -103,17 +130,54 @@ def parts_of(spec: DataSpec) -> list[Part]:
         raise UserError(
             "data.path: the blend is empty; name at least one {prefix: ..., weight: ...}"
         )
-    parts = []
-    for name, member in spec.path.items():
-        key = f"data.path.{name}"
-        if not isinstance(member, Mapping) or not isinstance(member.get("prefix"), str):
-            raise UserError(f"{key}: needs a prefix; write {{prefix: some/prefix, weight: 1}}")
-        weight = member.get("weight", 1.0)
-        if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-            raise UserError(f"{key}.weight: {weight} is not above 0; give a positive number")
-        parts.append(Part(key, str(user_path(member["prefix"], key=key)), float(weight)))
-    total = sum(part.weight for part in parts)
-    return [Part(part.key, part.prefix, part.weight / total) for part in parts]
+    if isinstance(spec.path, Mapping):
+        members = {f"data.path.{name}": member for name, member in spec.path.items()}
+    else:
+        members = {
+            f"data.path[{number}]": {"prefix": member} if isinstance(member, str) else member
+            for number, member in enumerate(spec.path)
+        }
+    parts = [_part(key, member) for key, member in members.items()]
+    shares = [part.weight for part in parts if part.weight is not None]
+    if not shares:
+        return parts
+    if len(shares) < len(parts):
+        named = next(part for part in parts if part.weight is None)
+        raise UserError(
+            f"{named.key}.epochs: other members have weights; give every member epochs, or every one a "
+            "weight (max_epochs caps what is read)"
+        )
+    total = sum(shares)
+    return [replace(part, weight=share / total) for part, share in zip(parts, shares, strict=True)]
+
+
+def _part(key: str, member: Any) -> Part:
+    """One member of a blend, its weight as it is given."""
+    if not isinstance(member, Mapping) or not isinstance(member.get("prefix"), str):
+        raise UserError(f"{key}: needs a prefix; write {{prefix: some/prefix, weight: 1}}")
+    if "weight" in member and "epochs" in member:
+        raise UserError(f"{key}.epochs: it has a weight too; give one (max_epochs is a cap)")
+    names = ("weight", "epochs", "max_epochs", "max_tokens")
+    numbers = {name: member[name] for name in names if member.get(name) is not None}
+    if "max_tokens" in numbers:
+        numbers["max_tokens"] = tokens_of(numbers["max_tokens"], key=f"{key}.max_tokens")
+    for name, value in numbers.items():
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 < value < math.inf
+        ):
+            raise UserError(f"{key}.{name}: {value} is not above 0; give a positive number")
+    if "epochs" not in numbers:
+        numbers.setdefault("weight", 1.0)
+    return Part(
+        key,
+        str(user_path(member["prefix"], key=key)),
+        weight=float(numbers["weight"]) if "weight" in numbers else None,
+        epochs=numbers.get("epochs"),
+        max_epochs=numbers.get("max_epochs"),
+        max_tokens=numbers.get("max_tokens"),
+    )
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
@@ -203,6 +267,13 @@ def check_dataset(spec: DataSpec, index: DatasetIndex, *, key: str, tokenizer: T
             f"set data.tokenizer={made_by} or build the dataset again"
         )
     check_ids(index, vocab_size=spec.vocab_size, key=key)
+    wanted = [name for name in ENDS if getattr(spec, name)]
+    if wanted and not has_id(index, tokenizer.eod):
+        raise UserError(
+            f"data.{wanted[0]}: {index.prefix} has no token {tokenizer.eod}, which ends a document for "
+            f"tokenizer {tokenizer.name}; build it with `fp4pretrain data build` (Megatron's tools: "
+            f"--append-eod), or set data.{wanted[0]}=false"
+        )
 
 
 def _check_split(spec: DataSpec, index: DatasetIndex, *, key: str) -> None:

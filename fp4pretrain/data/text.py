@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fp4pretrain.data.columns import TABLES, is_dataset_file
-from fp4pretrain.data.records import Reading, documents_of, kind_of, open_file
+from fp4pretrain.data.records import Document, Reading, documents_of, kind_of, open_file
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import user_path
 
@@ -67,12 +67,18 @@ def list_files(inputs: Sequence[str | Path]) -> list[TextFile]:
     return files
 
 
-def read_documents(
+def read_documents(files: Sequence[TextFile], reading: Reading | None = None) -> Iterator[str]:
+    """The texts of `read_records`, each behind its prompt."""
+    for document in read_records(files, reading):
+        yield document.prompt + document.text
+
+
+def read_records(
     files: Sequence[TextFile],
     reading: Reading | None = None,
     *,
     watch: Callable[[BinaryIO], BinaryIO] | None = None,
-) -> Iterator[str]:
+) -> Iterator[Document]:
     """The non-empty documents of the files, in order, one at a time.
 
     Args:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from fp4pretrain.data.documents import Documents
-from fp4pretrain.data.stream import Sample, TokenStream, sample_of
+from fp4pretrain.data.stream import Ends, Sample, TokenStream
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,19 @@ class ValidationSet(torch.utils.data.Dataset[Sample]):
     """`held_out` documents, of a blend in proportion to its weights.
 
     Attributes:
-        digest: of the documents' contents and of the sequences chosen: equal for equal sets.
+        digest: of the documents' contents, of the sequences chosen and of what is predicted of them:
+            equal for equal sets.
         tokens: how many are predicted.
     """
 
-    def __init__(self, held_out: Sequence[HeldOut], *, seq_length: int, tokens: int | None) -> None:
+    def __init__(
+        self,
+        held_out: Sequence[HeldOut],
+        *,
+        seq_length: int,
+        tokens: int | None,
+        meaning: Ends | None = None,
+    ) -> None:
         self.seq_length = seq_length
         self._streams = []
         facts: list[object] = [seq_length]
@@ -52,6 +60,7 @@ class ValidationSet(torch.utils.data.Dataset[Sample]):
                     part.documents.index,
                     part.numbers[by_hash],
                     id_limit=part.documents.id_limit,
+                    meaning=meaning,
                 )
             )
         counts = [-(-(len(stream) - 1) // seq_length) for stream in self._streams]
@@ -65,6 +74,17 @@ class ValidationSet(torch.utils.data.Dataset[Sample]):
         facts += [[len(chosen), count] for chosen, count in zip(self._chosen, counts, strict=True)]
         self._begins = np.cumsum([0, *map(len, self._chosen)])
         self.tokens = sum(self._predicted(i) for i in range(len(self._streams)))
+        silent: list[object] = []
+        if meaning is not None and meaning.no_loss:
+            silent.append(["no loss behind", meaning.eod])
+        for stream in self._streams:
+            if stream.index.prompts is not None:
+                lengths = stream.index.prompts[stream.order].astype("<i4")
+                digest = hashlib.blake2b(lengths.data, digest_size=16).hexdigest()
+                silent.append(["prompts", digest])
+        if silent:
+            self.tokens = sum(int(self[i]["loss_mask"].sum()) for i in range(len(self)))
+            facts += silent
         self.digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
 
     def __len__(self) -> int:
@@ -75,8 +95,7 @@ class ValidationSet(torch.utils.data.Dataset[Sample]):
             raise IndexError(number)
         part = int(np.searchsorted(self._begins, number, side="right")) - 1
         begin = int(self._chosen[part][number - self._begins[part]]) * self.seq_length
-        text = self._streams[part].read(begin, begin + self.seq_length + 1)
-        return sample_of(text, self.seq_length)
+        return self._streams[part].sample(begin, self.seq_length)
 
     def _predicted(self, part: int) -> int:
         """Tokens of one stream's sequences; the stream's last one is short."""

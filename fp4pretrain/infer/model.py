@@ -8,9 +8,10 @@ import torch
 
 from fp4pretrain.config import ParallelConfig, plan_of
 from fp4pretrain.convert.tokenizer import fitting_tokenizer
-from fp4pretrain.data import Tokenizer
+from fp4pretrain.data import Tokenizer, document_places
 from fp4pretrain.model import build_model, model_config
 from fp4pretrain.model.build import GPT
+from fp4pretrain.nn.attention import document_mask
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.ops import choose
 from fp4pretrain.parallel.groups import join, pick_device
@@ -37,11 +38,18 @@ class Model:
         return self.run.config.model.seq_length
 
     def logits(self, ids_bs: torch.Tensor) -> torch.Tensor:
-        """Of each id's successor: FP32 [b, s, vocabulary] of ids [b, s]."""
-        ids_bs = ids_bs.to(self.device)
+        """Of each id's successor: FP32 [b, s, vocabulary] of ids [b, s]; ends of documents mean what they
+        meant in training."""
+        ids_bs, data = ids_bs.to(self.device), self.run.config.data
         positions = torch.arange(ids_bs.shape[1], device=self.device).expand_as(ids_bs)
+        documents, restarted = document_places(ids_bs == self.tokenizer.eod)
+        mask = None
+        if data.document_mask and bool(documents[:, -1].any()):
+            mask = document_mask(documents, dtype=self.gpt.config.params_dtype)
         with torch.no_grad():
-            logits = self.gpt(ids_bs, positions, attention_mask=None)
+            logits = self.gpt(
+                ids_bs, restarted if data.reset_positions else positions, attention_mask=mask
+            )
         return logits[..., : self.run.config.model.vocab_size].float()
 
 

@@ -67,6 +67,8 @@ def generate_ids(
     decoder = Decoder(model.gpt, batch=samples, length=len(ids) + room)
     vocabulary, end = model.run.config.model.vocab_size, model.tokenizer.eod
     logits_bv = decoder(torch.tensor([ids] * samples, device=model.device))[:, :vocabulary]
+    # where attention stops at ends of documents, the end that the text begins with is not seen
+    begins = model.run.config.data.document_mask and ids[-1] == end
     drawn: list[torch.Tensor] = []
     ended = torch.zeros(samples, dtype=torch.bool, device=model.device)
     for position in range(room):
@@ -75,6 +77,8 @@ def generate_ids(
         ended |= next_b == end
         if position + 1 == room or bool(ended.all()):
             break
+        if not position and begins:
+            decoder = Decoder(model.gpt, batch=samples, length=room)
         logits_bv = decoder(next_b.unsqueeze(1))[:, :vocabulary]
     texts = torch.stack(drawn, dim=1).tolist()
     return [one[: one.index(end)] if end in one else one for one in texts]

@@ -39,13 +39,36 @@ class GPT(GPTModel):
 
     ``z_loss`` times log(Z)^2, Z the denominator of the output softmax, joins what is minimized; the
     losses returned are the cross entropy alone, so that runs with and without it compare.
+
+    ``given_positions``: rotary embeddings are those of the positions that a call gives (megatron-core
+    takes 0, 1, 2, ... whatever it is given), unless keys and values are kept.
     """
 
-    def __init__(self, *args: Any, z_loss: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, z_loss: float = 0.0, given_positions: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.z_loss = z_loss
+        self._positions_bs: torch.Tensor | None = None
+        self.given_positions = given_positions and self.position_embedding_type == "rope"
+        if self.given_positions:
+            self.rotary_pos_emb.register_forward_hook(self._place)
         if self.post_process:
             self.output_layer.__class__ = ColumnParallelQuantLinear
+
+    def forward(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """megatron-core's signature; every pipeline stage gets the positions [b, s]."""
+        keeps = kwargs.get("inference_context") is not None
+        self._positions_bs = position_ids if self.given_positions and not keeps else None
+        return super().forward(input_ids, position_ids, *args, **kwargs)
+
+    def _place(self, module: Any, inputs: Any, angles: torch.Tensor) -> torch.Tensor:
+        """Rotary angles [s, 1, 1, d] of positions 0, 1, 2, ... -> those given, [s, b, 1, d]."""
+        if self._positions_bs is None:
+            return angles
+        return angles[:, 0, 0][self._positions_bs].transpose(0, 1).unsqueeze(2)
 
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor
@@ -214,6 +237,7 @@ def _build_chunk(config: RunConfig, transformer: TransformerConfig, stage: int |
         rotary_base=m.rotary_base,
         vp_stage=stage,
         z_loss=m.z_loss,
+        given_positions=config.data.reset_positions,
     )
     return chunk.to(torch.cuda.current_device())
 

@@ -3,6 +3,9 @@
 megatron-core's own core attention without Transformer Engine materializes all scores. Attention
 products are never quantized. Soft-capped scores (arXiv:2408.00118) have no such kernel: they are computed
 in full, in FP32.
+
+Document masks (`document_mask`) are added to the scores: no kernel of flash attention takes such a mask, so
+that attention over several documents runs on the memory-efficient one, over all pairs of positions.
 """
 
 from __future__ import annotations
@@ -49,8 +52,8 @@ class CoreAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """query [s, b, heads, d], key and value [t, b, groups, d] -> [s, b, heads * d].
 
-        Causal always: ``attention_mask`` is megatron-core's and stays None here. Where t > s the first
-        t - s positions are those of earlier calls, whose keys and values were kept.
+        Causal always. ``attention_mask``: None, or of `document_mask`, [b, 1, s, s]. Where t > s the
+        first t - s positions are those of earlier calls, whose keys and values were kept.
         """
         dtype = query.dtype
         if not query.is_cuda:
@@ -63,7 +66,18 @@ class CoreAttention(torch.nn.Module):
         own_stream = dropout > 0 and not self.sequence_parallel
         with get_cuda_rng_tracker().fork() if own_stream else nullcontext():
             if self.softcap is not None:
-                out_bhsd = self._capped(q_bhsd, k_bgsd, v_bgsd, dropout)
+                out_bhsd = self._capped(q_bhsd, k_bgsd, v_bgsd, dropout, mask=attention_mask)
+            elif attention_mask is not None:
+                heads = query.shape[2] // key.shape[2]
+                # the kernels that take a mask take no grouped queries
+                out_bhsd = F.scaled_dot_product_attention(
+                    q_bhsd,
+                    k_bgsd.repeat_interleave(heads, dim=1),
+                    v_bgsd.repeat_interleave(heads, dim=1),
+                    attn_mask=attention_mask,
+                    dropout_p=dropout,
+                    scale=self.softmax_scale,
+                )
             else:
                 whole = query.shape[0] == key.shape[0]
                 out_bhsd = F.scaled_dot_product_attention(
@@ -85,6 +99,8 @@ class CoreAttention(torch.nn.Module):
         k_bgsd: torch.Tensor,
         v_bgsd: torch.Tensor,
         dropout: float,
+        *,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention over soft-capped scores [b, heads, s, t] -> [b, heads, s, d]."""
         assert self.softcap is not None
@@ -93,9 +109,31 @@ class CoreAttention(torch.nn.Module):
         scale = self.softmax_scale or q_bhsd.shape[-1] ** -0.5
         scores = (q_bhsd @ k_bhsd.transpose(-1, -2)).float() * scale
         scores = self.softcap * torch.tanh(scores / self.softcap)
-        later = _later(q_bhsd.transpose(0, 2), k_bhsd.transpose(0, 2))
-        weights = scores.masked_fill(later, float("-inf")).softmax(dim=-1)
+        if mask is None:
+            later = _later(q_bhsd.transpose(0, 2), k_bhsd.transpose(0, 2))
+            scores = scores.masked_fill(later, float("-inf"))
+        else:
+            scores = scores + mask
+        weights = scores.softmax(dim=-1)
         return F.dropout(weights, dropout, dropout > 0).to(v_bhsd.dtype) @ v_bhsd
+
+
+def document_mask(documents_bs: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to scores so that a position sees those of its own document up to itself.
+
+    Args:
+        documents_bs: [b, s], equal within a document and different in neighbouring ones.
+        dtype: of the queries, as the kernels want it; on a CPU it is FP32, as attention there is.
+
+    Returns:
+        [b, 1, s, s]: 0 where row sees column, else -inf. One tensor serves all layers.
+    """
+    other = documents_bs.unsqueeze(2) != documents_bs.unsqueeze(1)
+    positions = documents_bs.transpose(0, 1)
+    hidden = other | _later(positions, positions)
+    dtype = dtype if hidden.is_cuda else torch.float32
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return mask.masked_fill_(hidden, float("-inf")).unsqueeze(1)
 
 
 def _later(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

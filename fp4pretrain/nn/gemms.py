@@ -65,7 +65,7 @@ class LinearCall:
         cast = self.casts.wgrad_x
         if cast.spec.source == "forward":
             return self.wgrad_x_from(self.cast(x_tk, [self.casts.fprop_x])[0], x_tk.shape[1])
-        return self.cast(x_tk, [replace(cast, kept=False)])[0]
+        return self.cast(x_tk, [replace(cast, saved=False)])[0]
 
     def wgrad_x_from(self, fprop_x: Operand, k: int) -> Operand:
         """wgrad's operand of x [t, k] where its source is what fprop multiplied."""

@@ -16,7 +16,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.nn.gemms import LinearCall, QuantLinearFunction
 from fp4pretrain.nn.weights import WeightCache
-from fp4pretrain.ops import Backend, Moment, Shard, SiteState, linear_casts
+from fp4pretrain.ops import Backend, Cast, LinearCasts, Moment, Shard, SiteState, linear_casts
+from fp4pretrain.ops.backend import Caster
 from fp4pretrain.precision import BF16, Recipe
 
 
@@ -38,6 +39,7 @@ class QuantLinear:
 
     parallel: str
     tp_group: Any  # megatron-core's linear sets it
+    weight: Any  # and this one: [n, k], None for a tied head
     binding: Binding | None = None
     _cache: WeightCache
 
@@ -66,19 +68,11 @@ class QuantLinear:
         # The remaining keywords configure megatron-core's own matmul (apex's fused accumulation,
         # deferred embedding gradients): the three GEMMs here replace it.
         binding = self.bound
-        clock = binding.clock
         call = LinearCall(
-            casts=linear_casts(
-                binding.recipe,
-                Moment(clock.seed, clock.step, clock.microbatch),
-                self._shard(),
-                layer=binding.layer,
-                linear=binding.linear,
-                global_amax=binding.global_amax,
-            ),
+            casts=self._casts(),
             backend=binding.backend,
             weights=self._cache,
-            weights_version=clock.weights_version,
+            weights_version=binding.clock.weights_version,
             tp_group=self.tp_group,  # megatron-core's row-parallel call passes none
             gather=sequence_parallel,
             allreduce_dgrad=allreduce_dgrad,
@@ -86,6 +80,34 @@ class QuantLinear:
             sites=binding.sites,
         )
         return QuantLinearFunction.apply(input, weight, bias, call)
+
+    def _casts(self) -> LinearCasts:
+        """The six casts of this moment."""
+        binding = self.bound
+        clock = binding.clock
+        return linear_casts(
+            binding.recipe,
+            Moment(clock.seed, clock.step, clock.microbatch),
+            self._shard(),
+            layer=binding.layer,
+            linear=binding.linear,
+            global_amax=binding.global_amax,
+        )
+
+    def weight_cast(self) -> Cast:
+        """How fprop's GEMM takes the weight by the recipe of now."""
+        return self._casts().fprop_w
+
+    def cast_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """What fprop's GEMM reads of a weight [n, k] of this linear, in the weight's dtype.
+
+        Collective over the tensor-parallel group where shards are scaled by the whole's amax; nothing is
+        remembered or counted. Only for casts without a rotation.
+        """
+        binding = self.bound
+        caster = Caster(binding.backend, self.tp_group, binding.sites, record=False)
+        (operand,) = caster.operands(weight.detach(), [self.weight_cast()])
+        return operand.dequantize()[:, : weight.shape[1]].to(weight.dtype)
 
     def _shard(self) -> Shard:
         """Which part of the whole weight this rank holds."""

@@ -35,7 +35,11 @@ class QuantSpec:
     (``rounding: eden`` brings its own), so two specs that compute the same thing are equal.
 
     Attributes:
-        format, block, rounding, ties, scale: words of the tables in ``formats`` and ``scaling``.
+        format: a name of ``FORMATS``.
+        block: what shares a scale: a word of the format's ``blocks``.
+        rounding: how elements are rounded: a word of the format's ``roundings``.
+        ties: where a value between two elements goes: ``even`` or ``away`` from zero.
+        scale: a word of the format's ``scale_rules``.
         source: what is cast: the tensor, or the copy that the forward pass multiplied (``forward``,
             for dgrad's w and wgrad's x; arXiv:2601.22813).
         split: what an operand is a sum of, each term cast alone: ``none``; ``mean``, the mean over

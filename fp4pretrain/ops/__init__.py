@@ -2,7 +2,7 @@
 
 backend             runs on                   operands
 native              Blackwell, MI355X         packed FP4, multiplied as such
-triton              NVIDIA, Ampere and later  exact BF16, or FP8; packed FP4 where kept
+triton              NVIDIA, Ampere and later  exact BF16, or FP8; packed FP4 where saved
 reference           any device, plain torch   element x block scale, exact
 """
 

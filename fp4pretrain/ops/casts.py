@@ -34,7 +34,7 @@ class Cast:
         noise: keys stochastic rounding, in the operand's own coordinates.
         shared: its largest magnitudes are those of a whole tensor (or row) of which other ranks hold
             the rest, so they are reduced over those ranks.
-        kept: the operand waits for another pass, so a backend may hold it packed.
+        saved: the operand waits for another pass, so a backend may hold it packed.
 
     Backends compare casts by value, so an operand made by an equal cast from an unchanged tensor can
     be reused.
@@ -49,7 +49,7 @@ class Cast:
     signs: tuple[int, ...] | None = None
     noise: Noise | None = None
     shared: bool = False
-    kept: bool = False
+    saved: bool = False
 
     @property
     def asks(self) -> bool:
@@ -62,7 +62,7 @@ class Cast:
         parts = self.noise is not None and bool(self.noise.row_part or self.noise.col_part)
         how = (
             self.spec, self.transpose, self.multiple, self.rotation_size, self.rotated_fp32,
-            self.signs is not None, parts, self.kept,
+            self.signs is not None, parts, self.saved,
         )  # fmt: skip
         return _KINDS.setdefault(how, len(_KINDS))
 
@@ -157,7 +157,8 @@ def linear_casts(
     and signs that are redrawn, are made anew. Recipes are found by identity: pass interned ones.
 
     Args:
-        layer, linear: the linear's place in the model, as in ``Site``.
+        layer: the linear's layer, counted over the whole model, as in ``Site``.
+        linear: which linear of that layer, as in ``Site``.
         global_amax: scale shards by the largest magnitude of the whole tensor.
     """
     key = id(recipe), moment.seed, layer, linear, shard, global_amax
@@ -206,7 +207,7 @@ def _prepare(
             signs=moment.signs(site, rotation),
             noise=moment.noise(site, row=row, col=col) if spec.stochastic else None,
             shared=global_amax and shard.split and _is_shared(spec, site, shard),
-            kept=(gemm, operand) == saved,
+            saved=(gemm, operand) == saved,
         )
         if spec.stochastic or resampled:
             drawn.append((site, f"{gemm}_{operand}", spec.stochastic, resampled))

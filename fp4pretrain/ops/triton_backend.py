@@ -11,7 +11,7 @@ What an operand becomes, by its format (FP8 tensor cores: Ada, Hopper and later)
     fp8 128-blocks    FP8 codes and the blocks' factors               cuBLASLt on Hopper, else Triton
 
 A row-wise and a column-wise copy come from one read of the tensor, and their amaxes from another. An
-operand that is kept for the backward pass is packed where that is smaller (nvfp4, mxfp4) and expanded when
+operand that is saved for the backward pass is packed where that is smaller (nvfp4, mxfp4) and expanded when
 its GEMM comes. Nothing here waits for the GPU but ``counters``.
 """
 
@@ -183,7 +183,7 @@ class TritonBackend:
                 made[i] = operand_of(_cut(q, copies[i], job.cut), spec, copies[i], lost=lost)
 
     def _copy_of(self, cast: Cast, device: torch.device) -> Copy:
-        """Launch arguments for a cast, kept by everything but its noise key and signs."""
+        """Launch arguments for a cast, cached by everything but its noise key and signs."""
         copy = self._copies.get((cast.kind, device))
         if copy is None:
             copy = self._copies[cast.kind, device] = self._copy(cast, device)
@@ -194,7 +194,7 @@ class TritonBackend:
     def _copy(self, cast: Cast, device: torch.device) -> Copy:
         spec = cast.spec
         output = "exact"
-        if spec.row.family == "fp8" or (cast.kept and spec.format in _PACKED):
+        if spec.row.family == "fp8" or (cast.saved and spec.format in _PACKED):
             output = "codes"
         elif spec.format == "mxfp4" and self._in_fp8(spec, device):
             output = "e4m3"

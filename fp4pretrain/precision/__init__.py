@@ -1,5 +1,6 @@
 """What a GEMM computes (Recipe) and which linear computes it when (Plan): no tensors here."""
 
+from fp4pretrain.precision.deoscillation import Deoscillation
 from fp4pretrain.precision.plan import Plan
 from fp4pretrain.precision.recipe import (
     BF16,
@@ -19,6 +20,7 @@ __all__ = [
     "BF16",
     "GEMMS",
     "OPERANDS",
+    "Deoscillation",
     "Dgrad",
     "Fprop",
     "Gemm",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from fp4pretrain.errors import UserError
+from fp4pretrain.precision.deoscillation import Deoscillation
 from fp4pretrain.precision.recipe import BF16, OPERANDS, Gemm, Recipe, text_table
 from fp4pretrain.precision.rules import (
     BLOCK_LINEARS,
@@ -31,6 +32,7 @@ class Plan:
     """(global layer, linear, progress) -> Recipe. Raises UserError for a plan that cannot be meant.
 
     ``ordered`` has all rules, those of ``keep`` and ``tail`` included; the last that matches wins.
+    ``deoscillation`` sets swinging weights onto their casts between steps.
     """
 
     recipe: Recipe
@@ -38,6 +40,7 @@ class Plan:
     keep: Keep = field(default_factory=Keep)
     tail: Tail = field(default_factory=Tail)
     rules: tuple[Rule, ...] = ()
+    deoscillation: Deoscillation = field(default_factory=Deoscillation)
     ordered: tuple[Rule, ...] = field(init=False, compare=False, repr=False)
     _resolved: dict = field(default_factory=dict, init=False, compare=False, repr=False)
 
@@ -51,6 +54,7 @@ class Plan:
                     f"{rule.key}: it matches no linear ({rule.where_and_when()}); names look like "
                     f"layers.0.{LINEARS[0]} (layers 0 to {self.num_layers - 1}) and {HEAD}"
                 )
+        self.deoscillation.check(self.recipe)
         if self.recipe.quantized and not self.ever_quantized:
             raise UserError(
                 f"precision.keep: it keeps all {self.num_layers} blocks in BF16, so nothing is "
@@ -153,6 +157,8 @@ class Plan:
         )
         for rule in self.ordered:
             lines.append(f"rule {rule.name}: {rule.where_and_when()}: {_rule_text(rule)}")
+        if self.deoscillation:
+            lines.append(f"deoscillation: {self.deoscillation}")
         header = ("layer", *BLOCK_LINEARS)
         return "\n".join([*lines, "", text_table(header, rows)])
 

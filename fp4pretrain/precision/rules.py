@@ -40,7 +40,8 @@ class Rule:
         blocks: global blocks as a Python slice or index (``0:2``, ``-4:``, ``3``); None for all.
         linears: qkv, proj, fc1, fc2, head.
         modules: shell patterns on global names (``*.linear_qkv``); none for every linear named above.
-        start, stop: None for the whole run.
+        start: the moment from which the rule holds; None: from the beginning.
+        stop: the moment at which it ends; None: it holds to the end.
         trigger: the rule holds from when it fires; None for a rule without one.
         release: ends that until the trigger fires again; None: it holds to the end.
 

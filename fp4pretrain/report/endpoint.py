@@ -17,14 +17,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
-from fp4pretrain.report.gap import match, trailing_mean
+from fp4pretrain.report.gap import match
 from fp4pretrain.report.load import Curve, Parts, Run
 from fp4pretrain.report.student import Interval, around, interval, pairs_needed
 
 Pair = tuple[Run, Run]  # the recipe's run, the baseline's
 BEHIND, AHEAD, UNDECIDED = "behind", "ahead", "undecided"
 _RISEN = 1.1  # times the lowest smoothed loss that a run had
+_FEWEST_ROWS = 8  # in such a mean, where a run has twice as many: single batches differ by a tenth
 _FAR = 0.2  # above the baseline: ten times what the worst recipe of the literature loses
 _FEWEST_PARTS = 8
 
@@ -140,10 +142,12 @@ def quantized(run: Run) -> bool:
 def diverged(run: Run, baseline: Run | None, *, window: int) -> bool:
     """Whether a run ended without a number, a tenth above the lowest loss that it had had, or a fifth
     above its baseline."""
-    smooth = trailing_mean(run.loss.values, window)
-    finite = smooth[np.isfinite(smooth)]
-    last = [smooth[-1], *(c.values[-1] for c in (run.val_loss, run.val_loss_bf16) if len(c))]
-    if not np.isfinite(last).all() or smooth[-1] > _RISEN * finite.min():
+    losses = run.loss.values
+    # Means of equally many rows: the lowest single row of a short run is a lucky batch.
+    width = max(min(window, len(losses)), min(_FEWEST_ROWS, -(-len(losses) // 2)))
+    means = sliding_window_view(losses, width).mean(axis=-1)
+    last = [means[-1], *(c.values[-1] for c in (run.val_loss, run.val_loss_bf16) if len(c))]
+    if not np.isfinite(last).all() or means[-1] > _RISEN * means[np.isfinite(means)].min():
         return True
     matched = None if baseline is None else match(run.loss, baseline.loss, window=window)
     return matched is not None and bool(matched.gap[-1] > _FAR)

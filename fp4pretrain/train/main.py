@@ -34,6 +34,7 @@ from fp4pretrain.train.changes import Changes, changes, told
 from fp4pretrain.train.hooks import (
     Auditing,
     Checkpointing,
+    Deoscillating,
     Evaluation,
     Guard,
     Logging,
@@ -163,6 +164,7 @@ def _fit(trainer: Trainer, path: Path, start: Path | None, *, until: float | Non
         Guard(path, logging, checkpointing),
         logging,
         Profiling(path / "profile", logging),
+        Deoscillating(logging),
         *([Observing(trainer, logging)] if config.observe.interval else []),
         Evaluation(logging, gap),
         Triggers(logging),

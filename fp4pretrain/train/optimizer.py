@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fp4pretrain.checks import schedule_steps
@@ -48,6 +49,29 @@ def _allocate_moments(optimizer: Any) -> None:
         if isinstance(part.optimizer, torch.optim.Adam):  # the others count in their groups
             for state in part.optimizer.state.values():
                 state["step"] = torch.tensor(0.0)
+
+
+@torch.no_grad()
+def set_elements(optimizer: Any, parameter: Any, mask: torch.Tensor, values: torch.Tensor) -> None:
+    """Give a parameter of a model chunk ``values`` where ``mask`` says so, and its FP32 master too, of
+    which this data-parallel rank may hold a part or nothing. Moments stay. ``mask`` and ``values`` have
+    the parameter's shape; every data-parallel rank gives the same."""
+    parameter.data.copy_(torch.where(mask, values, parameter))
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer):
+            if parameter not in part.model_param_group_index_map:
+                continue
+            held = part._get_model_param_range_map(parameter)["param"]
+            master = part._get_main_param_and_optimizer_states(parameter)["param"]
+            mine = slice(held.start, held.end)
+            _set(master, mask.view(-1)[mine], values.view(-1)[mine])
+        elif getattr(parameter, "main_param", None) is not None:  # FP32 weights are their own
+            _set(parameter.main_param, mask, values)
+            return
+
+
+def _set(master: torch.Tensor, mask: torch.Tensor, values: torch.Tensor) -> None:
+    master.copy_(torch.where(mask, values.to(master.dtype), master))
 
 
 def build_schedule(config: RunConfig, optimizer: GuardedOptimizer) -> OptimizerParamScheduler:

@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from fp4pretrain.data import EvaluationSampler
+from fp4pretrain.nn.attention import document_mask
 from fp4pretrain.precision import BF16
 from fp4pretrain.train.guard.update import StepHealth
 from fp4pretrain.train.trainer import Batch, Trainer
@@ -67,10 +68,19 @@ class ForwardStep:
         self._calls[id(chunk)] = call + 1
         self._trainer.clock.microbatch = self._first + call * world.data_size + world.data_rank
         batch: dict[str, Any] = dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids"))
+        mask = None
         if iterator is not None:
-            batch = {k: v.to(world.device, non_blocking=True) for k, v in next(iterator).items()}
+            read = dict(next(iterator))
+            documents_bs = read.pop("documents", None)
+            # asked on the host: where each sequence is of one document, the mask is causal alone
+            if documents_bs is not None and bool(documents_bs[:, -1].any()):
+                mask = document_mask(
+                    documents_bs.to(world.device, non_blocking=True),
+                    dtype=self._trainer.transformer.params_dtype,
+                )
+            batch = {k: v.to(world.device, non_blocking=True) for k, v in read.items()}
         output = chunk(
-            batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
+            batch["tokens"], batch["position_ids"], attention_mask=mask, labels=batch["labels"]
         )
         return output, partial(self._loss, batch["loss_mask"])
 
@@ -149,6 +159,7 @@ def evaluate(trainer: Trainer, name: str, *, bf16: bool = False) -> Evaluated:
     trainer.binding.sites.recording = True
     trainer.clock.weights_changed()  # the next step makes its own casts, and leaves what they leave
     sums = _sums(losses, trainer, sampler, sequences=sequences)
+    sums = sums[sums[:, 1] > 0]  # a part may be masked as a whole, alike in all runs
     total, tokens = sums.sum(dim=0).tolist()
     return Evaluated(total / tokens, (sums[:, 0] / sums[:, 1]).tolist())
 

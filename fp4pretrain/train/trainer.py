@@ -36,6 +36,7 @@ from fp4pretrain.parallel.agreement import agree
 from fp4pretrain.parallel.groups import World
 from fp4pretrain.precision import Progress
 from fp4pretrain.train.optimizer import build_optimizer, build_schedule
+from fp4pretrain.train.weight_paths import WeightPaths
 
 Batch = dict[str, torch.Tensor]
 TRIGGERS = "triggers"  # what is remembered of them, in ``Trainer.memory``
@@ -48,6 +49,7 @@ class Trainer:
     ``step`` counts finished steps, ``consumed_samples`` is the position in the data (sequences read
     or passed over by all ranks), ``skipped_samples`` how many of those were passed over.
     ``data`` has the training samples and the validation sets; ``fingerprint`` is what shapes the curve.
+    ``paths`` follows weights while the plan looks for swinging ones.
     ``memory`` is what hooks remember across restarts: JSON values, stored with every checkpoint.
     A hook that sets ``stopped`` ends the loop early.
     """
@@ -58,6 +60,7 @@ class Trainer:
     clock: Clock
     chunks: list[DistributedDataParallel]
     binding: PlanBinding
+    paths: WeightPaths
     transformer: TransformerConfig
     optimizer: Any
     schedule: Any
@@ -97,7 +100,13 @@ class Trainer:
                 rotate=self.config.train.sum_order,
             )
 
-        return [iterator() if reads_data(chunk) else None for chunk in self.chunks]
+        return [iterator() if self._reads(chunk) else None for chunk in self.chunks]
+
+    def _reads(self, chunk: Any) -> bool:
+        """Whether a model chunk needs tokens (first stage) or labels (last stage), or, as all do where
+        attention or positions heed them, the ends of documents."""
+        gpt, d = unwrapped(chunk), self.config.data
+        return gpt.pre_process or gpt.post_process or d.document_mask or d.reset_positions
 
     def evaluation_batches(
         self, name: str, sampler: EvaluationSampler
@@ -105,7 +114,7 @@ class Trainer:
         """This rank's microbatches of a validation set, for each of its model chunks."""
         dataset = self.data.valid[name]
         return [
-            evaluation_batches(dataset, sampler) if reads_data(chunk) else None
+            evaluation_batches(dataset, sampler) if self._reads(chunk) else None
             for chunk in self.chunks
         ]
 
@@ -115,12 +124,6 @@ def unwrapped(chunk: Any) -> Any:
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
-
-
-def reads_data(chunk: Any) -> bool:
-    """Whether a model chunk needs tokens (first stage) or labels (last stage)."""
-    gpt = unwrapped(chunk)
-    return gpt.pre_process or gpt.post_process
 
 
 def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
@@ -148,6 +151,7 @@ def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
         clock=clock,
         chunks=chunks,
         binding=binding,
+        paths=WeightPaths(binding.linears),
         transformer=transformer,
         optimizer=optimizer,
         schedule=build_schedule(config, optimizer),
@@ -173,6 +177,9 @@ def data_spec(config: RunConfig) -> DataSpec:
         cache_dir=d.cache_dir,
         mock=d.mock,
         vocab_size=config.model.vocab_size,
+        document_mask=d.document_mask,
+        reset_positions=d.reset_positions,
+        eod_mask_loss=d.eod_mask_loss,
     )
 
 

@@ -11,17 +11,28 @@ from started import started
 from fp4pretrain.train import checkpoint
 from fp4pretrain.train.checkpoint import loading, saving
 from fp4pretrain.train.checkpoint.files import Damaged
+from fp4pretrain.train.hooks import Deoscillating
 from fp4pretrain.train.initial import load_initial
 from fp4pretrain.train.step import train_step
 from fp4pretrain.train.trainer import Trainer
 
 
+class _Silent:
+    """The part of Logging that the hook needs."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        assert row["reset_share"] > 0
+
+
 def steps_of(trainer: Trainer, steps: int) -> list[dict[str, Any]]:
     iterators = trainer.batches(trainer.consumed_samples)
     rows = []
+    hook = Deoscillating(_Silent())
+    hook.start(trainer)
     for _ in range(steps):
         trainer.binding.apply(trainer.progress)
         rows.append(train_step(trainer, iterators))
+        hook.after_step(trainer, rows[-1])
     return rows
 
 

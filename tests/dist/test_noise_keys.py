@@ -1,7 +1,8 @@
 """Every layout draws the noise of one process, key by key: the law that a gradient's error cannot state.
 
 Under tensor parallelism a key that is off by one moves a gradient by 2.5% where 3% are allowed and a wrong
-draw makes 4.9% (agreement.py); as keys, one is in the set or it is not.
+draw makes 4.9% (agreement.py); as keys, one is in the set or it is not. The ranks' shards together are the
+whole operand, element by element, so none is drawn in another's place.
 """
 
 from __future__ import annotations
@@ -32,5 +33,6 @@ def test_every_layout_draws_one_processs_keys(ranks, layout: str) -> None:
     found = ranks.run("noise_tasks.keys", [*run, *parallel], size=size, steps=STEPS)
     # dy twice and x for each microbatch, w once a step
     assert len(single["drawn"]) == 16 * (3 * 2 + 1) * STEPS
+    assert all(whole for *_, whole in single["drawn"])
     assert found["drawn"] == single["drawn"]
     assert found["mine"] == linears * (3 * microbatches + 1) * STEPS

@@ -54,6 +54,13 @@ PAIRS_BF16 = [
     ("DP 2, plain optimizer", "PP 2"),
 ]
 BF16 = ["optim.params_dtype=bf16"]
+# A window that is open when the checkpoint is written, and closes a step later.
+SWINGING = [*BF16, "precision.deoscillation.period=3", "precision.deoscillation.ratio=2"]
+PAIRS_SWINGING = [
+    ("TP 2 x DP 2", "1"),
+    ("1", "TP 2 x PP 2"),
+    ("DP 2, plain optimizer", "DP 2"),
+]
 # Weights of BF16 round at 2^-9: a TP sum's last bit moves them by a step of 1/250 here and there.
 BF16_LOSS = 4e-3
 
@@ -74,7 +81,8 @@ def begun(ranks, layout: str, extra: list[str]) -> dict:
 
 @pytest.mark.parametrize(
     ("source", "target", "extra"),
-    [(*pair, []) for pair in PAIRS] + [(*pair, BF16) for pair in PAIRS_BF16],
+    [(*pair, []) for pair in PAIRS] + [(*pair, BF16) for pair in PAIRS_BF16]
+    + [(*pair, SWINGING) for pair in PAIRS_SWINGING],
     ids=lambda value: value if isinstance(value, str) else ",".join(value) or "fp32",
 )
 def test_another_layout_goes_on(ranks, source: str, target: str, extra: list[str]) -> None:

@@ -182,7 +182,9 @@ def _check(path: Path, found: dict[str, Any], config: RunConfig) -> None:
 def _check_dtype(path: Path, manifest: Manifest, here: str) -> None:
     """Raises Unusable where the weights were kept in another type than ``optim.params_dtype`` says."""
     weights = [
-        t for key, t in manifest.tensors.items() if not key.startswith(("optimizer.", "rng."))
+        t
+        for key, t in manifest.tensors.items()
+        if not key.startswith(("optimizer.", "paths.", "rng."))
     ]
     kinds = {torch.bfloat16: "bf16", torch.float32: "fp32"}
     there = {kinds.get(tensor.dtype) for tensor in weights}

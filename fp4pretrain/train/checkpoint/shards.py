@@ -24,11 +24,7 @@ def shard_boxes(part: Any, models: dict[str, Any]) -> Iterator[Box]:
 
     ``models`` describes the model's parameters, with factories (SwiGLU's halves) not yet applied.
     """
-    leaves = {
-        id(leaf.data): leaf
-        for leaf in nested_values(models)
-        if isinstance(leaf, ShardedTensor | ShardedTensorFactory)
-    }
+    leaves = leaf_of(models)
     for buffer in part.gbuf_ranges:
         for bucket in (bucket for buckets in buffer.values() for bucket in buckets):
             for parameter, ranges in bucket["param_map"].items():
@@ -41,6 +37,15 @@ def shard_boxes(part: Any, models: dict[str, Any]) -> Iterator[Box]:
                     k: v.detach().to("cpu", copy=True) for k, v in states.items() if k != "step"
                 }
                 yield from _parameter_boxes(list(pieces), flats, first=first)
+
+
+def leaf_of(models: dict[str, Any]) -> dict[int, ShardedTensor | ShardedTensorFactory]:
+    """By a parameter's id, what megatron-core says of its place in the whole model."""
+    return {
+        id(leaf.data): leaf
+        for leaf in nested_values(models)
+        if isinstance(leaf, ShardedTensor | ShardedTensorFactory)
+    }
 
 
 def _parameter_boxes(

@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.mapping import (
     apply_factory_merges,
     is_main_replica,
 )
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -42,7 +43,7 @@ from fp4pretrain.train.checkpoint.files import (
     read_manifest,
     read_part,
 )
-from fp4pretrain.train.checkpoint.shards import shard_boxes
+from fp4pretrain.train.checkpoint.shards import leaf_of, shard_boxes
 from fp4pretrain.train.trainer import Trainer, unwrapped
 
 # Tells megatron-core to describe optimizer state as whole parameters, for any layout.
@@ -51,6 +52,9 @@ _METADATA = {
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,
 }
+
+
+_PATHS = "paths."
 
 
 def collect(trainer: Trainer) -> tuple[list[Box], dict[str, Any]]:
@@ -93,6 +97,11 @@ def restore(
     ``agree`` is handed what is wrong with this rank's reading, if anything, and raises on every rank
     if any has something; until it returns the trainer is not usable.
     """
+    # an open window's paths; a run that now asks for none lets them go
+    stored = any(key.startswith(_PATHS) for key in manifest.tensors)
+    trainer.paths.open = []
+    if stored and trainer.binding.plan.deoscillation:
+        trainer.paths.begin()
     state = _sharded(trainer, loading=True)
     loaded, own, factories = load_preprocess(state)
     problem = None
@@ -106,6 +115,11 @@ def restore(
     loaded = apply_factory_merges(loaded, factories)
     for index, chunk in enumerate(trainer.chunks):
         unwrapped(chunk).load_state_dict(loaded[_model_key(trainer, index)], strict=True)
+    if trainer.paths.open:
+        trainer.paths.begin()  # at the weights that were loaded
+        for (_, tensors), found in zip(trainer.paths.sums(), loaded["paths"], strict=True):
+            for name, tensor in tensors.items():
+                tensor.copy_(found[name])
     _set_adam_step(loaded["optimizer"], numbers["optimizer_step"])
     with _torch_adam_steps(trainer.optimizer):
         trainer.optimizer.load_state_dict(loaded["optimizer"])
@@ -147,6 +161,8 @@ def _sharded(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
             key = _model_key(trainer, index)
             state[key] = unwrapped(chunk).sharded_state_dict(metadata=metadata)
         models = dict(state)
+        if trainer.paths.open:
+            state["paths"] = _sharded_paths(trainer, models)
         parts = _parts(trainer.optimizer)
         if not loading and all(isinstance(part, DistributedOptimizer) for part in parts):
             state["optimizer"] = {i: part.state_dict() for i, part in enumerate(parts)}
@@ -155,6 +171,17 @@ def _sharded(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
             models.get("model", models), is_loading=loading, metadata=metadata
         )
     return state
+
+
+def _sharded_paths(trainer: Trainer, models: dict[str, Any]) -> list[dict[str, Any]]:
+    leaves = leaf_of(models)
+    return [
+        {
+            name: make_sharded_optimizer_tensor(leaves[id(parameter)], tensor, f"{_PATHS}{name}")
+            for name, tensor in tensors.items()
+        }
+        for parameter, tensors in trainer.paths.sums()
+    ]
 
 
 def _model_key(trainer: Trainer, index: int) -> str:

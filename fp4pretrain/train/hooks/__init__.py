@@ -3,6 +3,7 @@ observers of casts. One file each."""
 
 from fp4pretrain.train.hooks.auditing import Auditing
 from fp4pretrain.train.hooks.checkpointing import Checkpointing
+from fp4pretrain.train.hooks.deoscillating import Deoscillating
 from fp4pretrain.train.hooks.evaluation import Evaluation
 from fp4pretrain.train.hooks.guards import Guard
 from fp4pretrain.train.hooks.logging import Logging
@@ -15,6 +16,7 @@ from fp4pretrain.train.hooks.watchdog import Watchdog
 __all__ = [
     "Auditing",
     "Checkpointing",
+    "Deoscillating",
     "Evaluation",
     "Guard",
     "Logging",

@@ -116,7 +116,7 @@ def test_linears_are_held_to_bf16_of_the_same_run(clock: dict[str, float]) -> No
     assert recipe["backend"] == "reference"
     assert recipe["of_bf16"] == 1.0
     assert recipe["host_microseconds"] == 3.0
-    assert recipe["kept"] == 1.0  # x in BF16, as BF16 keeps it
+    assert recipe["saved"] == 1.0  # x in BF16, as BF16 keeps it
     assert (same_work["recipe"], same_work["of_bf16"]) == ("bf16 + main grad", 1.0)
     assert clock["calls"] == 4  # BF16 before and after
     text = printed(linear.table(json.loads(json.dumps(found))))
@@ -144,13 +144,13 @@ def test_a_timed_step_is_a_linear_s_forward_and_backward() -> None:
     g = torch.Generator().manual_seed(1)
     x, w, dy = (torch.randn(s, generator=g).bfloat16() for s in ((64, 32), (48, 32), (64, 48)))
     main_grad = torch.ones(48, 32)
-    step, kept = linear.linear_step(ReferenceBackend(), Recipe(), (x, w, dy, main_grad))
+    step, saved = linear.linear_step(ReferenceBackend(), Recipe(), (x, w, dy, main_grad))
     y, dx = step()
     torch.testing.assert_close(y.double(), x.double() @ w.double().t(), rtol=2**-7, atol=1e-2)
     torch.testing.assert_close(dx.double(), dy.double() @ w.double(), rtol=2**-7, atol=1e-2)
     dw = dy.double().t() @ x.double()
     torch.testing.assert_close(main_grad.double(), dw + 1, rtol=1e-4, atol=1e-4)
-    assert kept.shape == (32, 64)
+    assert saved.shape == (32, 64)
 
 
 @pytest.mark.parametrize("what", ["kernels", "linear"])

@@ -156,7 +156,7 @@ REFUSED = [
     ("data=indexed", "data.path", r"'' names no dataset; give .*prefix"),
     ("data.path=5", "data.path", r"5 names no dataset; give"),
     ("data.path=true", "data.path", r"True names no dataset"),
-    ("data.path=[a]", "data.path", r"names no dataset"),
+    ("data.path=[{prefix: a, wight: 2}]", "data.path[0].wight", r"no such key; use prefix"),
     ("data.path=???", "data.path", r"give it a value"),
     ("data.path={web: {prefix: a, wieght: 2}}", "data.path.web.wieght", r"no such key; use prefix"),
     # empty words
@@ -210,6 +210,7 @@ def test_a_bad_override_is_one_line_with_key_and_cure(override: str, key: str, r
     [
         ["data.path={web: {prefix: a, weight: 2}, code: {prefix: b}}"],
         ["data=indexed", "data.path=some/prefix"],
+        ["data.path=[a,{prefix: b, max_epochs: 2, max_tokens: 5M}]"],
         ["data.split='0.9,0.1'"],
         ["run_dir='~/a b'"],
         ["name=a-b_c.d"],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4pretrain.data.batches import (
@@ -52,6 +52,7 @@ def test_resume_continues(micro_batch: int, ranks: int, done: int) -> None:
     assert resumed == [of_rank[done:] for of_rank in whole]
 
 
+@settings(deadline=None)  # it starts loaders
 @given(st.integers(1, 40), small, small)
 def test_an_evaluation_reads_every_sample_once(
     sequences: int, micro_batch: int, ranks: int

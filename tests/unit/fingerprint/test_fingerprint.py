@@ -45,9 +45,11 @@ OTHERS = {
     "source": "forward",
     "split": "channels",
     "amax": "fixed",
+    "start": 0.5,
 }
 # Numbers that count beside another knob alone.
 BESIDE = {"channels": "split=channels", "amax_value": "amax=fixed", "amax_steps": "amax=held"}
+BESIDE |= dict.fromkeys(("window", "ratio", "start"), "period=8")
 BESIDE |= dict.fromkeys(("size", "resample", "signs", "dtype"), "kind=random_hadamard")
 
 
@@ -121,6 +123,15 @@ def test_every_key_is_in_the_fingerprint_or_harmless_for_a_reason(key: str) -> N
     else:
         assert moved[0]
         assert moved[1] == (key == "model.num_layers")
+
+
+def test_runs_from_before_a_key_was_there_keep_their_fingerprint() -> None:
+    """Digests that were written before the data section could mask documents."""
+    for digest, overrides in (
+        ("6b65c24685fe4336", []),
+        ("e13b63b296e7a31b", ["precision=nvfp4", "model=gpt_10m"]),
+    ):
+        assert digests(compose(overrides))[0] == digest
 
 
 def test_a_rule_is_in_the_plan_s_digest_whatever_it_is_called() -> None:

@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
-from fp4pretrain.nn.attention import CoreAttention
+from fp4pretrain.nn.attention import CoreAttention, document_mask
 from fp4pretrain.nn.norm import Norm
 
 BF16_ROUNDING = 2.0**-8
@@ -135,6 +135,47 @@ def test_attention_sees_no_future(softcap: float | None) -> None:
     after = attention(softcap=softcap)(q, k, v)
     assert torch.equal(before[:20], after[:20])
     assert not torch.equal(before[20:], after[20:])
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5], ids=["plain", "capped"])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_attention_over_documents_is_that_of_each_alone(groups: int, softcap: float | None) -> None:
+    """Outputs and gradients of documents side by side, against each by itself in float64."""
+    heads, d, lengths = 4, 16, [[7, 20, 13], [40]]
+    s = sum(lengths[0])
+    numbers = [[i for i, n in enumerate(row) for _ in range(n)] for row in lengths]
+    documents = torch.tensor(numbers, device=torch.cuda.current_device())
+    q, k, v = (draw(s, 2, n, d).requires_grad_() for n in (heads, groups, groups))
+    dy = draw(s, 2, heads * d)
+    mask = document_mask(documents, dtype=torch.bfloat16)
+    out = attention(softcap=softcap)(q, k, v, mask)
+    out.backward(dy)
+    exact_inputs = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    rows = []
+    for row, parts in enumerate(lengths):
+        pieces = zip(*(t[:, row : row + 1].split(parts) for t in exact_inputs), strict=True)
+        rows.append(torch.cat([attention_formula(*p, d**-0.5, softcap) for p in pieces]))
+    exact = torch.cat(rows, dim=1)
+    exact.backward(dy.double())
+    pairs = [
+        (out, exact),
+        *((t.grad, e.grad) for t, e in zip((q, k, v), exact_inputs, strict=True)),
+    ]
+    for ours, truth in pairs:
+        assert float((ours.double() - truth).norm() / truth.norm()) < 2 * BF16_ROUNDING
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["plain", "capped"])
+def test_attention_sees_no_other_document(softcap: float | None) -> None:
+    q, k, v = (draw(32, 1, 2, 16) for _ in range(3))
+    documents = (torch.arange(32, device=q.device) >= 20).long().unsqueeze(0)
+    mask = document_mask(documents, dtype=q.dtype)
+    before = attention(softcap=softcap)(q, k, v, mask)
+    for tensor in (q, k, v):
+        tensor[:20] = 7.0
+    after = attention(softcap=softcap)(q, k, v, mask)
+    assert torch.equal(before[20:], after[20:])
+    assert not torch.equal(before[:20], after[:20])
 
 
 def test_attention_keeps_no_score_matrix() -> None:

@@ -99,6 +99,7 @@ TRUTH |= {
     "mxfp4_random_h16": (MX_EVEN, MX_EVEN, H16_SIGNS) * 3,
     "mxfp4_h32": (MX_EVEN, MX_EVEN, H32) * 3,
     "mxfp4_h16_wgrad": (*(MX_EVEN, MX_EVEN, NONE) * 2, MX_EVEN, MX_EVEN, H16),
+    "mxfp4_deoscillated": (*(MX_EVEN, MX_EVEN, NONE) * 2, MX_EVEN, MX_EVEN, H16),
     "mxfp4_h16_2d": (*(MX_EVEN, MX_EVEN_2D, NONE) * 2, MX_EVEN, MX_EVEN, H16),
     # arXiv:2512.02010: forward only; SR gradients keep paper A's scale
     "four_over_six": (NV_46, NV_46_2D, NONE, *A_BACKWARD),
@@ -169,9 +170,15 @@ KEPT |= {
 
 # Transformer Engine's Float8CurrentScaling splits its accumulator in dgrad and wgrad; the sums of MXFP4
 # that FP8 carries are fast where the target of its speed asks for it, and never those of gradients of w.
-H16_LIKE = ("mxfp4_h16", "mxfp4_random_h16", "mxfp4_h32", "mxfp4_h16_wgrad", "mxfp4_h16_2d")
+H16_LIKE = (
+    "mxfp4_h16", "mxfp4_random_h16", "mxfp4_h32", "mxfp4_h16_wgrad", "mxfp4_h16_2d", "mxfp4_deoscillated",
+)  # fmt: skip
 FAST = dict.fromkeys(("fp8", "fp8_delayed", "mxfp4_rht_sr_fp8"), ("fprop",))
 FAST |= dict.fromkeys(H16_LIKE, ("fprop", "dgrad"))
+
+
+# Period, window, ratio, start: the configs of arXiv:2510.27527's authors, and of AMD's port.
+RESETS = {"tetrajet2": (200, 50, 8, 0.59), "mxfp4_deoscillated": (200, 0, 4, 0.12)}
 
 
 @cache
@@ -212,6 +219,9 @@ def test_a_recipe_is_its_papers(name: str) -> None:
 def test_a_recipe_keeps_what_its_paper_keeps_and_nothing_switches_late(name: str) -> None:
     plan = shipped(name)
     assert plan.tail.at is None
+    resets = plan.deoscillation
+    found = (resets.period, resets.window, resets.ratio, resets.start)
+    assert found == RESETS.get(name, (0, 0, 4, None))
     blocks = [r.blocks for r in plan.keep.rules(62) if r.blocks]
     assert (blocks, plan.keep.modules) == KEPT.get(name, ([], ()))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from report_lab import TOKENS, loss_at, write_fingerprint, write_run
 from fp4pretrain import cli
 from fp4pretrain.errors import UserError
 from fp4pretrain.report import Options, as_json, compare, measure_noise, read_noise
-from fp4pretrain.report.endpoint import Noise, measure
+from fp4pretrain.report.endpoint import Noise, diverged, measure
 from fp4pretrain.report.equal_loss import equal_loss
 from fp4pretrain.report.load import Curve, Run
 from fp4pretrain.report.notes import notes
@@ -206,6 +207,19 @@ def test_tokens_to_equal_loss_that_cannot_be_read_say_why() -> None:
         found = equal_loss([pair])
         assert found.extra is None
         assert why in str(found.why)
+
+
+def test_a_short_run_of_noisy_batches_has_not_diverged() -> None:
+    """Batches that differ by 8% about a falling loss; and the same run that rises again by a third."""
+    steps, noise = np.arange(1.0, 31.0), np.random.default_rng(0).normal(size=(50, 30))
+
+    def called(loss: Any) -> int:
+        runs = [replace(synthetic(steps, row), loss=Curve(steps, row)) for row in loss]
+        return sum(diverged(run, None, window=3) for run in runs)
+
+    falling = (2.5 + 3 * np.exp(-steps / 5)) * (1 + 0.08 * noise)
+    assert called(falling) <= 1
+    assert called(falling * np.where(steps > 22, 1.35, 1.0)) >= 49
 
 
 @pytest.mark.parametrize(

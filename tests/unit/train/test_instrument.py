@@ -233,3 +233,38 @@ def test_a_model_brings_its_papers_training_and_a_choice_overrides_it() -> None:
     assert ours.train.steps * ours.train.global_batch * ours.model.seq_length == pytest.approx(
         100e6, rel=1e-3
     )
+
+
+def test_document_masks_change_what_spans_documents_alone(
+    trainer: Trainer, valid: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sequences of one document give the unmasked losses bit for bit; those of two give others."""
+    plain = evaluate(trainer, "validation")
+    read = type(valid).__getitem__
+
+    def cut(at: int) -> None:
+        def marked(self: Any, number: int) -> dict[str, torch.Tensor]:
+            return {**read(self, number), "documents": (torch.arange(32) >= at).long()}
+
+        monkeypatch.setattr(type(valid), "__getitem__", marked)
+
+    cut(32)
+    assert evaluate(trainer, "validation") == plain
+    cut(20)
+    assert abs(evaluate(trainer, "validation").loss / plain.loss - 1) > 1e-5
+
+
+def test_parts_without_a_token_in_the_loss_are_left_out(
+    trainer: Trainer, valid: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = type(valid).__getitem__
+
+    def masked(self: Any, number: int) -> dict[str, torch.Tensor]:
+        sample = read(self, number)
+        return {**sample, "loss_mask": sample["loss_mask"] * (number >= 10)}
+
+    monkeypatch.setattr(type(valid), "__getitem__", masked)
+    found = evaluate(trainer, "validation")
+    assert math.isfinite(found.loss)
+    assert 20 < len(found.parts) < 28
+    assert all(map(math.isfinite, found.parts))
