@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fp4pretrain.config import RunConfig, plan_of
+from fp4pretrain.config import ModelConfig, RunConfig, plan_of
 from fp4pretrain.costs import flop_shares
 from fp4pretrain.ops import Backend, choose
 from fp4pretrain.precision import GEMMS, OPERANDS, Plan, Progress, Recipe
@@ -43,7 +43,7 @@ def audit(
         "device": device.type,
         "backend": choice,
         "linears": [_linear(plan, backend, device, layer, name) for layer, name in plan.linears()],
-        "flops": _categories(flop_shares(plan, config.model)),
+        "flops": flop_categories(plan, config.model),
         "rules": [_rule(rule, plan) for rule in plan.ordered],
         "switches": [_switch(rule, plan, config, start) for rule in plan.ordered if rule.timed],
         "deoscillation": str(plan.deoscillation) if plan.deoscillation else None,
@@ -80,8 +80,11 @@ def _gemm(recipe: Recipe, gemm: str, backend: Backend, device: torch.device) -> 
     }
 
 
-def _categories(shares: Mapping[str, float]) -> dict[str, float]:
-    """Shares by fp4, fp8 (6 bits go at its speed) and bf16."""
+def flop_categories(
+    plan: Plan, model: ModelConfig, *, holding: Mapping[str, bool] | None = None
+) -> dict[str, float]:
+    """``costs.flop_shares`` by fp4, fp8 (6 bits go at its speed) and bf16."""
+    shares = flop_shares(plan, model, holding=holding)
     found = dict.fromkeys(("fp4", "fp8", "bf16"), 0.0)
     for label, share in shares.items():
         bits = 16 if label == "BF16" else int(label.split()[0])
@@ -109,12 +112,11 @@ def _when(rule: Rule) -> dict[str, str | None]:
 def _switch(rule: Rule, plan: Plan, config: RunConfig, start: Progress) -> dict[str, Any]:
     """The rule's effect on the shares of FLOPs where it alone of the timed rules holds."""
     only = {other.name: other is rule or not other.timed for other in plan.ordered}
-    shares = flop_shares(plan, config.model, holding=only)
     return {
         "rule": rule.key,
         "holds_at_start": rule.active(start),
         **_when(rule),
-        "flops": _categories(shares),
+        "flops": flop_categories(plan, config.model, holding=only),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from fp4pretrain.baseline import is_recipe, wandb_path
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import user_path
 from fp4pretrain.presets import groups, offer
@@ -135,15 +136,7 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"precision.name: {config.precision.name!r} names a folder of runs; leave out the /"
         )
-    offered = groups()["precision"]
-    named = config.baseline
-    if named not in (None, *offered) and not (
-        named and user_path(str(named), key="baseline").is_dir()
-    ):
-        raise UserError(
-            f"baseline: {named!r} is no recipe and no run's folder; choose {offer(named, offered)}, "
-            "or give a run_dir"
-        )
+    _check_baseline(config.baseline)
     _check_sweep(config.sweep)
     _check_wandb(config.logging.wandb)
     _check_model(config.model)
@@ -195,6 +188,17 @@ def _check_sweep(sweep: SweepConfig) -> None:
         raise UserError(f"sweep.slurm: nodes is {nodes!r}; give a whole number from 1")
 
 
+def _check_baseline(named: str | None) -> None:
+    if named is None or is_recipe(named) or wandb_path(named) is not None:
+        return
+    if not named or not user_path(named, key="baseline").is_dir():
+        raise UserError(
+            f"baseline: {named!r} is no recipe and no run's folder; choose "
+            f"{offer(named, groups()['precision'])}, or give a run_dir, wandb:ENTITY/PROJECT/RUN_ID or the "
+            "address of a run's page on wandb"
+        )
+
+
 def _check_wandb(w: WandbConfig) -> None:
     """What wandb would refuse, and with it the run's whole logging there."""
     for tag in w.tags:
@@ -202,7 +206,8 @@ def _check_wandb(w: WandbConfig) -> None:
             raise UserError(
                 f"logging.wandb.tags: {tag!r} has {len(tag)} characters; wandb takes 1 to 64"
             )
-    for key, value in (("project", w.project), ("group", w.group), ("name", w.name)):
+    for key in ("project", "group", "job_type", "name"):
+        value = getattr(w, key)
         if value is not None and len(value) > 128:
             raise UserError(
                 f"logging.wandb.{key}: it has {len(value)} characters; wandb takes 128 at most"
@@ -285,8 +290,8 @@ def _check_data_path(path: Any) -> None:
 def check_triggers(config: RunConfig, plan: Plan) -> None:
     """Raises UserError for a rule whose trigger or release waits for what the run does not measure."""
     missing: dict[str, str] = {}
-    if config.baseline is None or config.baseline in groups()["precision"]:
-        missing["gap"] = "it needs a baseline; set baseline=FOLDER of a run"
+    if config.baseline is None:
+        missing["gap"] = "it needs a baseline; set baseline=RECIPE, or the FOLDER of a run"
     elif not config.train.eval_interval:
         missing["gap"] = "it is measured at evaluations; set train.eval_interval"
     o = config.observe

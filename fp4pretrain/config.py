@@ -246,19 +246,24 @@ class ObserveConfig:
 @dataclass
 class WandbConfig:
     """``mode`` auto: $WANDB_MODE, or online where an API key is set and offline otherwise. ``project``
-    null: $WANDB_PROJECT, or fp4pretrain. What is null or empty is what wandb's own variables say."""
+    null: $WANDB_PROJECT, or fp4pretrain. What is null or empty is what wandb's own variables say. Runs of
+    one command share a ``group``, and their ``job_type`` is baseline or train, where nothing says it."""
 
     mode: str = "auto"
     project: str | None = None
     entity: str | None = None
     group: str | None = None
+    job_type: str | None = None
     name: str | None = None
     tags: list[str] = field(default_factory=list)
 
 
 @dataclass
 class LoggingConfig:
+    """``tensorboard``: event files in the run's folder too, which need the package of that name."""
+
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
     console: str = "auto"
 
 

@@ -2,7 +2,8 @@
 
 They ask what a run relies on and cannot see: that stochastic rounding has no bias, is no constant and
 replays; that rotations are orthogonal and cancel in a GEMM; that ranks find each other and how fast they
-talk; that there is room for checkpoints; where wandb would log to.
+talk; that there is room for checkpoints; where wandb would log to,
+and whether TensorBoard is here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fp4pretrain.numerics import hadamard_matrix
+from fp4pretrain.observe.tensorboard_sink import INSTALL
 from fp4pretrain.observe.wandb_sink import where_to
 from fp4pretrain.ops import Backend, Cast, Moment, Shard, linear_casts
 from fp4pretrain.ops.reference import oriented
@@ -50,6 +53,7 @@ def self_tests(backend: Backend, recipe: Recipe, device: torch.device) -> list[O
         "collectives": lambda: collectives(device),
         "disk": lambda: disk(Path.cwd()),
         "wandb": wandb,
+        "tensorboard": tensorboard,
     }
     found = []
     for name, test in tests.items():
@@ -161,6 +165,13 @@ def disk(folder: Path) -> Outcome:
 def wandb() -> Outcome:
     """Where runs would log to, without asking the network."""
     return Outcome("wandb", True, where_to())
+
+
+def tensorboard() -> Outcome:
+    """Whether the optional package is here; without it no run but one that asks for it is worse off."""
+    here = find_spec("tensorboard") is not None
+    told = "installed, for logging.tensorboard=true" if here else f"not installed ({INSTALL})"
+    return Outcome("tensorboard", True, told)
 
 
 def _casts(recipe: Recipe) -> dict[str, Cast]:

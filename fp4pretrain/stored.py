@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -52,12 +53,28 @@ def composed(overrides: Sequence[str], stored: Path | None = None) -> RunConfig:
 
 def _read(file: Path) -> RunConfig:
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(file))
-        config = OmegaConf.to_object(merged)
+        tree = OmegaConf.load(file)
     except (OSError, OmegaConfBaseException, YAMLError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{file}: it is no config of this version ({reason}); use the version that wrote it"
-        ) from None
+        raise _unreadable(str(file), error) from None
+    return config_from(tree, str(file))
+
+
+def config_from(tree: Any, where: str) -> RunConfig:
+    """The config that a mapping of its sections says; keys it lacks have their defaults.
+
+    Raises UserError, which names ``where`` it is from.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), tree)
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise _unreadable(where, error) from None
     assert isinstance(config, RunConfig)
     return config
+
+
+def _unreadable(where: str, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(
+        f"{where}: it is no config of this version ({reason}); use the version that wrote it"
+    )

@@ -1,4 +1,4 @@
-"""``fp4pretrain compare``: what finished runs say of each other."""
+"""``fp4pretrain compare`` and ``dashboard``: where runs are looked at beside each other."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ verdict: behind, ahead or undecided. Where a recipe has runs of several optim.lr
   fp4pretrain compare runs/* --watch                            the page, live, while runs go on
 """
 
+DASHBOARD_HELP = """\
+Saves a view of a project on wandb that is made for these runs: charts over tokens of losses, gaps, the
+optimizer, throughput, casts and events, and runs sorted by their final gap. Needs wandb-workspaces
+(pip install 'fp4pretrain[wandb]') and an API key. Prints the view's address.
+
+  fp4pretrain dashboard my-team/fp4pretrain
+  fp4pretrain dashboard my-team/fp4pretrain --group runs-1f0c22ab      the runs of one sweep
+"""
+
 
 def add(verbs: Any) -> None:
     compare = add_verb(
@@ -39,6 +48,12 @@ def add(verbs: Any) -> None:
         "--noise", type=Path, metavar="JSON", help="of one run, for the interval of a single pair"
     )
     compare.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    dashboard = add_verb(
+        verbs, "dashboard", "save a view of runs on wandb", DASHBOARD_HELP, _dashboard
+    )
+    dashboard.add_argument("project", metavar="ENTITY/PROJECT")
+    dashboard.add_argument("--group", help="the runs of one group alone")
+    dashboard.add_argument("--name", default="fp4pretrain", help="of the view")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -72,3 +87,9 @@ def _compare(arguments: argparse.Namespace) -> None:
     for made in (comparison.picture, comparison.page):
         if made is not None:
             console.print(str(made))
+
+
+def _dashboard(arguments: argparse.Namespace) -> None:
+    from fp4pretrain.observe.wandb_view import save_view
+
+    print(save_view(arguments.project, group=arguments.group, name=arguments.name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fp4pretrain.observe import JsonlSink, WandbSink, stored_run_id
 from fp4pretrain.train.lock import RunLock
@@ -27,9 +28,7 @@ def record(run: StoredRun, values: Mapping[str, float]) -> None:
         sink.close()
         known, w = stored_run_id(run.folder), run.config.logging.wandb
         if known is not None and w.mode != "disabled":
-            wandb = WandbSink(
-                {}, run.folder, mode=w.mode, project=w.project, entity=w.entity, resume_id=known
-            )
+            wandb = WandbSink({}, run.folder, replace(w, tags=[]), resume_id=known)
             wandb.summarize(named)
             wandb.close()
     finally:

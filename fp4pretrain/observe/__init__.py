@@ -3,6 +3,7 @@
 Nothing in ``nn`` or ``ops`` imports this package: it is handed finished rows of numbers.
 """
 
+from fp4pretrain.observe.about import About, Table
 from fp4pretrain.observe.console import ConsoleSink
 from fp4pretrain.observe.jsonl import JsonlSink, read_rows
 from fp4pretrain.observe.overlap import overlap
@@ -13,11 +14,13 @@ from fp4pretrain.observe.wandb_sink import WandbSink, stored_run_id
 __all__ = [
     "DECIDED",
     "HAPPENED",
+    "About",
     "CompositeSink",
     "ConsoleSink",
     "JsonlSink",
     "Row",
     "Sink",
+    "Table",
     "Throughput",
     "WandbSink",
     "flops_per_token",

@@ -94,6 +94,9 @@ class ConsoleSink:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step)
 
+    def summarize(self, values: Mapping[str, float]) -> None:
+        """The lines above say it already."""
+
     def close(self) -> None:
         """Leave the bar as it stands and give the terminal back."""
         if self._bar is not None:

@@ -58,6 +58,9 @@ class JsonlSink:
         _truncate_after(self.path, step)
         self._file = self.path.open("ab", buffering=0)
 
+    def summarize(self, values: Mapping[str, float]) -> None:
+        """The rows say it already."""
+
     def close(self) -> None:
         """Close the file."""
         self._append(self._waiting)

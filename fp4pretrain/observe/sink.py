@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 Row = Mapping[str, Any]
 
-DECIDED = frozenset({"skipped", "spike", "rollback", "stopped", "trigger"})
+STOPPED = "stopped"  # the guard gave up
+DECIDED = frozenset({"skipped", "spike", "rollback", STOPPED, "trigger"})
 HAPPENED = frozenset({"hang", "save_failed"})
 
 
@@ -29,6 +30,10 @@ class Sink(Protocol):
 
     def rewind(self, step: int) -> None:
         """The run went back to ``step`` and repeats what comes after it; its row is written already."""
+
+    def summarize(self, values: Mapping[str, float]) -> None:
+        """Take the numbers of the finished run that runs are sorted by. They follow from the rows, so a
+        place that keeps all rows has them."""
 
     def close(self) -> None:
         """Finish; nothing is written afterwards."""
@@ -49,6 +54,11 @@ class CompositeSink:
         """Tell every sink."""
         for sink in self.sinks:
             sink.rewind(step)
+
+    def summarize(self, values: Mapping[str, float]) -> None:
+        """Hand the numbers to every sink."""
+        for sink in self.sinks:
+            sink.summarize(values)
 
     def close(self) -> None:
         """Close every sink."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,3 +93,15 @@ def label(site: Site) -> str:
     short = tuple(BLOCK_LINEARS)
     where = "head" if site.layer < 0 else f"{site.layer}.{short[site.linear]}"
     return f"{where}.{site.gemm}.{site.operand}"
+
+
+def scale_shares(observed: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """Of a row's ``observed``: GEMM.operand -> octave of the scale -> share of blocks, summed over linears;
+    zeros left out."""
+    found: dict[str, dict[int, float]] = {}
+    for site, shares in zip(observed.get("sites", ()), observed.get("scales", ()), strict=False):
+        counts = found.setdefault(".".join(site.split(".")[-2:]), {})
+        for octave, share in shares.items():
+            if octave != "zero":
+                counts[int(octave)] = counts.get(int(octave), 0.0) + share
+    return {operand: counts for operand, counts in found.items() if counts}

@@ -22,7 +22,6 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _BASELINE = "#888888"  # seen on white and on black
 _FRAME_FROM = 0.08  # part of the token range whose losses may lie outside the first view
-_DIGITS = 6
 
 
 def losses(comparison: Comparison) -> go.Figure:
@@ -205,11 +204,10 @@ def _late(tokens: FloatArray, values: FloatArray) -> FloatArray:
     return late
 
 
-def _rounded(values: FloatArray) -> list[float | None]:
-    """JSON has no NaN; six digits are more than a screen has."""
-    return [
-        float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None for value in values.tolist()
-    ]
+def _rounded(values: FloatArray) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Seven digits are more than a screen has; what is no number is a hole in the line. Plotly takes an
+    array as it is, writes it as base64, and looks at each number of a list."""
+    return np.where(np.isfinite(values), values, np.nan).astype(np.float32)
 
 
 def in_progress(run: Run) -> bool:

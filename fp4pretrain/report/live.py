@@ -1,8 +1,8 @@
 """The gap to a baseline while a run goes on: at each evaluation, at the tokens it has seen by then.
 
-The baseline is the folder of a run, finished or still running (then its metrics are read again as they
-grow). It must be the same experiment but for the recipe: another seed, order of data, learning rate or
-length is refused, since the gap would be theirs too.
+The baseline is a run's folder or a run on wandb, finished or still running (then its rows are read again as
+they grow). It must be the same experiment but for the recipe: another seed, order of data, learning rate
+or length is refused, since the gap would be theirs too.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from fp4pretrain.baseline import WandbPath
 from fp4pretrain.errors import UserError
-from fp4pretrain.fingerprint import differing, digests
+from fp4pretrain.fingerprint import HARMLESS, differing, digests, within
+from fp4pretrain.naming import flat
+from fp4pretrain.report.baselines import FolderSource, Source, WandbSource
 from fp4pretrain.report.endpoint import curve_of
-from fp4pretrain.report.load import Run, load_run
+from fp4pretrain.report.equal_loss import equal_loss
+from fp4pretrain.report.gap import match
+from fp4pretrain.report.load import Run
 
 _SHOWN = 4
 
@@ -26,24 +31,23 @@ class LiveGap:
     """A baseline's validation losses to hold those of a run against.
 
     Args:
-        baseline: the run_dir of the baseline.
+        baseline: the run_dir of the baseline, or its place on wandb.
         fingerprint: the run's own, as ``fingerprint.whole`` makes it.
 
     Raises:
-        UserError: for a folder that holds no run, or one that differs in more than the recipe.
+        UserError: for a baseline that cannot be read, or that differs in more than the recipe.
     """
 
-    def __init__(self, baseline: Path, fingerprint: Mapping[str, Any]) -> None:
-        self.path = baseline
-        self._run = self._load()
-        self._read = self._stamp()
-        _refuse_other(self._run, fingerprint)
+    def __init__(self, baseline: Path | WandbPath, fingerprint: Mapping[str, Any]) -> None:
+        self._source: Source = (
+            FolderSource(baseline) if isinstance(baseline, Path) else WandbSource(baseline)
+        )
+        _refuse_other(self._source, fingerprint)
 
     def at(self, tokens: float, losses: Mapping[str, Any]) -> dict[str, float]:
         """``gap`` of val_loss and ``gap_bf16`` of val_loss_bf16, relative (0.01: 1% above the baseline),
         and ``baseline_val_loss``; nothing where the baseline has no evaluation around these tokens."""
-        if self._stamp() != self._read:
-            self._run, self._read = self._load(), self._stamp()
+        self._source.refresh(tokens)
         found: dict[str, float] = {}
         for key, name in (("val_loss", "gap"), ("val_loss_bf16", "gap_bf16")):
             theirs = self._loss(key, tokens)
@@ -53,35 +57,46 @@ class LiveGap:
                     found["baseline_val_loss"] = theirs
         return found
 
+    def final(self, run: Run) -> dict[str, float]:
+        """Of a run that ended, as far as its curves and the baseline's tell, in per cent: ``gap_percent``
+        at the last common tokens, and ``extra_tokens_percent`` that it needs for the baseline's loss."""
+        theirs = self._source.run
+        found: dict[str, float] = {}
+        matched = match(run.val_loss, theirs.val_loss)
+        if matched is not None:
+            found["gap_percent"] = 100 * float(matched.run[-1] / matched.baseline[-1] - 1)
+        extra = equal_loss([(run, theirs)]).extra
+        if extra is not None:
+            found["extra_tokens_percent"] = 100 * extra
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    def differences(self, config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+        """Key, the baseline's value and the run's, of every key of the recipe and of what shapes the
+        curve in which the configs differ."""
+        here, there = flat(config), flat(self._source.run.config)
+        keys = [key for key in sorted(here.keys() | there.keys()) if not within(key, HARMLESS)]
+        told = [(key, str(there.get(key)), str(here.get(key))) for key in keys]
+        return [one for one in told if one[1] != one[2]]
+
     def _loss(self, key: str, tokens: float) -> float | None:
         """The baseline's loss at so many tokens, on a line between its evaluations."""
-        curve = curve_of(self._run, key)
+        curve = curve_of(self._source.run, key)
         if not len(curve) or not curve.tokens[0] <= tokens <= curve.tokens[-1]:
             return None
         value = float(np.interp(tokens, curve.tokens, curve.values))
         return value if math.isfinite(value) else None
 
-    def _load(self) -> Run:
-        try:
-            return load_run(self.path, name=self.path.name)
-        except UserError as error:
-            raise UserError(f"baseline: {error}") from None
 
-    def _stamp(self) -> tuple[int, int]:
-        found = (self.path / "metrics.jsonl").stat()
-        return found.st_mtime_ns, found.st_size
-
-
-def _refuse_other(run: Run, ours: Mapping[str, Any]) -> None:
+def _refuse_other(source: Source, ours: Mapping[str, Any]) -> None:
+    run = source.run
     if run.fingerprint is None:
         raise UserError(
-            f"baseline: {run.path} has no fingerprint.json to compare with; train it again with this "
-            "version"
+            f"baseline: {source.name} has no fingerprint to compare with; train it again with this version"
         )
     if run.changes:
         changed = ", ".join(f"{key}: {change}" for key, change in run.changes.items())
         raise UserError(
-            f"baseline: {run.path} was resumed as another experiment ({changed}); choose another one"
+            f"baseline: {source.name} was resumed as another experiment ({changed}); choose another one"
         )
     theirs = run.fingerprint
     found = differing(theirs["entries"], ours["entries"])
@@ -90,10 +105,10 @@ def _refuse_other(run: Run, ours: Mapping[str, Any]) -> None:
     if told:
         more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
         raise UserError(
-            f"baseline: {run.path} differs in more than the recipe: {', '.join(told[:_SHOWN])}"
+            f"baseline: {source.name} differs in more than the recipe: {', '.join(told[:_SHOWN])}"
             f"{more}; give this run the same settings, or choose another baseline"
         )
     if theirs["plan"] == ours["plan"]:
         raise UserError(
-            f"baseline: {run.path} has this run's own recipe; choose another baseline or precision"
+            f"baseline: {source.name} has this run's own recipe; choose another baseline or precision"
         )

@@ -115,7 +115,7 @@ def _here(
 
 def _one_here(run: Planned, *, until: float | None) -> Outcome:
     try:
-        train(run.config, until=until)
+        train(run.begun, until=until)
     except Stopped as stopped:
         if stopped.by_signal:
             raise  # asked to stop: no further run either

@@ -28,8 +28,10 @@ from fp4pretrain.train.run_dir import (
     baseline_path,
     check_free,
     find_checkpoint,
+    read_history,
     run_path,
 )
+from fp4pretrain.train.together import together
 from fp4pretrain.version import sources_digest
 
 _NAMES = ("name", "run_dir")
@@ -43,17 +45,26 @@ class Planned:
 
     ``told``: the overrides that tell it from the command's other runs; empty where there are none.
     ``given_baseline``: the folder it is compared with: of the run that ``baseline=RECIPE`` trains, or of
-    the run that ``baseline=FOLDER`` names. ``is_baseline``: it is trained for others to be compared with.
+    the run that ``baseline=FOLDER`` names. ``own_baseline``: that run is one of this command.
     """
 
     config: RunConfig
     told: str = ""
     given_baseline: Path | None = None
-    is_baseline: bool = False
+    own_baseline: bool = False
 
     @property
     def path(self) -> Path:
         return run_path(self.config)
+
+    @property
+    def begun(self) -> RunConfig:
+        """The config to begin with now. A baseline of this command that is not finished, since it failed
+        or goes on beside this run, has no losses to hold this run's against."""
+        if not self.own_baseline or self.given_baseline is None:
+            return self.config
+        done = (read_history(self.given_baseline) or {}).get("finished_step")
+        return self.config if done else replace(self.config, baseline=None)
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,8 @@ def planned(sweep: list[list[str]], ranks: Meeting, *, stored: Path | None = Non
     names = iter(theirs["names"])
     groups = [([_of_main(run, next(names)) for run in runs], what) for runs, what in possible]
     settings = _of_command([run for runs, _ in groups for run in runs])
+    shared = together([runs for runs, _ in groups])
+    groups = [(runs, what) for runs, (_, what) in zip(shared, groups, strict=True)]
     runs = _by_folder(groups)
     failed = [
         Outcome(None, " ".join(varied), "failed", str(problem))
@@ -115,8 +128,6 @@ def planned(sweep: list[list[str]], ranks: Meeting, *, stored: Path | None = Non
     ]
     several, order = len(runs) + len(failed) > 1, _folders(runs)
     page = _page(order, sweep, told)
-    if len(sweep) > 1:
-        runs = [_grouped(run, page.name) for run in runs]
     runs, finished = _continued(runs, ranks) if several else (runs, [])
     ready, refused = _judged(runs, ranks, elsewhere=ranks_elsewhere(settings))
     if not ready and not finished and refused:
@@ -140,8 +151,9 @@ def _by_folder(groups: Sequence[tuple[list[RunConfig], str]]) -> list[Planned]:
     for configs, told in groups:
         base, own = configs[:-1], configs[-1]
         given = run_path(base[0]) if base else baseline_path(own)
-        both = [Planned(one, f"baseline of {told}".strip(), None, True) for one in base]
-        for run in (*both, Planned(own, told, given)):
+        folder = given if isinstance(given, Path) else None  # else on wandb
+        both = [Planned(one, f"baseline of {told}".strip()) for one in base]
+        for run in (*both, Planned(own, told, folder, own_baseline=bool(base))):
             run = replace(run, config=replace(run.config, sweep=SweepConfig()))
             if runs.setdefault(run.path, run).config != run.config:
                 raise UserError(
@@ -177,15 +189,6 @@ def _continued(runs: list[Planned], ranks: Meeting) -> tuple[list[Planned], list
 def _folders(runs: Sequence[Planned]) -> list[Path]:
     """Their folders."""
     return [run.path for run in runs]
-
-
-def _grouped(run: Planned, name: str) -> Planned:
-    """The run in wandb's group of this name, unless it was given one."""
-    logging = run.config.logging
-    if logging.wandb.group or os.environ.get("WANDB_RUN_GROUP"):
-        return run
-    logging = replace(logging, wandb=replace(logging.wandb, group=name))
-    return replace(run, config=replace(run.config, logging=logging))
 
 
 def _varied(sweep: list[list[str]]) -> list[list[str]]:

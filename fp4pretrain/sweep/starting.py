@@ -23,7 +23,7 @@ def arguments(run: Planned, *, until: float | None) -> list[str]:
 
     It goes on from its checkpoint also where it is started more than once.
     """
-    config = replace(run.config, resume=run.config.resume or "auto")
+    config = replace(run.begun, resume=run.config.resume or "auto")
     run.path.mkdir(parents=True, exist_ok=True)
     file = run.path / START
     write_text(file, OmegaConf.to_yaml(OmegaConf.structured(config)))

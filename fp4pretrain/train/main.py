@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import socket
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,7 @@ from fp4pretrain.config import RunConfig, plan_of
 from fp4pretrain.data import unigram_entropy, validate
 from fp4pretrain.model.layout import check_layout
 from fp4pretrain.model.memory import check_fits, state_bytes
-from fp4pretrain.observe import (
-    CompositeSink,
-    ConsoleSink,
-    JsonlSink,
-    Sink,
-    WandbSink,
-    stored_run_id,
-)
+from fp4pretrain.observe import tensorboard_sink
 from fp4pretrain.observe.sites import selection_of
 from fp4pretrain.parallel.agreement import agree, attempted
 from fp4pretrain.parallel.groups import join, leave, pick_device, world_size
@@ -41,6 +33,7 @@ from fp4pretrain.train.hooks import (
     Observing,
     Profiling,
     Signals,
+    Summarizing,
     Triggers,
     Watchdog,
 )
@@ -49,7 +42,6 @@ from fp4pretrain.train.lock import RunLock
 from fp4pretrain.train.loop import Hook, fit
 from fp4pretrain.train.run_dir import (
     CHECKPOINTS,
-    METRICS,
     baseline_path,
     check_free,
     find_checkpoint,
@@ -60,6 +52,7 @@ from fp4pretrain.train.run_dir import (
     run_path,
     starts_anew,
 )
+from fp4pretrain.train.sinks import Told, sinks_of
 from fp4pretrain.train.trainer import Trainer, build_trainer, data_spec
 from fp4pretrain.version import commit, sources_digest, versions
 
@@ -77,6 +70,8 @@ def check_run(config: RunConfig, *, elsewhere: int | None = None) -> None:
         check_initial(config.init, config.model)
     if config.observe.interval:
         selection_of(config.observe).sites(plan_of(config))
+    if config.logging.tensorboard:
+        tensorboard_sink.check_installed()
 
 
 class Stopped(SystemExit):
@@ -153,7 +148,8 @@ def _fit(trainer: Trainer, path: Path, start: Path | None, *, until: float | Non
                 "kept beside the new ones",
                 flush=True,
             )
-    sinks = _sinks(trainer, path, found, fresh=fresh) if world.is_main else None
+    goes_on = config.resume is not None and not fresh
+    sinks = sinks_of(trainer, path, Told(gap, found, goes_on=goes_on)) if world.is_main else None
     logging = Logging(trainer, sinks)
     if found and world.is_main:
         _log_changes(trainer, found, logging)
@@ -167,6 +163,7 @@ def _fit(trainer: Trainer, path: Path, start: Path | None, *, until: float | Non
         Deoscillating(logging),
         *([Observing(trainer, logging)] if config.observe.interval else []),
         Evaluation(logging, gap),
+        Summarizing(path, logging, gap),
         Triggers(logging),
         checkpointing,
         Auditing(path / "audit.json"),
@@ -178,13 +175,13 @@ def _fit(trainer: Trainer, path: Path, start: Path | None, *, until: float | Non
 
 
 def _live_gap(trainer: Trainer) -> LiveGap | None:
-    """On the main rank, where ``baseline`` is the folder of a run. Raises UserError on every rank."""
-    folder = baseline_path(trainer.config)
-    if folder is None:
+    """On the main rank, where ``baseline`` is a run. Raises UserError on every rank."""
+    baseline = baseline_path(trainer.config)
+    if baseline is None:
         return None
     found: list[LiveGap] = []
     on_main(
-        lambda: found.append(LiveGap(folder, trainer.fingerprint)), is_main=trainer.world.is_main
+        lambda: found.append(LiveGap(baseline, trainer.fingerprint)), is_main=trainer.world.is_main
     )
     return found[0] if found else None
 
@@ -278,47 +275,3 @@ def _warn(text: str) -> None:
 
 def _silent(text: str) -> None:
     """What a rank that is not the main one says."""
-
-
-def _sinks(trainer: Trainer, path: Path, found: Changes, *, fresh: bool) -> Sink:
-    """``found``: what changed against the checkpoint; ``fresh``: rows that are there are kept aside."""
-    config = trainer.config
-    goes_on = config.resume is not None and not fresh
-    sinks: list[Sink] = [JsonlSink(path / METRICS, resume_step=trainer.step if goes_on else None)]
-    if config.logging.console != "quiet":
-        console = Console(
-            highlight=False,
-            force_terminal={"progress": True, "lines": False}.get(config.logging.console),
-        )
-        sinks.append(
-            ConsoleSink(total_steps=config.train.steps, start_step=trainer.step, console=console)
-        )
-    w = config.logging.wandb
-    if w.mode != "disabled":
-        sinks.append(
-            WandbSink(
-                {**asdict(config), **_identity(trainer, found)},
-                path,
-                mode=w.mode,
-                project=w.project,
-                entity=w.entity,
-                group=w.group,
-                tags=w.tags,
-                name=w.name,
-                resume_id=stored_run_id(path) if goes_on else None,
-            )
-        )
-    return CompositeSink(sinks)
-
-
-def _identity(trainer: Trainer, found: Changes) -> dict[str, Any]:
-    """What wandb's config has beside the config: who else is the same experiment, what was changed."""
-    whole = trainer.fingerprint
-    identity = {
-        "fingerprint": whole["digest"],
-        "plan": whole["plan"],
-        "fingerprint_data": whole["data"],
-    }
-    if found:
-        identity["changes"] = {f"step_{trainer.step + 1}": told(found)}
-    return identity

@@ -22,10 +22,10 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
+from fp4pretrain.baseline import WandbPath, is_recipe, wandb_path
 from fp4pretrain.config import RunConfig
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import user_path, write_text
-from fp4pretrain.presets import groups
 from fp4pretrain.train import checkpoint
 
 CHECKPOINTS = "checkpoints"
@@ -45,10 +45,12 @@ def run_path(config: RunConfig) -> Path:
     return Path("runs") / (config.name or f"{config.precision.name}-seed{config.seed}")
 
 
-def baseline_path(config: RunConfig) -> Path | None:
-    """The folder that ``baseline`` names; None where it names a recipe, or nothing."""
-    if config.baseline is None or config.baseline in groups()["precision"]:
+def baseline_path(config: RunConfig) -> Path | WandbPath | None:
+    """The folder, or the run on wandb, that ``baseline`` names; None where it names a recipe, or nothing."""
+    if config.baseline is None or is_recipe(config.baseline):
         return None
+    if (there := wandb_path(config.baseline)) is not None:
+        return there
     return user_path(config.baseline, key="baseline")
 
 

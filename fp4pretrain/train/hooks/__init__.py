@@ -10,6 +10,7 @@ from fp4pretrain.train.hooks.logging import Logging
 from fp4pretrain.train.hooks.observing import Observing
 from fp4pretrain.train.hooks.profiling import Profiling
 from fp4pretrain.train.hooks.signals import Signals
+from fp4pretrain.train.hooks.summarizing import Summarizing
 from fp4pretrain.train.hooks.triggers import Triggers
 from fp4pretrain.train.hooks.watchdog import Watchdog
 
@@ -23,6 +24,7 @@ __all__ = [
     "Observing",
     "Profiling",
     "Signals",
+    "Summarizing",
     "Triggers",
     "Watchdog",
 ]

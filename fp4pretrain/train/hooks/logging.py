@@ -77,6 +77,11 @@ class Logging(Hook):
         if self._sink is not None:
             self._sink.write({**row, "time": round(time.time(), 3)})
 
+    def summarize(self, values: Mapping[str, float]) -> None:
+        """Hand the finished run's numbers to the sinks, on the main rank."""
+        if self._sink is not None:
+            self._sink.summarize(values)
+
     def close(self) -> None:
         if self._sink is not None:
             self._sink.close()

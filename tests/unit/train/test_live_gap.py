@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from wandb_log import finished
 
 from fp4pretrain.config import compose
 from fp4pretrain.errors import UserError
@@ -30,7 +32,8 @@ def test_evaluations_hold_the_gap_at_their_tokens(baseline: Path, tmp_path: Path
     """Where the baseline was evaluated too, its loss; between two evaluations a line; before the first,
     nothing. The run ends with the comparison's table and page."""
     run = ["precision=mxfp4_h16", "train.eval_interval=1", f"run_dir={tmp_path / 'run'}"]
-    train_all([[*RUN, *run, f"baseline={baseline}"]])
+    wandb = ["logging.wandb.mode=offline", f"baseline={baseline}"]
+    train_all([[*RUN, *run, *wandb]])
     theirs = {
         r["step"]: r["val_loss"] for r in read_rows(baseline / "metrics.jsonl") if "val_loss" in r
     }
@@ -42,6 +45,26 @@ def test_evaluations_hold_the_gap_at_their_tokens(baseline: Path, tmp_path: Path
         assert row["gap"] == pytest.approx(row["val_loss"] / expected[row["step"]] - 1, rel=1e-9)
         assert "gap_bf16" in row  # the baseline quantizes nothing: its loss is its own in BF16
     assert (tmp_path / "run" / "compare.html").is_file()
+    _told_wandb(tmp_path / "run", gap=rows[-1]["gap"])
+
+
+def _told_wandb(run: Path, *, gap: float) -> None:
+    """Its summary sorts by the gap at the end, and the table of differences names the recipe's."""
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    items = {
+        item.key: json.loads(item.value_json)
+        for record in finished(file)
+        for item in record.summary.update
+        if item.key.startswith("final/")
+    }
+    assert items["final/gap_percent"] == pytest.approx(100 * gap)
+    shares = [items[f"final/{name}_flops_percent"] for name in ("fp4", "fp8", "bf16")]
+    assert sum(shares) == pytest.approx(100) and shares[0] > 10
+    assert items["final/tokens_per_second"] > 0
+    (table,) = run.glob("wandb/offline-run-*/files/media/table/config_diff*.json")
+    differing = {key: (there, here) for key, there, here in json.loads(table.read_text())["data"]}
+    assert differing["precision.fprop.x.format"] == ("bf16", "mxfp4")
+    assert all(key.startswith("precision.") for key in differing)
 
 
 @pytest.mark.parametrize(

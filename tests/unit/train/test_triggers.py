@@ -86,7 +86,7 @@ def test_a_plan_asks_which_triggers_fired() -> None:
         (["trigger='loss > 2'"], r"rules.finish.trigger: loss is not measured; use one of"),
         (
             ["trigger='gap > 0.01'"],
-            r"does not measure gap: it needs a baseline; set baseline=FOLDER",
+            r"does not measure gap: it needs a baseline; set baseline=RECIPE",
         ),
         (["trigger='gradient_to_noise < 1'"], r"does not measure .*set observe.interval"),
         (["release='loss_ratio < 1'"], r"rules.finish.release: there is no trigger"),

@@ -1,0 +1,63 @@
+"""A run on wandb, read through wandb's public API: its config, and curves over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from fp4pretrain.baseline import WandbPath
+from fp4pretrain.errors import UserError
+from fp4pretrain.observe.wandb_sink import has_api_key
+
+_PAGE = 50_000  # steps asked for at once; few of them have a row
+_HOSTED = "wandb.ai"
+
+
+@dataclass(frozen=True)
+class WandbRun:
+    """``curves``: key -> (tokens, value) of each row that has it. ``going``: whether more may come."""
+
+    name: str
+    config: Mapping[str, Any]
+    curves: Mapping[str, Sequence[tuple[float, float]]]
+    going: bool
+
+
+def fetch(path: WandbPath, keys: Sequence[str]) -> WandbRun:
+    """Ask the server. Raises UserError, one line with its cure, where that cannot be done."""
+    try:
+        import wandb
+
+        base = str(wandb.setup().settings.base_url)
+        server = path.server if path.server and not _same(path.server, base) else None
+        if not has_api_key(server or base):
+            raise UserError(
+                f"baseline: {path} is read from {server or base}, and no API key is set; set one with "
+                "wandb login, or give the folder of a run"
+            )
+        api = wandb.Api(overrides={"base_url": server} if server else None)
+        run = api.run(path.path)
+        curves = {
+            key: sorted(
+                (float(row["tokens"]), float(row[key]))
+                for row in run.scan_history(keys=["tokens", key], page_size=_PAGE)
+            )
+            for key in keys
+        }
+        return WandbRun(str(run.name), dict(run.config), curves, going=run.state == "running")
+    except UserError:
+        raise
+    except Exception as error:  # of the network, the server, the package
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"baseline: {path} cannot be read ({line}); look at its name, the network and wandb login, or "
+            "give the folder of a run"
+        ) from None
+
+
+def _same(server: str, base: str) -> bool:
+    """Whether the page of a run is of the server whose API is at ``base``."""
+    shown, asked = urlsplit(server).netloc, urlsplit(base).netloc
+    return asked in (shown, f"api.{shown}") or shown.removeprefix("www.") == _HOSTED
