@@ -7,6 +7,7 @@ What the processes print is in ``output.log``.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +17,8 @@ from omegaconf import OmegaConf
 from fp4pretrain.files import write_text
 from fp4pretrain.sweep.planning import Outcome, Planned
 from fp4pretrain.train.run_dir import LOG, START, read_history
+
+_ERROR = re.compile(r"(?:\[rank\d+\]: *)?[\w.]*(?:Error|Exception)\b")  # a traceback's last line
 
 
 def arguments(run: Planned, *, until: float | None) -> list[str]:
@@ -46,11 +49,13 @@ def outcome(run: Planned, *, problem: str | None) -> Outcome:
 
 
 def last_words(path: Path) -> str:
-    """The line in which a run's processes said what was wrong, or else their last one."""
+    """The line in which a run's processes said what was wrong: fp4pretrain's own, or else an error's (not
+    torchrun's, which only says that a rank failed), or else the last one."""
     file = path / LOG
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []
     said = [
         line.removeprefix("fp4pretrain: ") for line in lines if line.startswith("fp4pretrain: ")
     ]
+    errors = [line for line in lines if _ERROR.match(line) and "ChildFailedError" not in line]
     words = [line for line in lines if line.strip()]
-    return (said or words or ["it said nothing"])[-1]
+    return (said or errors or words or ["it said nothing"])[-1]

@@ -156,8 +156,11 @@ def test_keys_that_say_nothing_are_refused(overrides: list[str], line: str) -> N
 
 def test_last_words(tmp_path: Path) -> None:
     assert last_words(tmp_path) == "it said nothing"
-    (tmp_path / LOG).write_text("step 1\nTraceback\nRuntimeError: no\n")
+    elastic = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n=====\n"
+    (tmp_path / LOG).write_text(f"step 1\nTraceback\nRuntimeError: no\n{elastic}")
     assert last_words(tmp_path) == "RuntimeError: no"
+    (tmp_path / LOG).write_text("step 1\nKilled\n\n")
+    assert last_words(tmp_path) == "Killed"
     (tmp_path / LOG).write_text("fp4pretrain: a: b; c\nChildFailedError\n====\n")
     assert last_words(tmp_path) == "a: b; c"
 
