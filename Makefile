@@ -11,7 +11,7 @@ BIN := $(abspath $(VENV))/bin
 # into the sources that it installs: of a checkout that cannot be written it gets a copy.
 ROOT := $(patsubst %/,%,$(dir $(abspath $(lastword $(MAKEFILE_LIST)))))
 SOURCE := $(if $(shell test -w $(ROOT) && echo yes),$(ROOT),$(abspath $(VENV))/source)
-SOURCES := $(addprefix $(ROOT)/,fp4pretrain kernels configs pyproject.toml README.md LICENSE)
+SOURCES := $(addprefix $(ROOT)/,fp4pretrain kernels configs launch pyproject.toml README.md LICENSE)
 PIP := $(BIN)/python -m pip install -q -c $(ROOT)/constraints.txt
 # Tests start up to four processes each; more threads would only get in each other's way.
 THREADS := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1

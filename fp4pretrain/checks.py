@@ -13,10 +13,10 @@ from fp4pretrain.baseline import is_recipe, wandb_path
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import user_path
 from fp4pretrain.presets import groups, offer
-from fp4pretrain.units import steps_of
+from fp4pretrain.units import seconds_of, steps_of
 
 if TYPE_CHECKING:
-    from fp4pretrain.config import ModelConfig, RunConfig, WandbConfig
+    from fp4pretrain.config import ModelConfig, RunConfig, SweepConfig, WandbConfig
     from fp4pretrain.precision import Plan
 
 CHOICES = {
@@ -33,6 +33,7 @@ CHOICES = {
     "precision.mxfp4_emulation": ("fp8", "bf16"),
     "guard.spike.action": ("none", "report", "rollback"),
     "guard.hang_action": ("restart", "report"),
+    "sweep.launcher": ("here", "processes", "slurm"),
     "logging.wandb.mode": ("auto", "online", "offline", "disabled"),
     "logging.console": ("auto", "progress", "lines", "quiet"),
 }
@@ -63,6 +64,7 @@ POSITIVE = (
     "parallel.virtual_pipeline",
     "parallel.context",
     "checkpoint.keep_last",
+    "sweep.ranks",
     "guard.spike.threshold",
     "guard.spike.window",
     "guard.spike.warmup",
@@ -85,6 +87,7 @@ NOT_NEGATIVE = (
     "profile.start",
     "profile.steps",
     "observe.interval",
+    "sweep.jobs",
 )
 BELOW_ONE = ("optim.beta1", "optim.beta2", "model.attention_dropout", "model.hidden_dropout")
 # Optional words: null says "none", an empty one says nothing.
@@ -134,6 +137,7 @@ def check(config: RunConfig) -> None:
             f"precision.name: {config.precision.name!r} names a folder of runs; leave out the /"
         )
     _check_baseline(config.baseline)
+    _check_sweep(config.sweep)
     _check_wandb(config.logging.wandb)
     _check_model(config.model)
     _check_schedule(config)
@@ -159,6 +163,29 @@ def check(config: RunConfig) -> None:
             f"train.global_batch: {config.train.global_batch} is no multiple of train.micro_batch="
             f"{config.train.micro_batch}; change one"
         )
+
+
+def _check_sweep(sweep: SweepConfig) -> None:
+    if sweep.budget is not None:
+        seconds_of(sweep.budget, key="sweep.budget")
+    if sweep.jobs == 0 and sweep.launcher != "slurm":
+        raise UserError(
+            "sweep.jobs: 0 is for sweep.launcher=slurm, whose queue says; give 1 or more"
+        )
+    if sweep.launcher == "here" and (sweep.jobs, sweep.ranks) != (1, 1):
+        raise UserError(
+            "sweep.launcher: here trains one run at a time, on the ranks of this command; add "
+            "sweep.launcher=processes"
+        )
+    if sweep.slurm and sweep.launcher != "slurm":
+        raise UserError("sweep.slurm: it says something to Slurm alone; add sweep.launcher=slurm")
+    if sweep.slurm is not None and not isinstance(sweep.slurm, Mapping):
+        raise UserError(
+            f"sweep.slurm: {sweep.slurm!r} says nothing; write {{partition: gpu, time: 720}}"
+        )
+    nodes = (sweep.slurm or {}).get("nodes", 1)
+    if not isinstance(nodes, int) or nodes < 1:
+        raise UserError(f"sweep.slurm: nodes is {nodes!r}; give a whole number from 1")
 
 
 def _check_baseline(named: str | None) -> None:

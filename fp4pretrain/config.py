@@ -8,16 +8,20 @@ plain data; nothing below this module imports Hydra.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -26,11 +30,17 @@ from fp4pretrain.checks import check, check_triggers
 from fp4pretrain.errors import UserError
 from fp4pretrain.fingerprint import check_names
 from fp4pretrain.naming import recipe_name
-from fp4pretrain.overrides import adding_rules, names_nothing, one_line, refuse_unknown
+from fp4pretrain.overrides import (
+    adding_rules,
+    names_nothing,
+    naming_files,
+    one_line,
+    refuse_unknown,
+)
 from fp4pretrain.precision import GEMMS, Plan, Recipe
 from fp4pretrain.precision.rules import BLOCK_LINEARS
 from fp4pretrain.precision_config import PrecisionConfig, fill_rules, plan_from
-from fp4pretrain.presets import config_dir, groups, offer
+from fp4pretrain.presets import config_dir, groups, offer, own, search_path
 from fp4pretrain.units import tokens_of
 
 
@@ -258,6 +268,25 @@ class LoggingConfig:
 
 
 @dataclass
+class SweepConfig:
+    """How the runs of one command are started; no part of any run.
+
+    ``budget``: a time (90s, 30m, 2h) after which no run starts and those that go on save and stop.
+    ``launcher``: ``here``, one after the other in this process and its ranks; ``processes``, each run in
+    processes of its own, ``jobs`` runs at once on each GPU, or on the CPU; ``slurm``, each run a job, and
+    ``jobs`` of them at once (0: as many as the cluster takes). ``ranks``: processes of a run on a node,
+    each with a GPU of its own where there are any (not for ``here``: torchrun says how many). ``slurm``:
+    null, or what sbatch is told, such as {partition: gpu, time: 720, nodes: 2}.
+    """
+
+    budget: Any = None
+    launcher: str = "here"
+    jobs: int = 1
+    ranks: int = 1
+    slurm: Any = None
+
+
+@dataclass
 class RunConfig:
     """One run. ``baseline``: null, the recipe to train first and compare with, or the folder of a run
     whose validation losses each evaluation is held against.
@@ -279,6 +308,7 @@ class RunConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     seed: int = 1234
     name: str | None = None
     run_dir: str | None = None
@@ -306,16 +336,33 @@ for _group in ("model", "data", "optim", "parallel", "train", "precision", "logg
     _store.store(group=_group, name="schema", node=type(getattr(_LooseRun(), _group)))
 
 
-def compose(overrides: list[str]) -> RunConfig:
+class _OwnConfigs(SearchPathPlugin):
+    """Hydra looks into a user's own folders before it looks into ours."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in reversed(_own_folders()):
+            search_path.prepend("own", f"file://{folder}", anchor="main")
+
+
+def _own_folders() -> list[Path]:
+    return [folder for folder in search_path() if folder != config_dir()]
+
+
+Plugins.instance().register(_OwnConfigs)
+
+
+def compose(overrides: Sequence[str]) -> RunConfig:
     """``configs/train.yaml`` with overrides in Hydra's grammar, as a checked RunConfig.
 
-    Raises UserError, one line naming key and cure, for anything unknown or impossible. Checks that
-    need the number of ranks are in ``fp4pretrain.model.layout``.
+    A group takes an option's name or the path of a YAML file. Raises UserError, one line naming key and
+    cure, for anything unknown or impossible. Checks that need the number of ranks are in
+    ``fp4pretrain.model.layout``.
     """
     keys = schema_keys()
+    overrides = naming_files(overrides)
     refuse_unknown(overrides, keys=keys)
     overrides = [text for text in overrides if not names_nothing(text)]
-    composed, choices = _composed(tuple(overrides), keys)
+    composed, choices = _composed(tuple(overrides), keys, own())
     config = OmegaConf.to_object(composed)
     assert isinstance(config, RunConfig)
     given = {text.partition("=")[0] for text in overrides}
@@ -325,10 +372,18 @@ def compose(overrides: list[str]) -> RunConfig:
         asdict(config.precision),
         option=choices["precision"],
         experiment=choices.get("experiment"),
-        plain=lambda override: _plain_recipe(override, keys),
+        plain=lambda override: _plain_recipe(override, keys, own()),
         given=given,
     )
-    fill_rules(config.precision, _named_recipe)
+    fill_rules(config.precision, lambda name: _named_recipe(name, own()))
+    return completed(config, given)
+
+
+def completed(config: RunConfig, given: Collection[str]) -> RunConfig:
+    """The config with its lengths in steps and tokens, checked. ``given``: keys that the user set.
+
+    Raises UserError.
+    """
     if config.train.tokens is not None:
         if "train.steps" in given and "train.tokens" in given:
             raise UserError("train.tokens: train.steps says another length; give one of them")
@@ -338,14 +393,17 @@ def compose(overrides: list[str]) -> RunConfig:
     if config.data.valid_tokens is not None:
         config.data.valid_tokens = tokens_of(config.data.valid_tokens, key="data.valid_tokens")
     check(config)
-    check_names(config.resume_with, keys)
+    check_names(config.resume_with, schema_keys())
     check_triggers(config, plan_of(config))
     return config
 
 
 @lru_cache(maxsize=64)  # half a second each, and one process asks for the same more than once
-def _composed(overrides: tuple[str, ...], keys: frozenset[str]) -> tuple[Any, dict[str, Any]]:
-    """The composed config under the schema, and the option chosen of every group."""
+def _composed(
+    overrides: tuple[str, ...], keys: frozenset[str], own: tuple[object, ...]
+) -> tuple[Any, dict[str, Any]]:
+    """The composed config under the schema, and the option chosen of every group. ``own``: which files
+    of the user's there were to choose from."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -361,13 +419,17 @@ def _composed(overrides: tuple[str, ...], keys: frozenset[str]) -> tuple[Any, di
         OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(one_line(error, list(overrides), keys=keys)) from None
+    except RecursionError:
+        raise UserError(
+            f"{', '.join(overrides)}: the defaults of a file lead back to it; name another file there"
+        ) from None
     return merged, choices
 
 
 @cache
-def _plain_recipe(override: str, keys: frozenset[str]) -> dict[str, Any]:
+def _plain_recipe(override: str, keys: frozenset[str], own: tuple[object, ...]) -> dict[str, Any]:
     """The precision section of a recipe's or experiment's file as it stands."""
-    composed, _ = _composed((override,), keys)
+    composed, _ = _composed((override,), keys, own)
     section: dict[str, Any] = OmegaConf.to_container(composed.precision)  # type: ignore[assignment]
     return section
 
@@ -392,8 +454,8 @@ def plan_of(config: RunConfig) -> Plan:
 
 
 @cache
-def _named_recipe(name: str) -> Recipe:
-    """The recipe of a file of ``configs/precision``."""
+def _named_recipe(name: str, own: tuple[object, ...]) -> Recipe:
+    """The recipe of an option of ``precision``; ``own``: as for ``_composed``."""
     offered = groups()["precision"]
     if name not in offered:
         raise UserError(f"{name!r} is no recipe; choose {offer(name, offered)}")

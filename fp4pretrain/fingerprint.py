@@ -34,6 +34,7 @@ HARMLESS = {
     "resume": "how this process began; what it began with is compared",
     "resume_with": "what was allowed to differ; what did is in the history",
     "baseline": "another run, trained before this one",
+    "sweep": "when and where a command starts its runs",
     "logging": "who is told, not what",
     "profile": "watches steps and changes none",
     "observe": "measures casts and changes none",

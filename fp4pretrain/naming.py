@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from fp4pretrain.precision_config import RuleConfig
-from fp4pretrain.presets import config_dir
+from fp4pretrain.presets import option_file
 
 # What computes a recipe, and what it is called, make no other recipe.
 NOT_THE_RECIPE = ("precision.name", "precision.backend")
@@ -102,5 +102,6 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _file(group: str, option: str) -> dict[str, Any]:
-    text = (config_dir() / group / f"{option}.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text) or {}
+    file = option_file(group, option)
+    assert file is not None, (group, option)  # it was composed from it
+    return yaml.safe_load(file.read_text(encoding="utf-8")) or {}

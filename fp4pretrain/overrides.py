@@ -10,15 +10,17 @@ import re
 import textwrap
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException
 from yaml import MarkedYAMLError
 
 from fp4pretrain.errors import UserError
-from fp4pretrain.presets import groups, offer
+from fp4pretrain.files import user_path
+from fp4pretrain.presets import SUFFIXES, groups, offer, use_file
 
 RULE_KEYS = (
     *("recipe", "gemms", "blocks", "linears", "modules"),
@@ -57,6 +59,20 @@ def names_nothing(text: str) -> bool:
     """Whether an override sets a group to its default, null, which Hydra takes in a file only."""
     override = _parsed(text)
     return override.key_or_group in _MAY_BE_EMPTY and override.value() is None
+
+
+def naming_files(overrides: Sequence[str]) -> list[str]:
+    """``precision=my/recipe.yaml`` as ``precision=recipe``, its file an option from now on; the same for
+    every group, and for ``baseline``. Raises UserError as ``use_file``."""
+    offered = groups()
+    found = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        group, given = ("precision" if key == "baseline" else key), value.strip("'\"")
+        if group in offered and given.endswith(SUFFIXES):
+            text = f"{key}={use_file(group, user_path(given, key=key))}"
+        found.append(text)
+    return found
 
 
 def refuse_unknown(overrides: Sequence[str], *, keys: Collection[str]) -> None:
@@ -142,9 +158,16 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
                 ) from None
             if not values:
                 raise UserError(f"{_name(text)}: {text!r} sweeps over nothing; give it values")
-            variants = [f"{override.get_key_element()}={value}" for value in values]
+            variants = [f"{override.get_key_element()}={_as_typed(value)}" for value in values]
         runs = [[*run, variant] for run in runs for variant in variants]
     return runs
+
+
+def _as_typed(value: str) -> str:
+    """1e9, which Hydra writes out as 1000000000.0, for names and lines."""
+    if not re.fullmatch(r"\d{7,}\.0", value) or float(f"{float(value):g}") != float(value):
+        return value
+    return f"{float(value):g}".replace("e+0", "e").replace("e+", "e")
 
 
 def unknown_key(key: str, keys: Collection[str]) -> str:
@@ -160,7 +183,7 @@ def one_line(error: Exception, overrides: Sequence[str], *, keys: Collection[str
     """What Hydra, OmegaConf or the YAML reader said, as one line that names key and cure."""
     if isinstance(error, MarkedYAMLError):
         mark = error.problem_mark
-        place = f"{mark.name}, line {mark.line + 1}" if mark else "a YAML file"
+        place = f"{Path(mark.name).resolve()}, line {mark.line + 1}" if mark else "a YAML file"
         return f"{place}: {error.problem}; correct the YAML"
     cause = error.__cause__ or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
@@ -178,6 +201,13 @@ def one_line(error: Exception, overrides: Sequence[str], *, keys: Collection[str
     if re.match(r"Key '.*' not in '", reason):
         return unknown_key(full_key[1], keys) + place
     return f"{full_key[1]}: {reason}{place}; {cure}"
+
+
+def key_and_value(text: str) -> tuple[str, Any]:
+    """What an override sets, and to what, as plain data. Raises UserError."""
+    override = _parsed(text)
+    value = override.value()
+    return override.key_or_group, value.text if isinstance(value, QuotedString) else value
 
 
 def _parsed(text: str) -> Override:

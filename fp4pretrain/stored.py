@@ -1,7 +1,8 @@
-"""A run's config and plan, as its folder holds them."""
+"""A run's config as its folder holds it, and runs that are made from such a config."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fp4pretrain.config import RunConfig
+from fp4pretrain.config import RunConfig, completed, compose, schema_keys
 from fp4pretrain.errors import UserError
+from fp4pretrain.overrides import key_and_value, one_line, refuse_unknown
+from fp4pretrain.presets import groups
 
 
 def read_config(path: Path) -> RunConfig:
@@ -18,6 +21,37 @@ def read_config(path: Path) -> RunConfig:
     file = path / "config.yaml"
     if not file.is_file():
         raise UserError(f"{path}: no config.yaml; give the run_dir that a run wrote")
+    return _read(file)
+
+
+def composed(overrides: Sequence[str], stored: Path | None = None) -> RunConfig:
+    """The checked config of overrides in Hydra's grammar: on the groups' files, or on a stored config,
+    which has all of them already. Raises UserError."""
+    if stored is None:
+        return compose(overrides)
+    if not stored.is_file():
+        raise UserError(f"config: {stored} is no file; give a run's config.yaml")
+    config = OmegaConf.structured(_read(stored))
+    refuse_unknown(overrides, keys=schema_keys())
+    for text in overrides:
+        key, value = key_and_value(text)
+        if key in groups() or key.startswith("precision."):
+            raise UserError(
+                f"{key}: {stored} says it already; leave it out, or leave --config out and compose anew"
+            )
+        try:
+            OmegaConf.update(config, key, value)
+        except OmegaConfBaseException as error:
+            raise UserError(one_line(error, [text], keys=schema_keys())) from None
+    made = OmegaConf.to_object(config)
+    assert isinstance(made, RunConfig)
+    given = {text.partition("=")[0] for text in overrides}
+    if "train.steps" in given:
+        made.train.tokens = None
+    return completed(made, given)
+
+
+def _read(file: Path) -> RunConfig:
     try:
         tree = OmegaConf.load(file)
     except (OSError, OmegaConfBaseException, YAMLError, ValueError) as error:

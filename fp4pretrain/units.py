@@ -1,4 +1,4 @@
-"""Numbers as people write them: "2M" tokens; a warmup as steps, tokens or a fraction of the run."""
+"""Numbers as people write them: "2M" tokens; a warmup as steps, tokens or a fraction of the run; "2h"."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from fp4pretrain.errors import UserError
 
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def tokens_of(value: Any, *, key: str) -> int:
@@ -43,6 +44,14 @@ def steps_of(value: Any, *, steps: int, tokens_a_step: int, key: str) -> int:
         f"{key}: {value!r} is neither a fraction of the run (0.1), nor steps (200), nor tokens (2M); "
         "give one of them"
     )
+
+
+def seconds_of(value: Any, *, key: str) -> float:
+    """A time with its unit: "90s", "30m", "1.5h", "2d". Raises UserError naming ``key``."""
+    read = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value) if isinstance(value, str) else None
+    if read is None or float(read[1]) == 0:
+        raise UserError(f"{key}: {value!r} is no time; write 90s, 30m, 2h or 1d")
+    return float(read[1]) * _SECONDS[read[2]]
 
 
 def _amount(value: Any) -> float | None:

@@ -20,6 +20,7 @@ from fp4pretrain.cli import (
     culprit,
     datasets,
     doctor,
+    launching,
     machine,
     models,
     training,
@@ -28,6 +29,7 @@ from fp4pretrain.cli.parser import Parser
 from fp4pretrain.console import plain_console
 from fp4pretrain.errors import UserError
 from fp4pretrain.parallel.launch import is_main
+from fp4pretrain.presets import use_folder
 
 # What a file system refuses, wherever it does -> the cure.
 _REFUSED = {
@@ -47,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         arguments, rest = parser().parse_known_args(argv)
         _take_rest(arguments, rest)
+        if getattr(arguments, "config_dir", None) is not None:
+            use_folder(arguments.config_dir)
         arguments.work(arguments)
     except UserError as error:
         shown = is_main() if error.shown is None else error.shown
@@ -85,7 +89,17 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=f"fp4pretrain {__version__}")
     verbs = made.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for group in (training, comparing, culprit, models, datasets, machine, doctor, completion):
+    for group in (
+        training,
+        comparing,
+        culprit,
+        models,
+        datasets,
+        machine,
+        doctor,
+        launching,
+        completion,
+    ):
         group.add(verbs)
     return made
 

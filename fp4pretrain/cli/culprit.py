@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fp4pretrain.cli.parser import add_verb
+from fp4pretrain.cli.parser import add_config_dir, add_verb
 from fp4pretrain.errors import UserError
 from fp4pretrain.parallel.launch import is_main
 
@@ -35,6 +35,7 @@ def add(verbs: Any) -> None:
     parser = add_verb(verbs, "culprit", "which casts of a trained model cost the most", HELP, _work)
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("--precision", metavar="RECIPE", help="another recipe, for these weights")
+    add_config_dir(parser)
     parser.add_argument("--by", default="gemm,operand,linear,layer", metavar="KIND,...")
     parser.add_argument("--batches", type=int, default=4, metavar="N")
     parser.add_argument("--rank", choices=("gradient", "loss"), default="gradient")

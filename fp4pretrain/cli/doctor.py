@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from fp4pretrain.cli.parser import add_verb
+from fp4pretrain.cli.parser import add_overrides, add_verb
 from fp4pretrain.parallel.launch import is_main
 from fp4pretrain.presets import groups
 
@@ -24,7 +24,7 @@ without bias, rotations that cancel, collectives, room on the disk, wandb. Statu
 
 def add(verbs: Any) -> None:
     parser = add_verb(verbs, "doctor", "what this machine can run, and why not", HELP, _work)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    add_overrides(parser)
     parser.add_argument("--precision", default="nvfp4", metavar="RECIPE")
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fp4pretrain.cli.parser import add_verb, path
+from fp4pretrain.cli.parser import add_overrides, add_verb, path
 from fp4pretrain.errors import UserError
 from fp4pretrain.files import write_text
 
@@ -36,12 +36,12 @@ def add(verbs: Any) -> None:
     audit = add_verb(
         verbs, "audit", "what each linear of a run really computes", AUDIT_HELP, _audit
     )
-    audit.add_argument("overrides", nargs="*", metavar="key=value")
+    add_overrides(audit)
     audit.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
     bench = add_verb(verbs, "bench", "time kernels and linears, measure casts", BENCH_HELP, _bench)
     bench.add_argument("what", choices=("kernels", "linear", "error"))
-    bench.add_argument("overrides", nargs="*", metavar="key=value")
+    add_overrides(bench)
     bench.add_argument("--precision", default="nvfp4,mxfp4_h16,fp8", metavar="RECIPE,...")
     bench.add_argument("--out", type=path, default=Path("runs/bench"), metavar="DIR")
     bench.add_argument("--all", action="store_true", help="error: every cast that the tables offer")

@@ -23,6 +23,21 @@ def path(text: str) -> Path:
     return user_path(text, key="path")
 
 
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Keys of the run config, and where options of groups are looked for first."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    add_config_dir(parser)
+
+
+def add_config_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config-dir",
+        type=path,
+        metavar="DIR",
+        help="of your own YAML files (DIR/precision/NAME.yaml, ...), searched first",
+    )
+
+
 def add_verb(
     verbs: Any, name: str, summary: str, text: str, work: Callable[[argparse.Namespace], None]
 ) -> argparse.ArgumentParser:

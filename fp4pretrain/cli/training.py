@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from fp4pretrain.cli.parser import add_verb
+from fp4pretrain.cli.parser import add_overrides, add_verb, path
 from fp4pretrain.files import write_text
 from fp4pretrain.parallel.launch import is_main
 from fp4pretrain.presets import groups
@@ -20,8 +20,11 @@ Train a GPT. Keys are set as key=value (Hydra's grammar); groups pick a YAML fil
 
   fp4pretrain train precision=nvfp4                      one run, into runs/nvfp4-seed1234
   fp4pretrain train precision=nvfp4 baseline=fp8         first FP8, then NVFP4, then their gap
-  fp4pretrain train -m precision=bf16,fp8,nvfp4          a sweep: one run after the other
+  fp4pretrain train -m precision=bf16,fp8,nvfp4          a sweep; the same command again does what is left
   fp4pretrain train run_dir=runs/a resume=auto           continue (or start) runs/a
+  fp4pretrain train precision=my/recipe.yaml             a file of your own, for every group
+  fp4pretrain train --config-dir my precision=recipe     the same from my/precision/recipe.yaml
+  fp4pretrain train --config runs/a/config.yaml resume=auto   a run by its own record
   torchrun --nproc-per-node 4 -m fp4pretrain train parallel.tensor=2 parallel.pipeline=2
 
 Groups and their options:
@@ -45,12 +48,21 @@ def add(verbs: Any) -> None:
     train = add_verb(
         verbs, "train", "train a model, a sweep, or a recipe with a baseline", _train_help(), _train
     )
-    train.add_argument("overrides", nargs="*", metavar="key=value")
+    add_overrides(train)
     train.add_argument("-m", "--multirun", action="store_true", help="sweep over a=1,2 values")
+    train.add_argument(
+        "--config",
+        type=path,
+        metavar="YAML",
+        help="of a run, in place of the groups: runs/a/config.yaml",
+    )
+    train.add_argument(
+        "--until", type=float, metavar="TIME", help="save and stop then (seconds since 1970)"
+    )
     train.add_argument("--cfg", action="store_true", help="print the composed config and stop")
 
     noise = add_verb(verbs, "noise", "what chance alone does to a loss", NOISE_HELP, _noise)
-    noise.add_argument("overrides", nargs="*", metavar="key=value")
+    add_overrides(noise)
     noise.add_argument("--replicates", type=int, default=3, metavar="N", help="of each kind")
     noise.add_argument("--out", type=Path, default=Path("runs/noise"), metavar="DIR")
     noise.add_argument("--json", action="store_true", help="print JSON and nothing else")
@@ -76,9 +88,12 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.cfg:
         from omegaconf import OmegaConf
 
-        from fp4pretrain.config import compose
+        from fp4pretrain.stored import composed
 
-        configs = [OmegaConf.to_yaml(OmegaConf.structured(compose(one))) for one in sweep]
+        configs = [
+            OmegaConf.to_yaml(OmegaConf.structured(composed(one, arguments.config)))
+            for one in sweep
+        ]
         print("---\n".join(configs), end="")
         return
 
@@ -86,12 +101,14 @@ def _train(arguments: argparse.Namespace) -> None:
 
     without_triton()  # before megatron-core looks for it
     from fp4pretrain.parallel.groups import leave
-    from fp4pretrain.train.beside import train_all
+    from fp4pretrain.sweep import train_all
 
     try:
-        train_all(sweep)
+        outcomes = train_all(sweep, stored=arguments.config, until=arguments.until)
     finally:
         leave(destroy=True)
+    if any(one.state == "failed" for one in outcomes):
+        sys.exit(1)
 
 
 def _noise(arguments: argparse.Namespace) -> None:
@@ -99,7 +116,7 @@ def _noise(arguments: argparse.Namespace) -> None:
 
     from fp4pretrain.parallel.groups import leave
     from fp4pretrain.report import measure_noise, noise_table
-    from fp4pretrain.train.replicates import train_replicates
+    from fp4pretrain.sweep.replicates import train_replicates
 
     # what training says is for the reader, not for a program
     told = contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext()
@@ -114,11 +131,11 @@ def _noise(arguments: argparse.Namespace) -> None:
         return
     found = measure_noise(paths)
     text = json.dumps(found, indent=1, allow_nan=False)
-    path = arguments.out / "noise.json"
-    write_text(path, text + "\n")
+    file = arguments.out / "noise.json"
+    write_text(file, text + "\n")
     if arguments.json:
         print(text)
         return
     console = Console(highlight=False)
     console.print(noise_table(found))
-    console.print(str(path))
+    console.print(str(file))

@@ -40,11 +40,13 @@ _CURVES = ("loss", "val_loss", "val_loss_bf16")
 @dataclass(frozen=True)
 class Options:
     """``force`` compares runs that differ in more than the recipe. ``noise``: of one run, measured by
-    ``fp4pretrain noise``; it gives a single pair an interval. ``html``: write a page, too."""
+    ``fp4pretrain noise``; it gives a single pair an interval. ``html``: write a page, too. ``remarks``:
+    sentences of the caller's, for the table and the page."""
 
     force: bool = False
     html: bool = False
     noise: Noise | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def compare(
@@ -93,7 +95,12 @@ def compare(
         differences=tuple(found),
         tuning=tuning,
         unigram_entropy=first.first.unigram_entropy,
-        remarks=(*remarks, *_unpaired(others, first), *_shared_seeds(others, first)),
+        remarks=(
+            *options.remarks,
+            *remarks,
+            *_unpaired(others, first),
+            *_shared_seeds(others, first),
+        ),
         picture=picture,
         page=picture.with_suffix(".html") if options.html else None,
     )

@@ -47,6 +47,7 @@ from fp4pretrain.train.run_dir import (
     find_checkpoint,
     on_main,
     prepare,
+    record_finished,
     record_start,
     run_path,
     starts_anew,
@@ -56,10 +57,14 @@ from fp4pretrain.train.trainer import Trainer, build_trainer, data_spec
 from fp4pretrain.version import commit, sources_digest, versions
 
 
-def check_run(config: RunConfig) -> None:
-    """Everything that can be refused before any rank starts to work. Raises UserError."""
-    layout = check_layout(config, world_size())
-    check_fits(state_bytes(config, layout), pick_device(config.parallel.device))
+def check_run(config: RunConfig, *, elsewhere: int | None = None) -> None:
+    """Everything that can be refused before any rank starts to work. Raises UserError.
+
+    ``elsewhere``: the number of ranks of a run that other processes, or other machines, will train.
+    """
+    layout = check_layout(config, elsewhere or world_size())
+    if elsewhere is None:
+        check_fits(state_bytes(config, layout), pick_device(config.parallel.device))
     validate(data_spec(config))
     if config.init is not None and config.resume is None:  # else a checkpoint may come before it
         check_initial(config.init, config.model)
@@ -69,10 +74,19 @@ def check_run(config: RunConfig) -> None:
         tensorboard_sink.check_installed()
 
 
-def train(config: RunConfig) -> Path:
+class Stopped(SystemExit):
+    """A run saved and left before its end. Uncaught, the process ends with status 0."""
+
+    def __init__(self, *, by_signal: bool) -> None:
+        super().__init__(0)
+        self.by_signal = by_signal
+
+
+def train(config: RunConfig, *, until: float | None = None) -> Path:
     """Train one run from start or checkpoint to end; returns its folder. Leaves no groups behind.
 
-    Raises SystemExit(0) where a signal stopped it after a save, and UserError.
+    Raises Stopped where a signal, or the time ``until`` (seconds since 1970), stopped it after a save,
+    and UserError.
     """
     layout = check_layout(config, world_size())
     path = run_path(config)
@@ -98,13 +112,12 @@ def train(config: RunConfig) -> Path:
         if start is not None and trainer.step >= config.train.steps:
             if world.is_main:
                 _say_finished(trainer, path)
-            return path
-        stopped = _fit(trainer, path, start)
+        else:
+            _fit(trainer, path, start, until=until)
+        on_main(lambda: record_finished(path, config.train.steps), is_main=world.is_main)
     finally:
         lock.release()
         leave()
-    if stopped:
-        raise SystemExit(0)  # asked to stop by a signal: no further run of a sweep either
     return path
 
 
@@ -116,8 +129,8 @@ def _take(path: Path, config: RunConfig, lock: RunLock) -> None:
     find_checkpoint(path, config)
 
 
-def _fit(trainer: Trainer, path: Path, start: Path | None) -> bool:
-    """The steps that are left, with all that is around them; whether a signal stopped them."""
+def _fit(trainer: Trainer, path: Path, start: Path | None, *, until: float | None) -> None:
+    """The steps that are left, with all that is around them. Raises Stopped."""
     config, world = trainer.config, trainer.world
     found = {} if start is None else _changes(trainer, start)
     devices = _devices(trainer)
@@ -141,6 +154,7 @@ def _fit(trainer: Trainer, path: Path, start: Path | None) -> bool:
     if found and world.is_main:
         _log_changes(trainer, found, logging)
     checkpointing = Checkpointing(path / CHECKPOINTS, logging)
+    signals = Signals(checkpointing, until=until)
     hooks: list[Hook] = [
         Watchdog(path / "stacks", logging, config.guard),
         Guard(path, logging, checkpointing),
@@ -153,10 +167,11 @@ def _fit(trainer: Trainer, path: Path, start: Path | None) -> bool:
         Triggers(logging),
         checkpointing,
         Auditing(path / "audit.json"),
-        Signals(checkpointing),
+        signals,
     ]
     fit(trainer, hooks)
-    return trainer.stopped
+    if trainer.stopped:
+        raise Stopped(by_signal=signals.by_signal)
 
 
 def _live_gap(trainer: Trainer) -> LiveGap | None:

@@ -3,8 +3,10 @@
 runs/NAME/
   config.yaml         the config of the last start; an earlier one that differs is config.1.yaml, ...
   fingerprint.json    what shapes the curve, with digests: of everything, of the plan, of the data
-  history.json        every start: when, from which step, by which code on what, with which changes
+  history.json        every start: when, from which step, by which code on what, with which changes;
+                      and the step at which the run was finished
   plan.txt  data.json  metrics.jsonl  checkpoints/  wandb/
+  start.yaml  output.log  job.txt  .slurm/    of a sweep whose runs have processes of their own
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 HISTORY = "history.json"
 RESTART = "restart"
-_OURS = (".lock",)  # no sign of a run
+# What a launcher leaves before a run begins: the config to start with, what is
+# said; the job's number and script.
+START, LOG, JOB, SUBMITTED = "start.yaml", "output.log", "job.txt", ".slurm"
+_OURS = (".lock", START, LOG, JOB, SUBMITTED)  # no sign of a run
 
 
 def run_path(config: RunConfig) -> Path:
@@ -79,7 +84,7 @@ def check_free(path: Path, resume: str | None) -> None:
         raise UserError(f"run_dir: {nearest} cannot be written; choose another run_dir")
     if not path.is_dir() or not any(p.name not in _OURS for p in path.iterdir()):
         return
-    own = (path / CHECKPOINTS).is_dir() or (path / METRICS).is_file()
+    own = holds_run(path)
     if resume == RESTART and own:
         _check_restart(path)
         return
@@ -88,6 +93,11 @@ def check_free(path: Path, resume: str | None) -> None:
     cure = "continue it with resume=auto, or choose" if own and resume is None else "choose"
     holds = "exists already" if own else "holds other files than a run's"
     raise UserError(f"run_dir: {path} {holds}; {cure} another run_dir (or name)")
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a run was begun in this folder."""
+    return (path / CHECKPOINTS).is_dir() or (path / METRICS).is_file()
 
 
 def find_checkpoint(path: Path, config: RunConfig) -> Path | None:
@@ -129,6 +139,7 @@ def prepare(
 def record_start(path: Path, facts: Mapping[str, Any]) -> None:
     """Add one start to the history, with its time. Raises UserError where it cannot be written."""
     history = read_history(path) or {"saved_step": None, "starts": []}
+    history.pop("finished_step", None)
     history["starts"].append({"time": round(time.time(), 3), **facts})
     _write_history(path, history)
 
@@ -140,6 +151,14 @@ def record_saved(path: Path, step: int) -> None:
         history["saved_step"] = step
         with suppress(UserError):  # a full disk ends no run
             _write_history(path, history)
+
+
+def record_finished(path: Path, step: int) -> None:
+    """Note that the run was trained to its end, so that a sweep can pass over it. Raises UserError."""
+    history = read_history(path)
+    if history is not None and history.get("finished_step") != step:
+        history["finished_step"] = step
+        _write_history(path, history)
 
 
 def read_history(path: Path) -> dict[str, Any] | None:

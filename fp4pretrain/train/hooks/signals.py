@@ -1,6 +1,7 @@
 """SIGTERM, Ctrl-C, and Slurm's SIGUSR1 before its time limit: finish the step, save, leave with status 0.
 
-A second Ctrl-C ends the process at once, without a save.
+A second Ctrl-C ends the process at once, without a save. A time that is over (``until``) stops like a
+signal.
 
 Ranks get a signal at slightly different moments, so after each step they agree by a maximum.
 """
@@ -8,6 +9,7 @@ Ranks get a signal at slightly different moments, so after each step they agree 
 from __future__ import annotations
 
 import signal
+import time
 from typing import Any
 
 import torch
@@ -18,13 +20,19 @@ from fp4pretrain.train.loop import Hook
 from fp4pretrain.train.trainer import Trainer
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_TIME = 1  # below every number of SIGNALS: a signal counts for more than the time
 
 
 class Signals(Hook):
-    """Saves and stops the loop after the step in which any rank got a signal."""
+    """Saves and stops the loop after the step in which any rank got a signal, or at ``until``.
 
-    def __init__(self, checkpointing: Checkpointing) -> None:
+    ``until``: seconds since 1970. ``by_signal``: whether it was a signal that stopped the loop.
+    """
+
+    def __init__(self, checkpointing: Checkpointing, *, until: float | None = None) -> None:
         self._checkpointing = checkpointing
+        self._until = until
+        self.by_signal = False
         self._caught = 0
         self._before: dict[int, Any] = {}
 
@@ -33,7 +41,8 @@ class Signals(Hook):
             self._before[number] = signal.signal(number, self._catch)
 
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        caught = torch.tensor(self._caught, device=trainer.world.device)
+        over = self._until is not None and time.time() >= self._until
+        caught = torch.tensor(self._caught or (_TIME if over else 0), device=trainer.world.device)
         dist.all_reduce(caught, op=dist.ReduceOp.MAX)
         number = int(caught)
         if number == 0 or trainer.step == trainer.config.train.steps:
@@ -41,8 +50,9 @@ class Signals(Hook):
         self._checkpointing.begin(trainer)
         self._checkpointing.wait(trainer)
         trainer.stopped = True
+        self.by_signal = number != _TIME
         if trainer.world.is_main:
-            name = signal.Signals(number).name
+            name = signal.Signals(number).name if self.by_signal else "the time is over"
             said = "stopped, but could not save"
             if self._checkpointing.failed is None:
                 said = f"saved {self._checkpointing.path}; continue with resume=auto"

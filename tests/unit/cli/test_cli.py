@@ -19,8 +19,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fp4pretrain import __version__, cli, data
+from fp4pretrain import __version__, cli, data, presets
+from fp4pretrain.config import RunConfig
+from fp4pretrain.errors import UserError
 from fp4pretrain.parallel import groups
+from fp4pretrain.sweep import engine
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = [
@@ -325,6 +328,52 @@ def test_cfg_of_a_sweep_prints_each_run_and_options_may_come_last(
     cli.main(["train", "train.steps=7", "--cfg", "-m", "seed=1,2"])
     printed = list(yaml.safe_load_all(capsys.readouterr().out))
     assert [(one["seed"], one["train"]["steps"]) for one in printed] == [(1, 7), (2, 7)]
+
+
+def test_a_folder_of_the_users_own_is_searched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presets, "_own", presets._Own())
+    (tmp_path / "precision").mkdir()
+    (tmp_path / "precision/mine.yaml").write_text("defaults: [fp8, _self_]\n")
+    cli.main(["train", "--cfg", "--config-dir", str(tmp_path), "precision=mine"])
+    assert yaml.safe_load(capsys.readouterr().out)["precision"]["name"] == "mine"
+    line = _refused(capsys, "audit", "--config-dir", str(tmp_path / "precision"))
+    assert line.startswith("config-dir: ")
+
+
+def test_launch_writes_the_scripts_that_the_package_brings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["launch", "--print", "slurm"])
+    assert capsys.readouterr().out == (ROOT / "launch/slurm.sbatch").read_text()
+    for _ in range(2):  # the same again is no conflict
+        cli.main(["launch", "--out", str(tmp_path / "a/launch")])
+    for name in ("torchrun.sh", "slurm.sbatch"):
+        made = tmp_path / "a/launch" / name
+        assert made.read_bytes() == (ROOT / "launch" / name).read_bytes()
+        assert os.access(made, os.X_OK)
+    capsys.readouterr()
+    made.write_text("mine")
+    line = _refused(capsys, "launch", "--out", str(made.parent))
+    assert re.match(r"out: .*slurm\.sbatch says something else; move it", line)
+    assert made.read_text() == "mine"
+
+
+def test_a_sweep_with_a_failed_run_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def fails(config: RunConfig, *, until: float | None) -> None:
+        if config.seed == 1:
+            raise UserError("no")
+
+    monkeypatch.setattr(engine, "train", fails)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "-m", *TINY, "seed=1,2"])
+    assert caught.value.code == 1
+    cli.main(["train", "-m", *TINY, "seed=3,4"])
 
 
 def _commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

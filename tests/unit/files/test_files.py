@@ -21,6 +21,7 @@ WRITERS = {
     "fp4pretrain/data/corpus.py",  # in a folder aside, renamed at the end; a lock, which is empty
     "fp4pretrain/data/corpus_work.py",  # beside, renamed when complete
     "fp4pretrain/observe/jsonl.py",  # appends whole lines
+    "fp4pretrain/sweep/starting.py",  # appends what a run's processes print
     "fp4pretrain/train/checkpoint/files.py",  # in a folder aside, synced and renamed at the end
     "fp4pretrain/train/hooks/watchdog.py",  # appends stacks of a process that may be dying
 }

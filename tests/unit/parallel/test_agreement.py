@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.parallel.agreement import Meeting, Said, raise_first
-from fp4pretrain.train.beside import _unequal
+from fp4pretrain.sweep.planning import _unequal
 
 
 def meet(
@@ -40,7 +41,7 @@ def meet(
 
 def stated(**changes: Any) -> dict[str, Any]:
     configs = [{"optim.lr": 1e-3, "precision.fprop.x.format": "nvfp4"} | changes]
-    return {"code": ["0.1.0", "abc"], "configs": configs, "names": [["a"]]}
+    return {"code": ["0.1.0", "abc"], "configs": configs, "names": [["a"]], "problems": [None]}
 
 
 def test_ranks_that_agree_get_the_main_rank_s_words() -> None:
@@ -49,6 +50,19 @@ def test_ranks_that_agree_get_the_main_rank_s_words() -> None:
         3, lambda m: m.agree(None, stated() | {"names": [[f"run{m.rank}"]]}, judge=_unequal)
     )
     assert [one["names"] for one in found] == [[["run0"]]] * 3
+
+
+def test_a_combination_that_one_rank_alone_cannot_compose_stops_all() -> None:
+    """A file of the user's that one node lacks, say; what no rank can compose costs its own run."""
+
+    def ask(m: Meeting) -> Any:
+        lacks = ["precision: a.yaml is no file", None] if m.rank else [None, None]
+        return m.agree(None, stated() | {"problems": lacks}, judge=_unequal)
+
+    assert [str(one) for one in meet(2, ask)] == [
+        "precision: a.yaml is no file (rank 1 on " + socket.gethostname() + ")",
+        "precision: a.yaml is no file",
+    ]
 
 
 @pytest.mark.parametrize("odd", [1, 2])

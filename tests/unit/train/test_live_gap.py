@@ -11,7 +11,7 @@ from wandb_log import finished
 from fp4pretrain.config import compose
 from fp4pretrain.errors import UserError
 from fp4pretrain.observe import read_rows
-from fp4pretrain.train.beside import train_all
+from fp4pretrain.sweep import train_all
 from fp4pretrain.train.main import train
 
 RUN = (

@@ -9,7 +9,8 @@ import pytest
 from fp4pretrain.config import compose
 from fp4pretrain.data.batches import MicrobatchSampler
 from fp4pretrain.errors import UserError
-from fp4pretrain.train import replicates
+from fp4pretrain.sweep import Outcome, replicates
+from fp4pretrain.sweep.planning import Planned
 
 
 def test_another_order_of_sums_is_the_same_microbatches_in_another_order() -> None:
@@ -31,9 +32,10 @@ def test_replicates_differ_in_one_thing_each(
 ) -> None:
     seen: list[list[str]] = []
 
-    def train_all(sweep: list[list[str]]) -> list[Path]:
+    def train_all(sweep: list[list[str]], *, compared: bool) -> list[Outcome]:
         seen.extend(sweep)
-        return [tmp_path / str(number) for number in range(len(sweep))]
+        runs = [Planned(compose([f"run_dir={tmp_path / str(n)}"])) for n in range(len(sweep))]
+        return [Outcome(run, "", "finished") for run in runs]
 
     monkeypatch.setattr(replicates, "train_all", train_all)
     found = replicates.train_replicates(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
-from fp4pretrain import config, naming, presets
+from fp4pretrain import presets
 from fp4pretrain.config import RunConfig
+from fp4pretrain.errors import UserError
 from fp4pretrain.overrides import expand_sweep
-from fp4pretrain.presets import config_dir
-from fp4pretrain.train import beside
+from fp4pretrain.sweep import engine, planning, train_all
 from fp4pretrain.train.run_dir import run_path
 
 H16 = ["precision=mxfp4_h16"]
@@ -87,9 +86,9 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[RunConfig]:
     """The configs that would be trained."""
     configs: list[RunConfig] = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(beside, "train", configs.append)
-    monkeypatch.setattr(beside, "check_run", lambda config: None)
-    monkeypatch.setattr(beside, "_report", lambda paths: None)
+    monkeypatch.setattr(engine, "train", lambda config, *, until: configs.append(config))
+    monkeypatch.setattr(planning, "check_run", lambda config, *, elsewhere: None)
+    monkeypatch.setattr(engine, "report", lambda outcomes, *, page: None)
     return configs
 
 
@@ -97,14 +96,16 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[RunConfig]:
 def test_each_run_has_a_folder_named_by_what_is_swept(
     trained: list[RunConfig], overrides: list[str], folders: list[str]
 ) -> None:
-    paths = beside.train_all(expand_sweep(overrides))
+    outcomes = train_all(expand_sweep(overrides))
     assert [str(run_path(run)) for run in trained] == folders
-    assert [str(path) for path in paths] == folders
+    assert [(str(one.run and one.run.path), one.state) for one in outcomes] == [
+        (folder, "finished") for folder in folders
+    ]
 
 
 def test_a_baseline_is_the_same_run_in_its_own_recipe(trained: list[RunConfig]) -> None:
     command = ["experiment=late_switch", "baseline=fp8", "train.steps=9", "seed=5"]
-    beside.train_all([command])
+    train_all([command])
     base, run = trained
     assert (base.train, base.seed, base.model, base.optim) == (
         *(run.train, run.seed, run.model, run.optim),
@@ -117,8 +118,8 @@ def test_a_baseline_is_the_same_run_in_its_own_recipe(trained: list[RunConfig]) 
 def test_nothing_is_trained_where_one_run_of_a_sweep_is_taken(trained: list[RunConfig]) -> None:
     taken = Path("runs/fp8-seed1234/checkpoints")
     taken.mkdir(parents=True)
-    with pytest.raises(beside.UserError, match=r"^run_dir: runs/fp8-seed1234 exists already"):
-        beside.train_all(expand_sweep(["precision=bf16,fp8"]))
+    with pytest.raises(UserError, match=r"^run_dir: runs/fp8-seed1234 exists already"):
+        train_all(expand_sweep(["precision=bf16,fp8"]))
     assert trained == []
 
 
@@ -129,31 +130,30 @@ def test_two_recipes_never_share_a_name(trained: list[RunConfig]) -> None:
         "precision.wgrad.dy.rounding=nearest,stochastic",
         "precision.fprop.rotation.kind=none,hadamard",
     ]
-    beside.train_all(expand_sweep(command))
+    train_all(expand_sweep(command))
     assert len({str(run_path(run)) for run in trained}) == 8
 
 
 def test_a_recipe_without_a_name_is_called_by_its_file(
     trained: list[RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    shutil.copytree(config_dir(), tmp_path / "configs")
+    """In a folder of the user's, laid out like ours."""
+    monkeypatch.setattr(presets, "_own", presets._Own())
+    (tmp_path / "own/precision").mkdir(parents=True)
     for name, text in (("mine", ""), ("called", "name: theirs\n")):
         recipe = f"defaults: [nvfp4, _self_]\n{text}keep: {{last_blocks: 2}}\n"
-        (tmp_path / "configs/precision" / f"{name}.yaml").write_text(recipe)
-    for module in (config, naming, presets):
-        monkeypatch.setattr(module, "config_dir", lambda: tmp_path / "configs")
-    config._plain_recipe.cache_clear()
+        (tmp_path / "own/precision" / f"{name}.yaml").write_text(recipe)
+    presets.use_folder(tmp_path / "own")
     for name, folder in (("mine", "runs/mine-seed1234"), ("called", "runs/theirs-seed1234")):
-        beside.train_all([[f"precision={name}"]])
+        train_all([[f"precision={name}"]])
         assert str(run_path(trained[-1])) == folder
-    beside.train_all([["precision=mine", "precision.keep.first_blocks=1"]])
+    train_all([["precision=mine", "precision.keep.first_blocks=1"]])
     assert str(run_path(trained[-1])) == "runs/mine-first_blocks_1-seed1234"
-    config._plain_recipe.cache_clear()
 
 
 def test_the_plan_decides_whether_a_baseline_is_another_recipe(trained: list[RunConfig]) -> None:
     for same in (["baseline=nvfp4"], ["baseline=nvfp4", "precision.name=other"]):
-        with pytest.raises(beside.UserError, match=r"^baseline: nvfp4 is the run's own recipe"):
-            beside.train_all([same])
-    beside.train_all([["baseline=nvfp4", "precision.keep.last_blocks=2"]])
+        with pytest.raises(UserError, match=r"^baseline: nvfp4 is the run's own recipe"):
+            train_all([same])
+    train_all([["baseline=nvfp4", "precision.keep.last_blocks=2"]])
     assert [one.precision.name for one in trained] == ["nvfp4", "nvfp4-last_blocks_2"]

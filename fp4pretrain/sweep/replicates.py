@@ -13,7 +13,7 @@ from pathlib import Path
 from fp4pretrain.config import compose
 from fp4pretrain.errors import UserError
 from fp4pretrain.fingerprint import data_seed
-from fp4pretrain.train.beside import train_all
+from fp4pretrain.sweep.engine import train_all
 
 _OURS = ("run_dir", "name", "baseline", "resume", "train.sum_order")
 
@@ -57,5 +57,12 @@ def train_replicates(
         ]
         for s, d, n in whole
     ]  # fmt: skip
-    paths = dict(zip(whole, train_all(sweep), strict=True))
+    outcomes = train_all(sweep, compared=False)
+    missing = sum(one.state != "finished" for one in outcomes)
+    if missing:
+        raise UserError(
+            f"noise: {missing} of {len(outcomes)} replicates are not finished; the same command goes on "
+            "with them"
+        )
+    paths = {key: one.run.path for key, one in zip(whole, outcomes, strict=True) if one.run}
     return {level: [paths[one] for one in (first, *found)] for level, found in variants.items()}

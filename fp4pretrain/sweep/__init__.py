@@ -1,0 +1,14 @@
+"""Several runs of one command: composed and judged first, then trained, each at its own risk.
+
+planning    overrides -> runs, each in a folder of its own; what cannot be meant costs its own run
+standing    what a run's folder already holds: nothing, a part, or the finished run
+engine      trains what is left, one run after the other; ``train_all``
+progress    "run 3 of 8" with the time left
+summary     the table, the picture and the page at the end
+replicates  runs that differ in chance alone, for ``fp4pretrain noise``
+"""
+
+from fp4pretrain.sweep.engine import train_all
+from fp4pretrain.sweep.planning import Outcome, Planned
+
+__all__ = ["Outcome", "Planned", "train_all"]
