@@ -148,12 +148,13 @@ def within(key: str, prefixes: Collection[str]) -> bool:
 
 
 def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key -> (then, now) of every key whose value is another, or that one of the two lacks."""
-    return {
-        key: (then.get(key), now.get(key))
+    """Key -> (then, now) of every key whose value is another, or that one of the two lacks. A key that came
+    later has the value that changes nothing where it is left out."""
+    both = {
+        key: (then.get(key, _LATER_KEYS.get(key)), now.get(key, _LATER_KEYS.get(key)))
         for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
     }
+    return {key: (a, b) for key, (a, b) in both.items() if a != b}
 
 
 def digests(data: Mapping[str, Any]) -> dict[str, Any]:

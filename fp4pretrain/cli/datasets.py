@@ -38,7 +38,7 @@ def _data_jobs(data: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--tokenizer",
         default="byte",
-        help="byte, a tokenizer.json, a SentencePiece .model, or a HF folder",
+        help="byte, a tokenizer.json, a SentencePiece .model, a .tiktoken file, or a HF folder",
     )
     build.add_argument("--force", action="store_true", help="replace a dataset that is there")
     bpe = jobs.add_parser("train-bpe", help="train a byte-level BPE tokenizer")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from fp4pretrain.data.tiktoken_file import TiktokenTokenizer
 from fp4pretrain.data.tokenizers import (
     END_OF_TEXT,
     ByteTokenizer,
@@ -36,10 +37,10 @@ def fitting_tokenizer(name: str, *, vocab_size: int) -> Tokenizer:
 
 def exportable(tokenizer: Tokenizer) -> Tokenizer:
     """Raises UserError for a tokenizer that transformers may read otherwise than we do."""
-    if isinstance(tokenizer, SentencePieceTokenizer):
+    if isinstance(tokenizer, SentencePieceTokenizer | TiktokenTokenizer):
         raise UserError(
-            f"--tokenizer: transformers splits words otherwise than SentencePiece's {tokenizer.name} "
-            "may; give the Hugging Face folder of the same vocabulary with --tokenizer"
+            f"--tokenizer: transformers may split words otherwise than {tokenizer.name} does; give the "
+            "Hugging Face folder of the same vocabulary with --tokenizer"
         )
     return tokenizer
 

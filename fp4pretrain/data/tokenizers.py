@@ -5,6 +5,7 @@ A tokenizer is named by one string, ``data.tokenizer``:
     byte                  256 byte values, and id 256 for the end of a document
     path/tokenizer.json   of the `tokenizers` package; `fp4pretrain data train-bpe` makes one
     path/NAME.model       of SentencePiece
+    path/NAME.tiktoken    of tiktoken
     path/                 a Hugging Face tokenizer's folder; nothing is ever downloaded
 
 Documents are encoded as plain text. Special tokens that are spelled out in a document
@@ -30,7 +31,7 @@ from fp4pretrain.files import user_path
 
 END_OF_TEXT = "<|endoftext|>"
 # Tried in this order where no tokenizer_config.json names an eos_token.
-_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
+END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
 
 
 class Tokenizer(ABC):
@@ -92,7 +93,7 @@ class FileTokenizer(Tokenizer):
     """A `tokenizer.json` of the `tokenizers` package: a trained BPE or a Hugging Face model's."""
 
     def __init__(self, name: str, file: Path) -> None:
-        tokenizers = _import("tokenizers")
+        tokenizers = import_optional("tokenizers")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises plain Exception for a file it cannot parse
@@ -123,7 +124,7 @@ class TransformersTokenizer(Tokenizer):
     """A Hugging Face folder that has no tokenizer.json: read by `transformers`, offline."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        transformers = _import("transformers")
+        transformers = import_optional("transformers")
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True
@@ -157,7 +158,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model. It normalizes text (spaces, Unicode forms), as it was trained to."""
 
     def __init__(self, name: str, file: Path) -> None:
-        sentencepiece = _import("sentencepiece")
+        sentencepiece = import_optional("sentencepiece")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
         except RuntimeError as error:
@@ -197,6 +198,8 @@ def tokenizer_files(name: str) -> list[Path]:
     path = user_path(name, key="data.tokenizer")
     if name == "byte" or not path.exists():
         return []
+    if path.suffix == ".tiktoken":
+        return [file for file in (path, path.with_suffix(".json")) if file.is_file()]
     return [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
 
 
@@ -222,17 +225,21 @@ def _load(name: str) -> Tokenizer:
     if path.is_dir():
         file = path / "tokenizer.json"
         return FileTokenizer(name, file) if file.is_file() else TransformersTokenizer(name, path)
+    if path.is_file() and path.suffix == ".tiktoken":
+        from fp4pretrain.data.tiktoken_file import TiktokenTokenizer
+
+        return TiktokenTokenizer(name, path)
     if path.is_file():
         made = SentencePieceTokenizer if path.suffix == ".model" else FileTokenizer
         return made(name, path)
     if path.suffix == ".json" or path.name != name:
         raise UserError(
-            f"data.tokenizer: {name} does not exist; give byte, a tokenizer.json, a SentencePiece .model "
-            "or a Hugging Face tokenizer's local folder"
+            f"data.tokenizer: {name} does not exist; give byte, a tokenizer.json, a SentencePiece .model, a "
+            ".tiktoken file or a Hugging Face tokenizer's local folder"
         )
     raise UserError(
         f"data.tokenizer: unknown tokenizer '{name}'; give byte, a tokenizer.json, a SentencePiece "
-        ".model or a Hugging Face tokenizer's local folder"
+        ".model, a .tiktoken file or a Hugging Face tokenizer's local folder"
     )
 
 
@@ -241,7 +248,7 @@ def _end_id(vocabulary: dict[str, int], config: Path, name: str) -> int:
     named: Any = json.loads(config.read_bytes()).get("eos_token") if config.is_file() else None
     if isinstance(named, dict):  # older files write {"content": "</s>", ...}
         named = named.get("content")
-    for token in (named, *_END_TOKENS):
+    for token in (named, *END_TOKENS):
         if token in vocabulary:
             return vocabulary[token]
     raise UserError(
@@ -250,7 +257,7 @@ def _end_id(vocabulary: dict[str, int], config: Path, name: str) -> int:
     )
 
 
-def _import(package: str) -> Any:
+def import_optional(package: str) -> Any:
     """Import an optional package, or say how to get it."""
     try:
         return __import__(package)

@@ -132,6 +132,10 @@ def test_runs_from_before_a_key_was_there_keep_their_fingerprint() -> None:
         ("e13b63b296e7a31b", ["precision=nvfp4", "model=gpt_10m"]),
     ):
         assert digests(compose(overrides))[0] == digest
+    masked, plain = (
+        fingerprint.entries(compose([f"data.document_mask={given}"])) for given in ("true", "false")
+    )
+    assert fingerprint.differing(masked, plain) == {"data.document_mask": (True, False)}
 
 
 def test_a_rule_is_in_the_plan_s_digest_whatever_it_is_called() -> None:
