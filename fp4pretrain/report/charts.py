@@ -179,7 +179,7 @@ def _dressed(figure: go.Figure, y: str, seen: Sequence[FloatArray]) -> go.Figure
     """Axes, legend and the first view, which leaves the descent of the first tokens outside."""
     figure.update_layout(
         margin={"l": 60, "r": 10, "t": 40, "b": 45},
-        legend={"orientation": "v", "itemdoubleclick": "toggleothers"},
+        legend={"orientation": "v", "itemdoubleclick": "toggleothers", "tracegroupgap": 0},
         hovermode="closest",
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",

@@ -24,6 +24,8 @@ from fp4pretrain.report.endpoint import UNDECIDED
 from fp4pretrain.report.notes import notes
 from fp4pretrain.report.side_by_side import Table, state
 
+# Pixels: a chart is as high as its legend, up to 40 runs; behind that the legend scrolls.
+_LEGEND_ENTRY, _BESIDE_LEGEND, _HIGHEST = 20, 100, 900
 _ASSETS = Path(__file__).parent / "assets"
 
 
@@ -94,10 +96,12 @@ def _verdict(result: Result, baseline: str) -> str:
 
 def _chart(title: str, figure: go.Figure, name: str, *, tall: bool = False) -> str:
     kind = "chart tall" if tall else "chart"
+    entries = sum(trace.showlegend is not False for trace in figure.data)
+    height = min(_HIGHEST, _BESIDE_LEGEND + _LEGEND_ENTRY * entries)
     return (
         f"<h2>{escape(title)}</h2>\n"
-        f'<div class="{kind}" id="chart-{name}" data-figure="figure-{name}"></div>\n'
-        + _json(f"figure-{name}", figure.to_plotly_json())
+        f'<div class="{kind}" id="chart-{name}" data-figure="figure-{name}" '
+        f'style="--legend:{height}px"></div>\n' + _json(f"figure-{name}", figure.to_plotly_json())
     )
 
 

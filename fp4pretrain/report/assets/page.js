@@ -2,16 +2,20 @@
 (function () {
   "use strict";
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
-  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const paper = { "--text": "#000000", "--line": "#bbbbbb", "--quiet": "#444444" };
+  const paperWidth = 1000;  // of a landscape sheet, CSS pixels
+  let printing = false;
+  const colour = (name) => printing ? paper[name]
+    : getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const options = { responsive: true, displaylogo: false };
-  const narrow = () => window.innerWidth < 600;
+  const narrow = () => !printing && window.innerWidth < 600;
 
   function dressed(layout) {
     const text = colour("--text"), line = colour("--line");
     const found = Object.assign({}, layout, {
       font: { color: text, size: narrow() ? 10 : 12 },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--quiet"), activecolor: text },
-    });
+    }, printing ? { width: paperWidth } : {});
     for (const key of Object.keys(found)) {
       if (/^[xy]axis/.test(key)) {
         found[key] = Object.assign({}, found[key], { gridcolor: line, zerolinecolor: line, automargin: true });
@@ -96,6 +100,15 @@
       } catch (error) { /* the server is gone: the page stays as it is */ }
     }, 5000);
   }
+
+  // Paper has its own width and colours, and cannot unfold what is folded.
+  function print(begins) {
+    printing = begins;
+    for (const one of document.querySelectorAll("details")) one.open = begins;
+    draw();
+  }
+  addEventListener("beforeprint", () => print(true));
+  addEventListener("afterprint", () => print(false));
 
   listen();
   draw();

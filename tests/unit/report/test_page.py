@@ -32,9 +32,14 @@ choose("heat-time", "0", "input");
 Plotly.restyle(field("chart-losses"), { visible: "legendonly" }, [0]);
 const labels = [...document.querySelectorAll("#chart-losses .legendtext")];
 const boxes = labels.map((one) => one.getBoundingClientRect());
+const frame = field("chart-losses").getBoundingClientRect();
+const within = boxes.every((one) => one.bottom <= frame.bottom + 1);
+const scrolled = [...document.querySelectorAll("#chart-losses .scrollbar")]
+  .some((one) => one.getBoundingClientRect().height > 0);
 const apart = boxes.every((one, i) => i === 0 || one.top >= boxes[i - 1].bottom - 1);
 document.body.dataset.read = JSON.stringify({
   z: field("heat").data[0].z, when: field("heat-when").textContent, legend: labels.length, apart,
+  whole: within && !scrolled,
   charts: document.querySelectorAll(".main-svg").length,
   wide: document.documentElement.scrollWidth > innerWidth,
   hidden: field("chart-losses").data[0].visible,
@@ -96,6 +101,7 @@ def test_a_reader_of_nineteen_runs(tmp_path: Path) -> None:
         assert found["hidden"] == "legendonly"
         assert not found["wide"], f"a reader must scroll sideways at {width}"
     assert seen[1200]["legend"] == 19 and seen[1200]["apart"]
+    assert seen[1200]["whole"], "a reader must scroll the legend to see all names"
 
 
 def test_millions_of_rows_are_thinned_to_means(tmp_path: Path) -> None:
