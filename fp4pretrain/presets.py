@@ -78,7 +78,10 @@ def use_file(group: str, file: Path) -> str:
     """
     option, file = file.stem, file.absolute()
     if not file.is_file():
-        raise UserError(f"{group}: {file} is no file; give the path of a YAML file, or an option")
+        raise UserError(
+            f"{group}: {file} is no file; give the path of a YAML file, or choose "
+            f"{offer(option, groups()[group])}"
+        )
     if not re.fullmatch(r"[A-Za-z_][\w.-]*", option):
         raise UserError(
             f"{group}: {file.name} is no name for an option; rename it to letters and _"
