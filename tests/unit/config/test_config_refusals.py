@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from fp4pretrain import config as config_module
 from fp4pretrain import presets
-from fp4pretrain.config import RunConfig, compose, schema_keys
+from fp4pretrain.config import RunConfig, compose, composing, schema_keys
 from fp4pretrain.errors import UserError
 from fp4pretrain.overrides import expand_sweep
 
@@ -343,7 +342,7 @@ def test_a_broken_preset_is_one_line_that_finds_it(
     folder = shutil.copytree(presets.config_dir(), tmp_path / "configs")
     (folder / file).write_text(text)
     monkeypatch.setattr(presets, "config_dir", lambda: folder)
-    monkeypatch.setattr(config_module, "config_dir", lambda: folder)
+    monkeypatch.setattr(composing, "config_dir", lambda: folder)
     group, option = file.removesuffix(".yaml").split("/")
     line = _line([f"{group}={option}"])
     assert re.search(pattern, line)
