@@ -182,9 +182,25 @@ def leave(*, destroy: bool = False) -> None:
         parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()
     _destroy_subgroups()
+    _forget_groups()
     if destroy and dist.is_initialized():
         dist.destroy_process_group()
         meet.cache_clear()  # its store holds what the groups that are gone wrote
+
+
+def _forget_groups() -> None:
+    """Let go of groups that megatron-core still holds: a group's threads end with its last reference, and
+    until then gloo's look for work a hundred times a second. Two stay in ``parallel_state``; and the cache of
+    rotary embeddings holds their modules, which hold a group."""
+    from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
+    clear = getattr(RotaryEmbedding.forward, "cache_clear", None)
+    if clear is not None:
+        clear()
 
 
 def _destroy_subgroups() -> None:

@@ -6,6 +6,7 @@ stay, and every test forms groups of its own among the first few of them.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -141,4 +142,6 @@ if __name__ == "__main__":
     replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not look like a reply
     torch.set_num_threads(1)
     for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), file=replies, flush=True)
+        reply = run(json.loads(line))
+        gc.collect()  # groups end with their last reference, and gloo's threads of waiting ranks cost time
+        print(json.dumps(reply), file=replies, flush=True)
