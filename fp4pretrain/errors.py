@@ -23,3 +23,9 @@ class LocalError(UserError):
 
     def __init__(self, line: str = "", *, shown: bool | None = True) -> None:
         super().__init__(line, shown=shown)
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message for the middle of a line: the first line of it, or its class where it has
+    none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

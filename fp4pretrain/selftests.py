@@ -2,8 +2,7 @@
 
 They ask what a run relies on and cannot see: that stochastic rounding has no bias, is no constant and
 replays; that rotations are orthogonal and cancel in a GEMM; that ranks find each other and how fast they
-talk; that there is room for checkpoints; where wandb would log to,
-and whether TensorBoard is here.
+talk; that there is room for checkpoints; where wandb would log to, and whether TensorBoard is here.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fp4pretrain.errors import first_line
 from fp4pretrain.numerics import hadamard_matrix
 from fp4pretrain.observe.tensorboard_sink import INSTALL
 from fp4pretrain.observe.wandb_sink import where_to
@@ -60,7 +60,7 @@ def self_tests(backend: Backend, recipe: Recipe, device: torch.device) -> list[O
         try:
             found.append(test())
         except Exception as error:  # whatever a machine does
-            text = (str(error).splitlines() or [type(error).__name__])[0]
+            text = first_line(error)
             found.append(Outcome(name, False, text, "report it with the versions above"))
     return found
 

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fp4pretrain.config import RunConfig, completed, compose, schema_keys
-from fp4pretrain.errors import UserError
+from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.overrides import key_and_value, one_line, refuse_unknown
 from fp4pretrain.presets import groups
 
@@ -74,7 +74,7 @@ def config_from(tree: Any, where: str) -> RunConfig:
 
 
 def _unreadable(where: str, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = first_line(error)
     return UserError(
         f"{where}: it is no config of this version ({reason}); use the version that wrote it"
     )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from fp4pretrain.errors import UserError
+from fp4pretrain.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from fp4pretrain.data.records import Reading
@@ -51,7 +51,7 @@ def table_rows(
             ([batch.column(key) for key in wanted] for batch in batches), name, reading
         )
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"inputs: {name} is damaged ({reason}); write or copy it again") from None
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fp4pretrain.data.tokenizers import END_OF_TEXT, END_TOKENS, Tokenizer, import_optional
-from fp4pretrain.errors import UserError
+from fp4pretrain.errors import UserError, first_line
 
 # tiktoken_ext/openai_public.py of tiktoken 0.12 (MIT): how text is split, and the special tokens.
 _GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -58,7 +58,7 @@ class TiktokenTokenizer(Tokenizer):
                 file.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
             )
         except ValueError as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"data.tokenizer: tiktoken cannot use {name} ({reason}); correct its pat_str"
             ) from None

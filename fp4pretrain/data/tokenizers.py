@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fp4pretrain.errors import UserError
+from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.files import user_path
 
 END_OF_TEXT = "<|endoftext|>"
@@ -130,7 +130,7 @@ class TransformersTokenizer(Tokenizer):
                 str(folder), local_files_only=True
             )
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(
                 f"data.tokenizer: {folder} holds no tokenizer that transformers can read "
                 f"({reason}); give a folder saved by `save_pretrained`"
@@ -163,7 +163,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes())
         except RuntimeError as error:
             raise UserError(
-                f"data.tokenizer: {file} is not a SentencePiece model ({str(error).splitlines()[0]}); "
+                f"data.tokenizer: {file} is not a SentencePiece model ({first_line(error)}); "
                 "give one, or a tokenizer.json"
             ) from None
         if self._processor.eos_id() < 0:

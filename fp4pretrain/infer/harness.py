@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from fp4pretrain.errors import UserError
+from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.infer.model import Model
 from fp4pretrain.infer.sampling import Sampling, generate_ids
 from fp4pretrain.infer.text import log_probabilities, windows_of
@@ -65,7 +65,7 @@ def run_tasks(
             bootstrap_iters=0,
         )
     except (OSError, ValueError, ConnectionError) as error:  # what the datasets package raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(
             f"--tasks: {', '.join(tasks)} cannot be run ({reason}); give a task whose data is on this "
             "machine"

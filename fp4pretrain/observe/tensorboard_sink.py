@@ -16,7 +16,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from fp4pretrain.errors import UserError
+from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.observe.about import About, Table
 from fp4pretrain.observe.sink import DECIDED, HAPPENED, Row
 from fp4pretrain.observe.sites import scale_shares
@@ -63,7 +63,7 @@ class TensorBoardSink:
             self._tokens = row["tokens"]
             self._write(row)
         except Exception as error:  # any failure of a logger: say it once, train on
-            line = (str(error).splitlines() or [type(error).__name__])[0]
+            line = first_line(error)
             print(f"tensorboard: stopped ({line}); metrics.jsonl goes on", flush=True)
             self._writer = None
 

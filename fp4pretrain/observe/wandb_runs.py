@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fp4pretrain.baseline import WandbPath
-from fp4pretrain.errors import UserError
+from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.observe.wandb_sink import has_api_key
 
 _PAGE = 50_000  # steps asked for at once; few of them have a row
@@ -50,7 +50,7 @@ def fetch(path: WandbPath, keys: Sequence[str]) -> WandbRun:
     except UserError:
         raise
     except Exception as error:  # of the network, the server, the package
-        line = (str(error).splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise UserError(
             f"baseline: {path} cannot be read ({line}); look at its name, the network and wandb login, or "
             "give the folder of a run"

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from fp4pretrain.config import WandbConfig
-from fp4pretrain.errors import UserError
+from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.files import write_text
 from fp4pretrain.observe.about import About
 from fp4pretrain.observe.sink import DECIDED, HAPPENED, STOPPED, Row
@@ -82,7 +82,7 @@ class WandbSink:
             self._run = self._start(mode)
             self._tell()
         except Exception as error:  # any failure of a logger: say it once, train on
-            _say(f"did not start ({_first_line(error)}); going on with metrics.jsonl alone")
+            _say(f"did not start ({first_line(error)}); going on with metrics.jsonl alone")
             self._run = None
 
     @property
@@ -104,7 +104,7 @@ class WandbSink:
                 self._run.log(_shown(row), step=step)
                 self._remember()
         except Exception as error:  # as above
-            _say(f"stopped at step {step} ({_first_line(error)}); metrics.jsonl goes on")
+            _say(f"stopped at step {step} ({first_line(error)}); metrics.jsonl goes on")
             self._run = None
 
     def summarize(self, values: Mapping[str, float]) -> None:
@@ -114,7 +114,7 @@ class WandbSink:
             try:
                 self._run.summary.update(dict(values))
             except Exception as error:  # as above
-                _say(f"took no summary ({_first_line(error)})")
+                _say(f"took no summary ({first_line(error)})")
 
     def rewind(self, step: int) -> None:
         """Leave the repeated steps out until the run is past those that were sent."""
@@ -154,7 +154,7 @@ class WandbSink:
             self._keep()
             self._run.finish(exit_code=int(self._stopped))
         except Exception as error:  # as above
-            where = f"did not finish cleanly ({_first_line(error)})"
+            where = f"did not finish cleanly ({first_line(error)})"
         _say(where)
         self._run = None
 
@@ -196,7 +196,7 @@ class WandbSink:
         except wandb.Error as error:
             if not online:
                 raise
-            _say(f"not reachable ({_first_line(error)}); logging offline, for wandb sync later")
+            _say(f"not reachable ({first_line(error)}); logging offline, for wandb sync later")
             run = self._init(wandb, "offline")
         run.define_metric("tokens")
         run.define_metric("*", step_metric="tokens")
@@ -301,10 +301,6 @@ def _newest_sent(run_dir: Path) -> int:
         return int(_newest_path(run_dir).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return -1
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _say(text: str) -> None:

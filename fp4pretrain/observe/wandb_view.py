@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from fp4pretrain.errors import UserError
+from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.observe.sink import DECIDED, HAPPENED
 from fp4pretrain.precision import GEMMS, OPERANDS
 
@@ -54,7 +54,7 @@ def save_view(project: str, *, group: str | None, name: str) -> str:
     try:
         view.save()
     except Exception as error:  # of the network, the server, the package
-        line = (str(error).splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise UserError(
             f"dashboard: {project} did not take the view ({line}); look at the name, the network and wandb "
             "login"

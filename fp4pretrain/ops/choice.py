@@ -9,7 +9,7 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
-from fp4pretrain.errors import UserError
+from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.ops.backend import Backend
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.precision import GEMMS, OPERANDS, Plan, Recipe
@@ -50,7 +50,7 @@ def without_triton() -> str | None:
         if isinstance(error, ModuleNotFoundError) and error.name == "triton":
             return "Triton is not installed"
         sys.modules["triton"] = None  # type: ignore[assignment]
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         return f"Triton is installed and cannot be imported: {reason}"
     return None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fp4pretrain.errors import UserError
+from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.parallel.agreement import Meeting
 from fp4pretrain.parallel.groups import meet
 from fp4pretrain.parallel.launch import is_main
@@ -141,7 +141,7 @@ def _refuse_lost_device(error: Exception) -> None:
         torch.cuda.empty_cache()
     except RuntimeError as lost:
         raise UserError(
-            f"parallel.device: this process lost its GPU ({str(lost).splitlines()[0]}); the same command "
+            f"parallel.device: this process lost its GPU ({first_line(lost)}); the same command "
             "again goes on with the runs that are left"
         ) from None
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4pretrain.config import SweepConfig
-from fp4pretrain.errors import UserError
+from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.files import write_text
 from fp4pretrain.presets import launch_dir
 from fp4pretrain.sweep.planning import Outcome, Planned
@@ -155,7 +155,7 @@ class Slurm:
         try:
             executor.update_parameters(**{f"slurm_{key}": value for key, value in told.items()})
         except NameError as error:  # submitit's word for a parameter that it does not know
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"sweep.slurm: {reason}; see submitit's parameters of sbatch") from None
         try:
             return str(executor.submit(job).job_id)

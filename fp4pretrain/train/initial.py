@@ -14,7 +14,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from fp4pretrain.config import ModelConfig
-from fp4pretrain.errors import UserError
+from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.files import user_path
 from fp4pretrain.model.families import Family, Linear, family_of
 from fp4pretrain.train.checkpoint import fill_weights
@@ -118,7 +118,7 @@ class _Source:
                     with safe_open(self._folder / self._files[known], "pt") as file:
                         return file.get_tensor(known)
                 except (SafetensorError, OSError) as error:
-                    raise self._wrong(str(error).splitlines()[0]) from None
+                    raise self._wrong(first_line(error)) from None
         raise self._wrong(f"{name} is not in it")
 
     def _wrong(self, what: str) -> UserError:
@@ -146,7 +146,7 @@ def _places(folder: Path) -> dict[str, str]:
             with safe_open(file, "pt") as opened:
                 found |= dict.fromkeys(opened.keys(), file.name)
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"init: {file} is damaged ({reason}); copy it again") from None
     if not found:
         raise UserError(

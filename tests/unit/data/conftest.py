@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 from fp4pretrain.data.indexed import write_dataset
 from fp4pretrain.data.tokenizers import ByteTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))  # the tests here share data_lab.py
 
 MakeDataset = Callable[..., str]
 

@@ -9,40 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from data_lab import build, held_out, predicted, same, tokens_of
 
-from fp4pretrain.data.datasets import RunData, build_datasets
 from fp4pretrain.data.spec import DataSpec, validate
 from fp4pretrain.errors import UserError
-from fp4pretrain.parallel.agreement import agree
 
 MakeDataset = Callable[..., str]
-
-
-def build(spec: DataSpec, samples: int = 1, *, is_builder: bool = True) -> RunData:
-    return build_datasets(spec, samples=samples, is_builder=is_builder, agree=agree)
-
-
-def tokens_of(dataset: Any, count: int, *, first: int = 0) -> torch.Tensor:
-    return torch.stack([dataset[first + i]["tokens"] for i in range(count)])
-
-
-def predicted(dataset: Any) -> torch.Tensor:
-    """All tokens that a validation set predicts."""
-    found = [dataset[i] for i in range(len(dataset))]
-    return torch.cat([one["labels"][one["loss_mask"] > 0] for one in found])
-
-
-def held_out(data: RunData) -> Any:
-    return data.valid["validation"]
-
-
-def same(one: Any, other: Any) -> bool:
-    """Two validation sets, bit for bit, the digest too."""
-    equal = len(one) == len(other) and all(
-        torch.equal(one[i][key], other[i][key]) for i in range(len(one)) for key in one[i]
-    )
-    assert equal == (one.digest == other.digest)
-    return equal
 
 
 def test_blend_keeps_its_weights_throughout(make_dataset: MakeDataset, tmp_path: Path) -> None:

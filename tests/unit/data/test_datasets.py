@@ -8,54 +8,25 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from data_lab import build, held_out, same, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing import start_processes
 
 from fp4pretrain.data import order
 from fp4pretrain.data.build import stdlib_corpus
-from fp4pretrain.data.datasets import RunData, build_datasets
 from fp4pretrain.data.indexed import read_index, write_dataset
 from fp4pretrain.data.spec import DataSpec
 from fp4pretrain.data.tokenizers import ByteTokenizer
 from fp4pretrain.errors import UserError
-from fp4pretrain.parallel.agreement import agree
 from fp4pretrain.parallel.groups import leave
 
 MakeDataset = Callable[..., str]
-
-
-def build(spec: DataSpec, samples: int = 1, *, is_builder: bool = True) -> RunData:
-    return build_datasets(spec, samples=samples, is_builder=is_builder, agree=agree)
-
-
-def tokens_of(dataset: Any, count: int, *, first: int = 0) -> torch.Tensor:
-    return torch.stack([dataset[first + i]["tokens"] for i in range(count)])
-
-
-def predicted(dataset: Any) -> torch.Tensor:
-    """All tokens that a validation set predicts."""
-    found = [dataset[i] for i in range(len(dataset))]
-    return torch.cat([one["labels"][one["loss_mask"] > 0] for one in found])
-
-
-def held_out(data: RunData) -> Any:
-    return data.valid["validation"]
-
-
-def same(one: Any, other: Any) -> bool:
-    """Two validation sets, bit for bit, the digest too."""
-    equal = len(one) == len(other) and all(
-        torch.equal(one[i][key], other[i][key]) for i in range(len(one)) for key in one[i]
-    )
-    assert equal == (one.digest == other.digest)
-    return equal
 
 
 @pytest.fixture

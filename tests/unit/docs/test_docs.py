@@ -193,7 +193,7 @@ def test_the_recipe_file_that_is_shown_composes(
     shown = yaml.safe_load(text)
     base, itself = shown.pop("defaults")
     assert itself == "_self_"
-    assert shown.pop("name") == re.search(r"precision/(\w+)\.yaml", text)[1]  # type: ignore[index]
+    assert re.findall(r"precision/(\w+)\.yaml", text) == [shown.pop("name")]
     config = compose([f"precision={base}", "model=gpt_1_3b", *_flat(shown, "precision")])
     assert config.precision.wgrad.rotation.size == 32
     assert set(config.precision.rules) == {"fc2_y"}

@@ -282,12 +282,10 @@ def test_wandbs_own_names_count_where_the_config_says_nothing(
 ) -> None:
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     monkeypatch.setenv("WANDB_NAME", "their name")
-    for given, expected in (
-        ({}, ("theirs", "their name", ())),
-        ({"project": "p", "name": "n", "tags": ["c"]}, ("p", "n", ("c",))),
+    for settings, expected in (
+        (WandbConfig(mode="offline"), ("theirs", "their name", ())),
+        (WandbConfig(mode="offline", project="p", name="n", tags=["c"]), ("p", "n", ("c",))),
     ):
-        # keywords of several types, as the test gives them
-        settings = WandbConfig(mode="offline", **given)  # type: ignore[arg-type]
         sink = WandbSink(CONFIG, tmp_path, settings)
         assert sink._run is not None
         assert (sink._run.project, sink._run.name, sink._run.tags) == expected

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-import os
 from pathlib import Path
 
-import pytest
+import psutil
 
 from fp4pretrain.config import compose
 from fp4pretrain.train.main import train
@@ -19,14 +18,12 @@ RUN = (
 ).split()
 
 
-# Linux alone lists a process's threads and descriptors as files; the groups are ended everywhere alike.
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
 def test_runs_of_one_process_do_not_pile_up_threads_and_descriptors(tmp_path: Path) -> None:
     """megatron-core forgets its groups without ending them: 51 threads and 68 descriptors a run."""
-    counts = []
+    counts, process = [], psutil.Process()
     for number in range(3):
         train(compose([*RUN, f"run_dir={tmp_path}/{number}"]))
         gc.collect()
-        counts.append([len(os.listdir(f"/proc/self/{what}")) for what in ("task", "fd")])
+        counts.append([process.num_threads(), process.num_fds()])
     threads, descriptors = (after - before for before, after in zip(*counts[1:], strict=True))
     assert threads <= 0 and descriptors <= 0

@@ -75,10 +75,10 @@ def test_a_reader_of_nineteen_runs(tmp_path: Path) -> None:
     assert "All runs: demo-*-x" in html
     for part in ('id="chart-losses"', 'id="heat"', 'id="heat-statistic"', "nan diverged"):
         assert part in html, part
-    if (
-        BROWSER is None
-    ):  # it is no Python package; without one the page is made and its parts are there
-        pytest.skip("no chromium on this machine")
+    if BROWSER is None:
+        pytest.skip(
+            "no chromium on this machine"
+        )  # no Python package; all above has passed without
     read_it = tmp_path / "read.html"
     read_it.write_text(html.replace("</body>", f"<script>{READER}</script></body>"))
     seen = {}
