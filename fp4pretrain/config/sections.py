@@ -254,8 +254,9 @@ class SweepConfig:
 
 @dataclass
 class RunConfig:
-    """One run. ``baseline``: null, the recipe to train first and compare with, or the folder of a run
-    whose validation losses each evaluation is held against.
+    """One run. ``baseline``: null, the recipe to train first and compare with, or a run (its folder,
+    wandb:ENTITY/PROJECT/RUN_ID, or its address on wandb) whose validation losses each evaluation is held
+    against.
 
     ``seed``: initial weights, rounding noise and dropout. ``resume``: null, ``auto``, a checkpoint, or
     ``restart``: from the beginning in a folder whose checkpoints are gone. ``resume_with``: keys or
