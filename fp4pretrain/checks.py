@@ -137,7 +137,7 @@ def check(config: RunConfig) -> None:
             f"precision.name: {config.precision.name!r} names a folder of runs; leave out the /"
         )
     _check_baseline(config.baseline)
-    _check_sweep(config.sweep)
+    _check_sweep(config.sweep, resume=config.resume)
     _check_wandb(config.logging.wandb)
     _check_model(config.model)
     _check_schedule(config)
@@ -165,7 +165,12 @@ def check(config: RunConfig) -> None:
         )
 
 
-def _check_sweep(sweep: SweepConfig) -> None:
+def _check_sweep(sweep: SweepConfig, *, resume: str | None) -> None:
+    if sweep.launcher == "slurm" and resume not in (None, "auto"):
+        raise UserError(
+            f"resume: a job that is queued again would begin with {resume} each time; use resume=auto with "
+            "sweep.launcher=slurm"
+        )
     if sweep.budget is not None:
         seconds_of(sweep.budget, key="sweep.budget")
     if sweep.jobs == 0 and sweep.launcher != "slurm":

@@ -95,7 +95,10 @@ def use_file(group: str, file: Path) -> str:
     if taken is None:
         _own.link(group, option, file)
     for neighbour in sorted(file.parent.iterdir()):
-        if neighbour.suffix in SUFFIXES and option_file(group, neighbour.stem) is None:
+        is_preset = (
+            neighbour.suffix in SUFFIXES and neighbour.is_file()
+        )  # no editor's dangling lock
+        if is_preset and option_file(group, neighbour.stem) is None:
             _own.link(group, neighbour.stem, neighbour)
     return option
 

@@ -46,7 +46,7 @@ def composed(overrides: Sequence[str], stored: Path | None = None) -> RunConfig:
     made = OmegaConf.to_object(config)
     assert isinstance(made, RunConfig)
     given = {text.partition("=")[0] for text in overrides}
-    if "train.steps" in given:
+    if "train.steps" in given and "train.tokens" not in given:
         made.train.tokens = None
     return completed(made, given)
 

@@ -159,8 +159,9 @@ def _build(spec: DataSpec, *, samples: int, build: bool) -> RunData:
     weights = [part.weight or 0.0 for part in parts]
     caps = [_cap(part, member) for part, member in zip(parts, members, strict=True)]
     if build:
-        for member, weight in zip(members, weights, strict=True):
-            _prepare(member, samples=round(samples * weight))
+        for member, weight, cap in zip(members, weights, caps, strict=True):
+            share = round(samples * weight)
+            _prepare(member, samples=share if cap is None else min(share, cap))
     train: TrainingSamples | Blend = members[0]
     facts: list[object] = [[member.digest for member in members], weights, tokenizer.fingerprint]
     if len(members) > 1 or caps != [None]:
@@ -324,8 +325,8 @@ def _validation(
     }
     for name, one in found.items():
         if not one.tokens:
+            cure = ", or leave out data.eod_mask_loss" if spec.eod_mask_loss else ""
             raise UserError(
-                f"data.valid: no token of {name!r} is in the loss; give text that has some, or leave out "
-                "data.eod_mask_loss"
+                f"data.valid: no token of {name!r} is in the loss; give text that has some{cure}"
             )
     return found

@@ -77,7 +77,8 @@ def refuse_sample(ids: NDArray[Any], *, document: int, prefix: str, vocab_size: 
 
 
 def has_id(index: DatasetIndex, wanted: int) -> bool:
-    """Whether one of the first 16 Mi tokens has this id; PREFIX.json says that of the end of a document."""
+    """Whether one of the first 16 Mi tokens has this id. For the id that ends a document PREFIX.json answers
+    without reading tokens."""
     if index.meta.get("eod") == wanted:
         return True
     return bool((index.read(0, min(index.tokens, _SCAN_TOKENS)) == wanted).any())

@@ -233,7 +233,8 @@ def write_dataset(
                 suffixes.append(PROMPTS)
             meta[FILES] = described(made, suffixes)
             write_text(f"{made}.json", json.dumps(meta, indent=2) + "\n")
-            Path(prefix + PROMPTS).unlink(missing_ok=True)  # of a dataset that is replaced
+            if prompts is None:
+                Path(prefix + PROMPTS).unlink(missing_ok=True)  # of a dataset that is replaced
             for suffix in (*suffixes[2:], ".bin", ".json", ".idx"):
                 Path(made + suffix).replace(prefix + suffix)
     except OSError as error:

@@ -155,9 +155,12 @@ def _part(key: str, member: Any) -> Part:
     """One member of a blend, its weight as it is given."""
     if not isinstance(member, Mapping) or not isinstance(member.get("prefix"), str):
         raise UserError(f"{key}: needs a prefix; write {{prefix: some/prefix, weight: 1}}")
+    names = ("weight", "epochs", "max_epochs", "max_tokens")
+    unknown = sorted(map(str, member.keys() - {"prefix", *names}))
+    if unknown:
+        raise UserError(f"{key}.{unknown[0]}: no such key; use prefix, {', '.join(names)}")
     if "weight" in member and "epochs" in member:
         raise UserError(f"{key}.epochs: it has a weight too; give one (max_epochs is a cap)")
-    names = ("weight", "epochs", "max_epochs", "max_tokens")
     numbers = {name: member[name] for name in names if member.get(name) is not None}
     if "max_tokens" in numbers:
         numbers["max_tokens"] = tokens_of(numbers["max_tokens"], key=f"{key}.max_tokens")

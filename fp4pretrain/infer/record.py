@@ -28,6 +28,7 @@ def record(run: StoredRun, values: Mapping[str, float]) -> None:
         sink.close()
         known, w = stored_run_id(run.folder), run.config.logging.wandb
         if known is not None and w.mode != "disabled":
+            # the wandb run has its tags already, those of the recipe among them
             wandb = WandbSink({}, run.folder, replace(w, tags=[]), resume_id=known)
             wandb.summarize(named)
             wandb.close()

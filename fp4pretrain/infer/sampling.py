@@ -55,7 +55,11 @@ def generate(
 def generate_ids(
     model: Model, ids: list[int], sampling: Sampling | None = None, *, samples: int = 1
 ) -> list[list[int]]:
-    """``generate`` on token ids. What follows an end of a document is left out, and so is that end."""
+    """``generate`` on token ids. What follows an end of a document is left out, and so is that end.
+
+    ``ids`` may hold an end of a document as their last alone. ``data.reset_positions`` without
+    ``data.document_mask`` is not followed: positions count on.
+    """
     how = sampling or Sampling()
     room = min(how.max_tokens, model.length - len(ids))
     if room < 1:
@@ -67,8 +71,9 @@ def generate_ids(
     decoder = Decoder(model.gpt, batch=samples, length=len(ids) + room)
     vocabulary, end = model.run.config.model.vocab_size, model.tokenizer.eod
     logits_bv = decoder(torch.tensor([ids] * samples, device=model.device))[:, :vocabulary]
-    # where attention stops at ends of documents, the end that the text begins with is not seen
-    begins = model.run.config.data.document_mask and ids[-1] == end
+    data = model.run.config.data
+    # with document_mask the first token that is drawn begins a document: it does not see the end before it
+    begins = data.document_mask and ids[-1] == end
     drawn: list[torch.Tensor] = []
     ended = torch.zeros(samples, dtype=torch.bool, device=model.device)
     for position in range(room):
@@ -78,7 +83,8 @@ def generate_ids(
         if position + 1 == room or bool(ended.all()):
             break
         if not position and begins:
-            decoder = Decoder(model.gpt, batch=samples, length=room)
+            first = 0 if data.reset_positions else len(ids)
+            decoder = Decoder(model.gpt, batch=samples, length=room, first=first)
         logits_bv = decoder(next_b.unsqueeze(1))[:, :vocabulary]
     texts = torch.stack(drawn, dim=1).tolist()
     return [one[: one.index(end)] if end in one else one for one in texts]

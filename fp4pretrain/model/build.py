@@ -59,7 +59,8 @@ class GPT(GPTModel):
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """megatron-core's signature; every pipeline stage gets the positions [b, s]."""
+        """megatron-core's signature; with ``given_positions`` every pipeline stage has to be
+        given the positions [b, s]."""
         keeps = kwargs.get("inference_context") is not None
         self._positions_bs = position_ids if self.given_positions and not keeps else None
         return super().forward(input_ids, position_ids, *args, **kwargs)

@@ -13,10 +13,12 @@ from fp4pretrain.model.build import GPT
 
 class Decoder:
     """Feeds a model in evaluation mode. ``batch``: texts side by side, of equal length; ``length``:
-    positions that there is memory for. One process: no tensor parallelism, no pipeline."""
+    positions that there is memory for; ``first``: the learned position of the first token (rotary ones
+    are relative). One process: no tensor parallelism, no pipeline."""
 
-    def __init__(self, gpt: GPT, *, batch: int, length: int) -> None:
+    def __init__(self, gpt: GPT, *, batch: int, length: int, first: int = 0) -> None:
         self._gpt = gpt
+        self._first = first
         self._context = StaticInferenceContext(batch, length)
         self._context.materialize_only_last_token_logits = True
 
@@ -24,7 +26,8 @@ class Decoder:
         """Logits [b, padded vocabulary] of what follows the last of the ids [b, s], which continue those
         of the calls before."""
         begin, count = self._context.sequence_len_offset, ids_bs.shape[1]
-        positions = torch.arange(begin, begin + count, device=ids_bs.device).expand_as(ids_bs)
+        first = self._first + begin
+        positions = torch.arange(first, first + count, device=ids_bs.device).expand_as(ids_bs)
         with torch.no_grad():
             logits = self._gpt(
                 ids_bs,

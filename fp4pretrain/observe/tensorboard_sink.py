@@ -63,9 +63,7 @@ class TensorBoardSink:
             self._tokens = row["tokens"]
             self._write(row)
         except Exception as error:  # any failure of a logger: say it once, train on
-            line = first_line(error)
-            print(f"tensorboard: stopped ({line}); metrics.jsonl goes on", flush=True)
-            self._writer = None
+            self._give_up(error)
 
     def rewind(self, step: int) -> None:
         """What comes next is a repetition."""
@@ -75,13 +73,25 @@ class TensorBoardSink:
         """The table of TensorBoard's HPARAMS, by which runs are sorted."""
         if self._writer is not None:
             known = {"recipe": " ".join(self._about.tags)}
-            self._writer.add_hparams(known, dict(values), run_name=".", global_step=self._tokens)
+            try:
+                self._writer.add_hparams(
+                    known, dict(values), run_name=".", global_step=self._tokens
+                )
+            except Exception as error:  # as in write
+                self._give_up(error)
 
     def close(self) -> None:
         """Write what is left."""
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except Exception as error:  # as in write: a full disk often shows here alone
+                self._give_up(error)
             self._writer = None
+
+    def _give_up(self, error: Exception) -> None:
+        print(f"tensorboard: stopped ({first_line(error)}); metrics.jsonl goes on", flush=True)
+        self._writer = None
 
     def _opened(self, void_from: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter  # needs the package

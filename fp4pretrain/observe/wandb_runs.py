@@ -12,7 +12,7 @@ from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.observe.wandb_sink import has_api_key
 
 _PAGE = 50_000  # steps asked for at once; few of them have a row
-_HOSTED = "wandb.ai"
+_HOSTED_API = "https://api.wandb.ai"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ def fetch(path: WandbPath, keys: Sequence[str]) -> WandbRun:
         import wandb
 
         base = str(wandb.setup().settings.base_url)
-        server = path.server if path.server and not _same(path.server, base) else None
+        server = None if path.server is None else _api_of(path.server)
+        if server is not None and urlsplit(server).netloc == urlsplit(base).netloc:
+            server = None
         if not has_api_key(server or base):
             raise UserError(
                 f"baseline: {path} is read from {server or base}, and no API key is set; set one with "
@@ -40,9 +42,12 @@ def fetch(path: WandbPath, keys: Sequence[str]) -> WandbRun:
         api = wandb.Api(overrides={"base_url": server} if server else None)
         run = api.run(path.path)
         curves = {
-            key: sorted(
-                (float(row["tokens"]), float(row[key]))
-                for row in run.scan_history(keys=["tokens", key], page_size=_PAGE)
+            key: sorted(  # by tokens alone: of two rows at the same tokens the later one stays later
+                (
+                    (float(row["tokens"]), float(row[key]))
+                    for row in run.scan_history(keys=["tokens", key], page_size=_PAGE)
+                ),
+                key=lambda point: point[0],
             )
             for key in keys
         }
@@ -57,7 +62,6 @@ def fetch(path: WandbPath, keys: Sequence[str]) -> WandbRun:
         ) from None
 
 
-def _same(server: str, base: str) -> bool:
-    """Whether the page of a run is of the server whose API is at ``base``."""
-    shown, asked = urlsplit(server).netloc, urlsplit(base).netloc
-    return asked in (shown, f"api.{shown}") or shown.removeprefix("www.") == _HOSTED
+def _api_of(page: str) -> str:
+    """The server behind a run's page: wandb.ai's has an address of its own, others are the page's."""
+    return _HOSTED_API if urlsplit(page).netloc.removeprefix("www.") == "wandb.ai" else page

@@ -97,6 +97,7 @@ class WandbSink:
         step = row["step"]
         try:
             if row.get("event") in DECIDED | HAPPENED:
+                self._stopped = self._stopped or row["event"] == STOPPED
                 if row["event"] in HAPPENED or step > self._repeated:
                     self._record(row)
             elif step >= max(self._run.starting_step, self._newest):
@@ -126,7 +127,6 @@ class WandbSink:
         values = {"tokens": row["tokens"], f"events/{event}": row.get("count", 1)}
         self._run.log(values, step=self._newest)
         self._remember()
-        self._stopped = self._stopped or event == STOPPED
         if not self._run.offline:
             told = {k: v for k, v in row.items() if k not in ("event", "count", "tokens")}
             text = ", ".join(f"{key} {value}" for key, value in told.items())

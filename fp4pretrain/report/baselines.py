@@ -16,7 +16,7 @@ from fp4pretrain.report.load import ENDPOINTS, Curve, Run, load_run
 from fp4pretrain.stored import config_from
 
 # What wandb's config has beside the run's (``train.sinks``).
-_BESIDE = ("fingerprint", "plan", "fingerprint_data", "changes", "flops")
+_BESIDE = ("fingerprint", "plan", "fingerprint_data", "changes")
 
 
 class Source(Protocol):
@@ -35,13 +35,14 @@ class FolderSource:
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self._path = path
+        self._read = self._stamp()  # before the rows: what comes while they are read is news
         self.run = self._load()
-        self._read = self._stamp()
 
     def refresh(self, tokens: float) -> None:
         """Read the folder again where its rows grew."""
-        if self._stamp() != self._read:
-            self.run, self._read = self._load(), self._stamp()
+        stamp = self._stamp()
+        if stamp != self._read:
+            self._read, self.run = stamp, self._load()
 
     def _load(self) -> Run:
         try:
@@ -50,7 +51,10 @@ class FolderSource:
             raise UserError(f"baseline: {error}") from None
 
     def _stamp(self) -> tuple[int, int]:
-        found = (self._path / "metrics.jsonl").stat()
+        rows = self._path / "metrics.jsonl"
+        if not rows.is_file():
+            return 0, 0  # no run's folder, as loading says
+        found = rows.stat()
         return found.st_mtime_ns, found.st_size
 
 

@@ -73,10 +73,12 @@ class LiveGap:
     def differences(self, config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         """Key, the baseline's value and the run's, of every key of the recipe and of what shapes the
         curve in which the configs differ."""
-        here, there = flat(config), flat(self._source.run.config)
-        keys = [key for key in sorted(here.keys() | there.keys()) if not within(key, HARMLESS)]
-        told = [(key, str(there.get(key)), str(here.get(key))) for key in keys]
-        return [one for one in told if one[1] != one[2]]
+        found = differing(flat(self._source.run.config), flat(config))
+        return [
+            (key, str(there), str(here))
+            for key, (there, here) in found.items()
+            if not within(key, HARMLESS)
+        ]
 
     def _loss(self, key: str, tokens: float) -> float | None:
         """The baseline's loss at so many tokens, on a line between its evaluations."""

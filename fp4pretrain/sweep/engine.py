@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.parallel.agreement import Meeting
 from fp4pretrain.parallel.groups import meet
 from fp4pretrain.parallel.launch import is_main
-from fp4pretrain.sweep.planning import Command, Outcome, Planned, planned
+from fp4pretrain.sweep.planning import Command, Outcome, Planned, nobody, planned
 from fp4pretrain.sweep.processes import Processes
 from fp4pretrain.sweep.progress import Progress
 from fp4pretrain.sweep.slurm import Slurm
@@ -30,7 +31,8 @@ def train_all(
     until: float | None = None,
     compared: bool = True,
 ) -> list[Outcome]:
-    """Compose and judge every run of a sweep, then train them in order; what became of each.
+    """Compose and judge every run of a sweep, then train what is left, here in order or by the launcher
+    that ``sweep.launcher`` names; what became of each.
 
     Runs that are finished already are passed over, and broken ones go on from their checkpoints: the same
     command again does what is left. At the end comes one table, and the picture and page of the loss
@@ -67,19 +69,27 @@ def train_all(
 def _alone(run: Planned, command: Command, ranks: Meeting, *, until: float | None) -> list[Outcome]:
     """A single run: what it raises is the command's error."""
     if command.settings.launcher != "here":
-        found = _trained(command, ranks, until=until)
+        found = _trained(command, ranks, until=until, told=lambda _: None)
         if found[0].state == "failed":
             raise UserError(found[0].line)
         return found
-    if until is not None and time.time() >= until:
+    over = until is not None and time.time() >= until
+    if ranks.agree(None, over, judge=nobody):
         say(f"the time is over: {run.path} is not started")
         return [Outcome(run, "", "left")]
     train(run.config, until=until)
     return [Outcome(run, "", "finished")]
 
 
-def _trained(command: Command, ranks: Meeting, *, until: float | None) -> list[Outcome]:
-    """What becomes of the runs that are left, by the launcher that was asked for."""
+def _trained(
+    command: Command,
+    ranks: Meeting,
+    *,
+    until: float | None,
+    told: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
+    """What becomes of the runs that are left, by the launcher that was asked for. ``told`` is shown each
+    that a launcher ends, in place of a line on stderr."""
     settings = command.settings
     total = len(command.order) + sum(one.run is None for one in command.outcomes)
     if settings.launcher == "here":
@@ -93,7 +103,7 @@ def _trained(command: Command, ranks: Meeting, *, until: float | None) -> list[O
     cpu = all(run.config.parallel.device == "cpu" for run in command.runs)
     launcher = Slurm(settings) if settings.launcher == "slurm" else Processes(settings, cpu=cpu)
     progress = Progress(command.runs, total=total, say=say, at_once=launcher.at_once)
-    return launcher.train(command.runs, until=until, progress=progress, told=_say_failed)
+    return launcher.train(command.runs, until=until, progress=progress, told=told or _say_failed)
 
 
 def _here(
@@ -103,7 +113,7 @@ def _here(
     found = []
     for run in runs:
         over = until is not None and time.time() >= until
-        if ranks.agree(None, over, judge=lambda _: {}):
+        if ranks.agree(None, over, judge=nobody):
             found.append(Outcome(run, run.told, "left"))
             continue
         progress.start(run)

@@ -60,11 +60,22 @@ class Planned:
     @property
     def begun(self) -> RunConfig:
         """The config to begin with now. A baseline of this command that is not finished, since it failed
-        or goes on beside this run, has no losses to hold this run's against."""
+        or goes on beside this run, has no losses to hold this run's against.
+
+        Raises UserError where such a run has a rule that waits for the gap.
+        """
         if not self.own_baseline or self.given_baseline is None:
             return self.config
-        done = (read_history(self.given_baseline) or {}).get("finished_step")
-        return self.config if done else replace(self.config, baseline=None)
+        if (read_history(self.given_baseline) or {}).get("finished_step"):
+            return self.config
+        for rule in plan_of(self.config).ordered:
+            waits = [one for one in (rule.trigger, rule.release) if one and one.quantity == "gap"]
+            if waits:
+                raise UserError(
+                    f"{rule.key}.trigger: it waits for the gap to {self.given_baseline}, which is not "
+                    "finished; give the same command again when it is"
+                )
+        return replace(self.config, baseline=None)
 
 
 @dataclass(frozen=True)
@@ -104,9 +115,10 @@ def planned(sweep: list[list[str]], ranks: Meeting, *, stored: Path | None = Non
     no combination is left.
     """
     told = _varied(sweep)
+    placing = [[] for _ in sweep] if _places_differ(sweep) else told
     tried = [
         attempted(partial(_runs, overrides, varied, stored))
-        for overrides, varied in zip(sweep, told, strict=True)
+        for overrides, varied in zip(sweep, placing, strict=True)
     ]
     problems = [problem for _, problem in tried]
     first = None if None in problems else problems[0]
@@ -175,7 +187,7 @@ def _continued(runs: list[Planned], ranks: Meeting) -> tuple[list[Planned], list
         return found
 
     found, problem = attempted(stands) if ranks.rank == 0 else (None, None)
-    states = dict(zip(_folders(runs), ranks.agree(problem, found, judge=_nobody), strict=True))
+    states = dict(zip(_folders(runs), ranks.agree(problem, found, judge=nobody), strict=True))
     left = [
         replace(run, config=replace(run.config, resume="auto"))
         if states[run.path] == GOES_ON
@@ -187,7 +199,7 @@ def _continued(runs: list[Planned], ranks: Meeting) -> tuple[list[Planned], list
 
 
 def _folders(runs: Sequence[Planned]) -> list[Path]:
-    """Their folders."""
+    """The runs' folders, in order."""
     return [run.path for run in runs]
 
 
@@ -196,6 +208,16 @@ def _varied(sweep: list[list[str]]) -> list[list[str]]:
     last = [{text.partition("=")[0]: text for text in overrides} for overrides in sweep]
     common = set(last[0].values()).intersection(*(one.values() for one in last[1:]))
     return [[text for text in one.values() if text not in common] for one in last]
+
+
+def _places_differ(sweep: list[list[str]]) -> bool:
+    """Whether every combination has a ``run_dir`` or ``name`` of its own, so that nothing needs to be added
+    to it."""
+    for key in _NAMES:
+        given = [dict(text.split("=", 1) for text in one if "=" in text).get(key) for one in sweep]
+        if len(given) > 1 and None not in given and len(set(given)) == len(given):
+            return True
+    return False
 
 
 def _page(order: Sequence[Path], sweep: list[list[str]], told: list[list[str]]) -> Path:
@@ -226,7 +248,7 @@ def _judged(
     for run in runs:
         _, problem = attempted(partial(_check, run, elsewhere))
         try:
-            ranks.agree(problem, None, judge=_nobody)
+            ranks.agree(problem, None, judge=nobody)
         except UserError as error:
             refused.append((run, error))
         else:
@@ -247,7 +269,7 @@ def ranks_elsewhere(settings: SweepConfig) -> int | None:
     return settings.ranks * int((settings.slurm or {}).get("nodes", 1))
 
 
-def _nobody(_: Sequence[Any]) -> dict[int, str]:
+def nobody(_: Sequence[Any]) -> dict[int, str]:
     """A judge that finds no rank unequal."""
     return {}
 

@@ -15,9 +15,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 import torch
 
 from fp4pretrain.config import SweepConfig
@@ -68,7 +69,10 @@ class Processes:
                 if self._signalled or (until is not None and time.time() >= until):
                     return Outcome(run, run.told, "left")
                 progress.start(run)
-                found = self._one(run, place, until=until)
+                try:
+                    found = self._one(run, place, until=until)
+                except UserError as error:
+                    found = Outcome(run, run.told, "failed", str(error))
                 progress.end(run)
                 told(found)
                 return found
@@ -99,18 +103,24 @@ class Processes:
         with open_log(run.path) as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         self._alive.add(process)
+        if self._signalled:  # while the process was being started
+            process.send_signal(signal.SIGTERM)
         status = process.wait()
         self._alive.discard(process)
         return outcome(run, problem=None if status == 0 else last_words(run.path))
 
     @contextmanager
     def _passing_signals(self) -> Iterator[None]:
-        """Runs save and leave where this process is told to; a second Ctrl-C ends them at once."""
+        """Runs save and leave where this process is told to; a second Ctrl-C ends them at once, ranks under
+        torchrun too."""
 
         def passed(number: int, frame: Any) -> None:
             again, self._signalled = self._signalled and number == signal.SIGINT, True
             for process in list(self._alive):
-                process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+                if again:
+                    _kill_all(process.pid)
+                else:
+                    process.send_signal(signal.SIGTERM)
 
         before = {number: signal.signal(number, passed) for number in SIGNALS}
         try:
@@ -118,6 +128,15 @@ class Processes:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _kill_all(pid: int) -> None:
+    """A process and its children: torchrun's ranks are in sessions of their own."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in (*process.children(recursive=True), process):
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def visible_gpus() -> list[str]:

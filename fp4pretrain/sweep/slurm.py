@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Job:
     arguments: list[str]
     ranks: int
     folder: str
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False, compare=False)
 
     def __call__(self) -> int:
         import submitit
@@ -70,10 +71,11 @@ class Job:
         """Called by submitit before the job ends: the run saves, and the job is queued again."""
         import submitit
 
-        self._process.send_signal(signal.SIGTERM)
-        # This runs as a signal's handler inside Popen.wait, whose lock a second wait would never get.
-        with suppress(ChildProcessError):
-            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+            # This runs as a signal's handler inside Popen.wait, whose lock a second wait would never get.
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(
             Job(self.script, self.arguments, self.ranks, self.folder)
         )

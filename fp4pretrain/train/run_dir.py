@@ -32,8 +32,8 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 HISTORY = "history.json"
 RESTART = "restart"
-# What a launcher leaves before a run begins: the config to start with, what is
-# said; the job's number and script.
+# What a launcher leaves before a run begins: its config, what its processes print, the Slurm job's number,
+# and submitit's files.
 START, LOG, JOB, SUBMITTED = "start.yaml", "output.log", "job.txt", ".slurm"
 _OURS = (".lock", START, LOG, JOB, SUBMITTED)  # no sign of a run
 

@@ -22,8 +22,8 @@ def together(pairs: Sequence[Sequence[RunConfig]]) -> list[list[RunConfig]]:
     Runs get a common group and the job types ``baseline`` and ``train``, as far as neither
     ``logging.wandb`` nor wandb's own variables say others. The group's name follows from the runs'
     folders, so the same command, given again, goes on in the same group. A run behind its baseline has
-    the baseline's folder as ``baseline``, which is trained by the time that the run begins: its
-    evaluations log the gap.
+    the baseline's folder as ``baseline``, so its evaluations log the gap; where that is not finished when
+    the run begins, they do not (``sweep.planning.Planned.begun``).
     """
     paths = sorted({run_path(config) for config in chain.from_iterable(pairs)})
     if len(paths) < 2:

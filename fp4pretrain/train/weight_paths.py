@@ -23,9 +23,10 @@ from fp4pretrain.train.optimizer import set_elements
 
 
 @dataclass
-class Path:
-    """Of one linear: its weight [n, k] after the last step, what that was cast to by ``by`` (None: by
-    nothing so far), and the ways [n, k] that both went since the window opened (FP32)."""
+class WeightPath:
+    """Of one linear: its weight [n, k] after the last step, its ``cast`` and the cast ``by`` which it was
+    made (None: not cast so far), and the distances [n, k] that weight and cast have moved since the window
+    opened (FP32)."""
 
     linear: QuantLinear
     weight: Tensor
@@ -35,7 +36,7 @@ class Path:
     cast: Tensor | None = None
 
     def step(self) -> None:
-        """Add the ways of one step. Collective as ``QuantLinear.cast_weight``."""
+        """Add how far one step moved both. Collective as ``QuantLinear.cast_weight``."""
         now, by = self.linear.weight.detach(), self.linear.weight_cast()
         if unsettled(by.spec, rotated=by.rotation_size > 0) is None:
             before = self.cast if by == self.by else self.linear.cast_weight(self.weight)
@@ -54,12 +55,12 @@ class WeightPaths:
 
     def __init__(self, linears: Iterable[tuple[int | None, str, QuantLinear]]) -> None:
         self._linears = [linear for layer, _, linear in linears if layer is not None]
-        self.open: list[Path] = []
+        self.open: list[WeightPath] = []
 
     def begin(self) -> None:
         """Open a window at the weights as they are."""
         self.open = [
-            Path(
+            WeightPath(
                 linear,
                 linear.weight.detach().clone(),
                 torch.zeros_like(linear.weight, dtype=torch.float32),
@@ -69,7 +70,7 @@ class WeightPaths:
         ]
 
     def step(self) -> None:
-        """Add the ways of one step to every path."""
+        """Add how far one step moved them to every path."""
         for path in self.open:
             path.step()
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from fp4pretrain.errors import UserError
+from fp4pretrain.observe.sink import STOPPED
 from fp4pretrain.train.guard import rollback
 from fp4pretrain.train.guard.decisions import GuardMemory, LossTrack, not_finite, observe, trouble
 from fp4pretrain.train.guard.rollback import Entry
@@ -179,7 +180,7 @@ class Guard(Hook):
 
     def _stop(self, trainer: Trainer, row: dict[str, Any], line: str) -> NoReturn:
         self._logging.write(row)  # no other hook will see this step
-        self._log(trainer, "stopped", reason=line)
+        self._log(trainer, STOPPED, reason=line)
         raise UserError(line)
 
 

@@ -71,6 +71,10 @@ def test_blend_weights_are_shares(spec: DataSpec) -> None:
         ({"path": {}}, "data.path: the blend is empty"),
         ({"path": {"web": "x"}}, "data.path.web: needs a prefix"),
         ({"path": {"web": {"weight": 1}}}, "data.path.web: needs a prefix"),
+        (
+            {"path": {"web": {"prefix": "x", "max_epoch": 1}}},
+            "data.path.web.max_epoch: no such key",
+        ),
         ({"path": {"web": {"prefix": "x", "weight": 0}}}, "data.path.web.weight: 0 is not above 0"),
         ({"path": {"web": {"prefix": "x", "weight": -1}}}, "data.path.web.weight: -1 is not above"),
         ({"path": {"web": {"prefix": "x", "weight": "3"}}}, "data.path.web.weight: 3 is not above"),

@@ -84,14 +84,18 @@ def test_scales_are_a_histogram_by_octave_and_the_summary_is_a_row_of_hparams(
     assert points(tmp_path, "final/gap_percent") == [(7, 2.5)]
 
 
-def test_a_full_disk_costs_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("where", ["add_scalar", "add_hparams", "close"])
+def test_a_full_disk_costs_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
     sink = TensorBoardSink(tmp_path, ABOUT)
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    sink._writer.add_scalar = full
+    setattr(sink._writer, where, full)
     train(sink, range(1, 4), 1.0)
+    sink.summarize({"final/gap_percent": 2.5})
     sink.close()
     assert capsys.readouterr().out == (
         "tensorboard: stopped (No space left on device); metrics.jsonl goes on\n"

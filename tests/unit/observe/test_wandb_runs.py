@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,3 +155,18 @@ def test_a_page_of_another_server_is_asked_there(server: Server) -> None:
     for address in ("https://wandb.ai", "https://w.example"):
         LiveGap(WandbPath(AT.path, address), ours)
     assert server.asked == [None, {"base_url": "https://w.example"}]
+
+
+def test_a_page_of_wandb_ai_is_not_asked_of_a_server_of_ones_own(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SimpleNamespace(base_url="https://w.example")
+    monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=settings))
+    LiveGap(WandbPath(AT.path, "https://wandb.ai"), fingerprint(config("precision=nvfp4")))
+    assert server.asked == [{"base_url": "https://api.wandb.ai"}]
+
+
+def test_of_two_rows_at_the_same_tokens_the_later_counts(server: Server) -> None:
+    server.rows.append({"tokens": 200, "val_loss": 1.0})
+    gap = LiveGap(AT, fingerprint(config("precision=nvfp4")))
+    assert gap.at(200, {"val_loss": 3.0})["baseline_val_loss"] == 1.0

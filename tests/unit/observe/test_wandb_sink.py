@@ -376,6 +376,15 @@ def test_what_wandb_sync_would_send_of_a_run_and_of_its_resumption(tmp_path: Pat
     assert versions[0][audit] != versions[1][audit]  # what each process counted
 
 
+def test_a_run_that_the_guard_stops_again_at_the_same_step_has_failed_again(tmp_path: Path) -> None:
+    recorder = _Recorder(offline=False)
+    sink = _sink_to(recorder, tmp_path)
+    sink._repeated = 5
+    sink.write({"event": "stopped", "step": 5, "tokens": 9, "reason": "loss is nan"})
+    sink.close()
+    assert recorder.alerts == [] and recorder.exit_code == 1
+
+
 def test_a_run_that_the_guard_stopped_has_failed(tmp_path: Path) -> None:
     """Diverged, or triggered: told at once where the run is online, and a resumed run's repeats are not."""
     recorder = _Recorder(offline=False)

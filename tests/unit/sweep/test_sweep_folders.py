@@ -103,6 +103,32 @@ def test_each_run_has_a_folder_named_by_what_is_swept(
     ]
 
 
+def test_combinations_with_folders_of_their_own_keep_them(trained: list[RunConfig]) -> None:
+    """As a script gives them, whatever else they vary; two of one folder are refused."""
+    runs = [["precision=bf16", "seed=1", "run_dir=x/a"], ["precision=fp8", "seed=2", "run_dir=x/b"]]
+    train_all(runs)
+    assert [str(run_path(run)) for run in trained] == ["x/a", "x/b"]
+    train_all([[*one, "run_dir=x/c"] for one in runs])
+    assert len({run_path(run) for run in trained}) == 4
+
+
+def test_a_rule_that_waits_for_the_gap_is_not_trained_without_its_baseline(
+    trained: list[RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The baseline failed: the rule could never fire."""
+
+    def fails(config: RunConfig, *, until: float | None) -> None:
+        trained.append(config)
+        raise UserError("no")
+
+    monkeypatch.setattr(engine, "train", fails)
+    late = ["precision.rules.late.recipe=bf16", "precision.rules.late.trigger='gap > 0.02'"]
+    base, run = train_all([["baseline=fp8", *late]])
+    assert [one.precision.name for one in trained] == ["fp8"]
+    assert (base.state, run.state) == ("failed", "failed")
+    assert run.line.startswith("precision.rules.late.trigger: it waits for the gap to runs/fp8-")
+
+
 def test_a_baseline_is_the_same_run_in_its_own_recipe(trained: list[RunConfig]) -> None:
     command = ["experiment=late_switch", "baseline=fp8", "train.steps=9", "seed=5"]
     train_all([command])

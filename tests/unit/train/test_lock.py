@@ -77,11 +77,11 @@ def test_letting_go_leaves_nothing(tmp_path: Path) -> None:
 def test_many_at_once_have_one_holder(tmp_path: Path) -> None:
     """Each time one lets go, and the file with it, exactly one other may come in."""
     inside, most, turns = 0, 0, 0
-    guard = threading.Lock()
+    guard, end = threading.Lock(), time.monotonic() + 60
 
     def train() -> None:
         nonlocal inside, most, turns
-        while turns < 8:
+        while turns < 8 and time.monotonic() < end:
             mine = RunLock(tmp_path / "run")
             try:
                 mine.acquire()
