@@ -30,6 +30,12 @@ from records import weights
 
 ROOT = Path(__file__).resolve().parents[2]
 MOMENTS = ("start", "step", "write", "publish")
+RUN = (
+    "model.num_layers=2 model.hidden_size=64 model.num_attention_heads=2 model.num_query_groups=2 "
+    "model.ffn_hidden_size=128 model.seq_length=64 train.micro_batch=2 train.global_batch=8 "
+    "train.eval_interval=8 data.valid_tokens=256 checkpoint.interval=2 "
+    "precision=nvfp4 logging.wandb.mode=disabled logging.console=quiet data.mock=true"
+).split()
 _PATIENCE = 600.0  # seconds, on a machine that is busy with other things
 
 
@@ -54,17 +60,17 @@ class Chaos:
     kills: list[Kill] = field(default_factory=list)
     _begun: float = 0.0
 
-    def train(self, overrides: Sequence[str], *, kills: int) -> None:
-        """The whole run, with ``kills`` kills. Fails where it ends otherwise than well."""
+    def train(self, overrides: Sequence[str], *, moments: Sequence[str]) -> None:
+        """The whole run, with a kill at each of ``moments`` in random order. Fails where it ends otherwise
+        than well."""
         rng = random.Random(self.seed)
-        moments = [MOMENTS[i % len(MOMENTS)] for i in range(kills)]
-        rng.shuffle(moments)
+        moments = rng.sample(moments, len(moments))
         environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}",
             "OMP_NUM_THREADS": "1",
             "NPROC_PER_NODE": str(self.size),
-            "MAX_RESTARTS": str(kills),
+            "MAX_RESTARTS": str(len(moments)),
         }
         command = [ROOT / "launch" / "torchrun.sh", *overrides, f"run_dir={self.run}"]
         with self._log.open("wb") as log:

@@ -45,15 +45,15 @@ LAYOUTS = {
     "TP 2": _layout(2, tensor=2),
     "TP 2 + SP": _layout(2, tensor=2, sequence=True),
     "PP 2 interleaved": _layout(2, pipeline=2, virtual=2),
-    "DP 4": _layout(4),
-    "TP 4": _layout(4, tensor=4),
-    "TP 4 + SP": _layout(4, tensor=4, sequence=True),
     "TP 2 x PP 2": _layout(4, tensor=2, pipeline=2),
-    "TP 2 x DP 2 + SP": _layout(4, tensor=2, sequence=True),
+    "TP 4": _layout(4, tensor=4),
+    "DP 4": _layout(4),
     "PP 4 interleaved": _layout(4, pipeline=4, virtual=2),
-    "DP 8": _layout(8),
-    "TP 8": _layout(8, tensor=8),
+    "TP 2 x DP 2 + SP": _layout(4, tensor=2, sequence=True),
+    "TP 4 + SP": _layout(4, tensor=4, sequence=True),
     "TP 2 x PP 2 x DP 2 + SP": _layout(8, tensor=2, pipeline=2, sequence=True),
+    "TP 8": _layout(8, tensor=8),
+    "DP 8": _layout(8),
 }
 
 
