@@ -26,24 +26,9 @@ from pathlib import Path
 import torch
 from agreeing import RECIPES, agree, reshard
 from killing import kill
-from lab import Lab, Results, grid
+from lab import PARTS, Lab, Results, grid, parts_of
 from scaling import MODELS, scale
 from tables import holds, report
-
-PARTS = ("agreement", "checkpoints", "scaling", "kills")
-
-
-def parts_of(text: str) -> dict[str, float]:
-    """{part: seconds}; a part without a number has an hour. Raises ArgumentTypeError."""
-    found = {}
-    for one in text.split(","):
-        name, _, seconds = one.partition(":")
-        if name not in PARTS or (not seconds.isdecimal() and seconds):
-            raise argparse.ArgumentTypeError(
-                f"{one!r}: NAME or NAME:SECONDS, of {', '.join(PARTS)}"
-            )
-        found[name] = float(seconds or 3600)
-    return found
 
 
 def names_of(text: str, known: tuple[str, ...] | list[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -43,11 +44,12 @@ def kill(lab: Lab, results: Results) -> None:
             return
         # A rank that NCCL keeps waiting for a dead one hears no SIGTERM: torchrun waits this long for it.
         os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")
-        killed = chaos.Chaos(folder / "run", whole, size=lab.gpus, seed=lab.gpus)
+        patience = max(1.0, lab.deadline - time.monotonic())
+        killed = chaos.Chaos(folder / "run", whole, size=lab.gpus, seed=lab.gpus, patience=patience)
         began = time.monotonic()
         try:
             killed.train(run, moments=MOMENTS)
-        except AssertionError as error:
+        except (AssertionError, subprocess.TimeoutExpired) as error:
             results.add(key, {"failed": f"{killed.summary()}\n{error}"})
             return
         results.add(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -22,7 +23,20 @@ from ranks import Ranks
 
 from fp4pretrain.files import write_text
 
-__all__ = ["Lab", "Results", "Task", "agreement", "chaos", "grid", "records"]
+__all__ = [
+    "PARTS",
+    "Lab",
+    "Results",
+    "Task",
+    "agreement",
+    "chaos",
+    "grid",
+    "parts_of",
+    "records",
+    "say",
+]
+
+PARTS = ("agreement", "checkpoints", "scaling", "kills")
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,19 @@ class Lab:
             except AssertionError as error:
                 reply = {"failed": str(error)}
             yield task, reply | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def parts_of(text: str) -> dict[str, float]:
+    """{part: seconds}; a part without a number has an hour. Raises ArgumentTypeError."""
+    found = {}
+    for one in text.split(","):
+        name, _, seconds = one.partition(":")
+        if name not in PARTS or (not seconds.isdecimal() and seconds):
+            raise argparse.ArgumentTypeError(
+                f"{one!r}: NAME or NAME:SECONDS, of {', '.join(PARTS)}"
+            )
+        found[name] = float(seconds or 3600)
+    return found
 
 
 def say(text: str) -> None:

@@ -63,7 +63,7 @@ def scale(
     """One row for each model, recipe, layout and kind; ``batch``: one GPU's, and of a microbatch."""
     order = [(grid.ONE, "strong"), *(one for one in ORDER if one[0] in layouts)]
     tasks = [
-        _task(lab, f"{model}, {recipe}, {layout}, {kind}", batch=batch)
+        task_of(lab.work, lab.device, f"{model}, {recipe}, {layout}, {kind}", batch=batch)
         for layout, kind in order
         for model in models
         for recipe in recipes
@@ -84,13 +84,14 @@ def scale(
         shutil.rmtree(path)  # traces of all ranks are tens of MB
 
 
-def _task(lab: Lab, key: str, *, batch: tuple[int, int]) -> Task:
+def task_of(work: Path, device: str, key: str, *, batch: tuple[int, int]) -> Task:
+    """The run of one row, whose key is ``model, recipe, layout, kind``."""
     model, recipe, name, kind = key.split(", ")
     layout = grid.LAYOUTS[name]
     whole = batch[0] * (layout.data if kind == "weak" else 1)
-    run = [*MODELS[model], *RUN, f"precision={recipe}", f"parallel.device={lab.device}"]
+    run = [*MODELS[model], *RUN, f"precision={recipe}", f"parallel.device={device}"]
     run += [f"train.global_batch={whole}", f"train.micro_batch={batch[1]}", *layout.overrides]
-    folder = lab.work / f"{key}-{time.time_ns()}".replace(", ", "-").replace(" ", "_")
+    folder = work / f"{key}-{time.time_ns()}".replace(", ", "-").replace(" ", "_")
     return Task(key, "train", [*run, f"run_dir={folder}"], size=layout.ranks)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lab import Results, grid
+from lab import PARTS, Results, grid
 from scaling import aim
 
 
@@ -96,8 +96,7 @@ def kills_table(rows: dict[str, dict[str, Any]]) -> str:
 
 def holds(out: Path) -> bool:
     """Whether nothing failed and everything that should be equal is."""
-    rows = [row for name in ("agreement", "checkpoints", "scaling", "kills")
-            for row in Results(out / f"{name}.json").rows.values()]  # fmt: skip
+    rows = [row for name in PARTS for row in Results(out / f"{name}.json").rows.values()]
     laws = ("agrees", "there", "back", "same_rows", "same_state")
     return not any("failed" in row or not all(row.get(law, True) for law in laws) for row in rows)
 

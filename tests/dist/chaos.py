@@ -36,7 +36,6 @@ RUN = (
     "train.eval_interval=8 data.valid_tokens=256 checkpoint.interval=2 "
     "precision=nvfp4 logging.wandb.mode=disabled logging.console=quiet data.mock=true"
 ).split()
-_PATIENCE = 600.0  # seconds, on a machine that is busy with other things
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Chaos:
     whole: Path
     size: int
     seed: int
+    patience: float = 600.0  # seconds for anything awaited, on a machine that is busy with other things
     kills: list[Kill] = field(default_factory=list)
     _begun: float = 0.0
 
@@ -80,7 +80,7 @@ class Chaos:
         try:
             for moment in moments:
                 self._kill(script, self._ranks(script), moment=moment, rng=rng)
-            assert script.wait(timeout=_PATIENCE) == 0, self._said()
+            assert script.wait(timeout=self.patience) == 0, self._said()
         finally:
             for process in family(script):
                 process.kill()
@@ -144,7 +144,7 @@ class Chaos:
         victim = rng.randrange(self.size)
         saving = self._saves()
         ranks[victim].kill()
-        _, alive = psutil.wait_procs(ranks, timeout=_PATIENCE)
+        _, alive = psutil.wait_procs(ranks, timeout=self.patience)
         assert not alive, self._said()
         self.kills.append(Kill(moment, victim, saving, self._newest()))
 
@@ -180,7 +180,7 @@ class Chaos:
     def _wait(
         self, script: subprocess.Popen, until: Callable[[], bool], *, every: float = 0.001
     ) -> None:
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + self.patience
         while not until():
             assert script.poll() is None, f"it ended before the last kill\n{self._said()}"
             assert time.monotonic() < deadline, self._said()
