@@ -16,47 +16,49 @@ MIXED = {2: "TP 2 + SP", 4: "TP 2 x PP 2", 8: "TP 2 x PP 2 x DP 2 + SP"}
 
 def agree(lab: Lab, results: Results, *, recipes: list[str], layouts: list[str]) -> None:
     """First and later losses and the first gradient of every layout and recipe, against one GPU's."""
-    wanted = [
-        (layout, recipe)
-        for layout in layouts
-        for recipe in recipes
-        if results.lacks(f"{layout}, {recipe}")
-    ]
-    if not wanted:
-        return
-    alone = _alone(lab, sorted({recipe for _, recipe in wanted}))
+    wanted = {
+        layout: [r for r in recipes if results.lacks(f"{layout}, {r}")]
+        for layout in sorted(layouts, key=lambda name: -grid.LAYOUTS[name].ranks)
+    }
     tasks = [
         Task(
-            f"{layout}, {recipe}",
-            "first_steps",
-            [*RUN, f"precision={recipe}", *grid.LAYOUTS[layout].overrides],
+            layout,
+            "each_recipe",
+            [*RUN, f"precision={','.join(left)}", *grid.LAYOUTS[layout].overrides],
             size=grid.LAYOUTS[layout].ranks,
             steps=agreement.STEPS,
         )
-        for layout, recipe in sorted(wanted, key=lambda one: -grid.LAYOUTS[one[0]].ranks)
+        for layout, left in wanted.items()
+        if left
     ]
+    if not tasks:
+        return
+    alone = _alone(lab, sorted({recipe for left in wanted.values() for recipe in left}))
     for task, reply in lab.run(tasks):
-        layout, recipe = task.key.split(", ")
-        if "failed" not in reply and "failed" in alone[recipe]:
-            reply = {"failed": f"one GPU: {alone[recipe]['failed']}"}
-        if "failed" in reply:
-            results.add(task.key, {"layout": layout, "recipe": recipe, **reply})
-            continue
-        found = agreement.difference(reply, alone[recipe])
-        allowing = _allowed(alone, layout, recipe)
-        results.add(
-            task.key,
-            {
-                "layout": layout,
-                "recipe": recipe,
-                **asdict(found),
-                "agrees": found.within(allowing),
-                "allowed": asdict(allowing),
-                "losses": agreement.losses(reply),
-                "losses_alone": agreement.losses(alone[recipe]),
-                "seconds": reply["seconds"],
-            },
-        )
+        for recipe in wanted[task.key]:
+            row = {"layout": task.key, "recipe": recipe, "seconds": reply["seconds"]}
+            if "failed" in reply:
+                row["failed"] = reply["failed"]
+            elif "failed" in alone[recipe]:
+                row["failed"] = f"one GPU: {alone[recipe]['failed']}"
+            else:
+                mine = {"rows": reply["recipes"][recipe], "out": reply["out"] / recipe}
+                row |= _compared(mine, alone, layout=task.key, recipe=recipe)
+            results.add(f"{task.key}, {recipe}", row)
+
+
+def _compared(
+    reply: dict[str, Any], alone: dict[str, dict[str, Any]], *, layout: str, recipe: str
+) -> dict[str, Any]:
+    found = agreement.difference(reply, alone[recipe])
+    allowing = _allowed(alone, layout, recipe)
+    return {
+        **asdict(found),
+        "agrees": found.within(allowing),
+        "allowed": asdict(allowing),
+        "losses": agreement.losses(reply),
+        "losses_alone": agreement.losses(alone[recipe]),
+    }
 
 
 def _alone(lab: Lab, recipes: list[str]) -> dict[str, dict[str, Any]]:

@@ -86,7 +86,7 @@ class Lab:
         self.work.mkdir(parents=True, exist_ok=True)
         folder = self.work / f"jobs-{time.time_ns()}"
         folder.mkdir()
-        self.pool = Ranks(folder, device=self.device, patience=240)
+        self.pool = Ranks(folder, device=self.device)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
         """Each task's reply, or ``{"failed": why}``. Neighbours of one size run side by side, as many as
@@ -94,6 +94,8 @@ class Lab:
         for size, same in groupby(tasks, key=lambda task: task.size):
             left = list(same)
             while left and time.monotonic() < self.deadline:
+                # a job that hangs may not eat the time of the parts after this one
+                self.pool.patience = max(90.0, self.deadline - time.monotonic() + 30)
                 wave, left = left[: self.gpus // size], left[self.gpus // size :]
                 yield from self._wave(wave)
 

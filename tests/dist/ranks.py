@@ -35,7 +35,7 @@ class Ranks:
     def __init__(self, folder: Path, *, device: str = "cpu", patience: float = _PATIENCE) -> None:
         self._folder = folder
         self._device = device
-        self._patience = patience
+        self.patience = patience
         self._counter = itertools.count()
         self._processes: dict[int, subprocess.Popen] = {}
 
@@ -77,7 +77,7 @@ class Ranks:
         """
         replies: dict[int, dict[str, Any]] = {}
         failed = ""
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + self.patience
         with selectors.DefaultSelector() as waiting:  # one line a reply: none is buffered
             for rank, number in enumerate(job.processes):
                 stdout = self._processes[number].stdout
@@ -93,7 +93,7 @@ class Ranks:
                         failed = f"rank {key.data}: {replies[key.data]['error']}"
                 if not ready:
                     silent = sorted(set(range(len(job.processes))) - replies.keys())
-                    failed = f"ranks {silent} have not answered in {self._patience:.0f} s"
+                    failed = f"ranks {silent} have not answered in {self.patience:.0f} s"
         if failed:
             for number in job.processes:
                 process = self._processes.pop(number)
@@ -107,7 +107,7 @@ class Ranks:
             assert process.stdin is not None
             process.stdin.close()
         for process in self._processes.values():
-            process.wait(timeout=self._patience)
+            process.wait(timeout=self.patience)
 
     def _start(self) -> subprocess.Popen:
         root = Path(__file__).parents[2]

@@ -38,6 +38,19 @@ def first_steps(overrides: list[str], out: str, *, steps: int, device: str) -> d
     return steps_from(trainer, out, steps=steps)
 
 
+def each_recipe(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
+    """``first_steps`` of every recipe of ``precision=a,b``, in folders of their names: on GPUs forming groups
+    takes longer than the steps, and here recipes share them."""
+    (named,) = (text for text in overrides if text.startswith("precision="))
+    rows = {}
+    for recipe in named.removeprefix("precision=").split(","):
+        run = [f"precision={recipe}" if text == named else text for text in overrides]
+        folder = Path(out) / recipe
+        folder.mkdir(exist_ok=True)
+        rows[recipe] = first_steps(run, str(folder), steps=steps, device=device)["rows"]
+    return {"recipes": rows}
+
+
 def nudged_steps(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
     """``first_steps`` from weights that are moved by a last bit or so: what rounding alone can do."""
     trainer = started(overrides, device)
@@ -121,6 +134,7 @@ def validation(overrides: list[str], out: str, *, steps: int, device: str) -> di
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "first_steps": first_steps,
+    "each_recipe": each_recipe,
     "nudged_steps": nudged_steps,
     "train": train_run,
     "validation": validation,
