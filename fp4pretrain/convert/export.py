@@ -10,8 +10,6 @@ fp4pretrain.json        the run, its step, recipe and fingerprint
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +23,12 @@ from fp4pretrain.convert.packed import Packer
 from fp4pretrain.convert.tensors import tensors_of
 from fp4pretrain.convert.tokenizer import exportable, fitting_tokenizer, write_tokenizer
 from fp4pretrain.convert.weights import CheckpointWeights
-from fp4pretrain.errors import UserError
-from fp4pretrain.files import unwritable, write_text
+from fp4pretrain.files import new_folder, write_text
 from fp4pretrain.model.families import family_of
 from fp4pretrain.train.stored import StoredRun
 
 _FILE_BYTES = 4 << 30
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -58,13 +55,11 @@ def export_hf(run: StoredRun, out: Path, wanted: Export | None = None) -> dict[s
     family = family_of(config.model)
     named = wanted.tokenizer or config.data.tokenizer
     tokenizer = exportable(fitting_tokenizer(named, vocab_size=config.model.vocab_size))
-    if out.exists() or out.is_symlink():
-        raise UserError(f"--out: {out} exists already; remove it, or choose another folder")
     dtype = wanted.dtype or config.optim.params_dtype
     packer = Packer(plan_of(config), run.last_moment, family) if wanted.quantize else None
     # casts are made of what the GEMMs read, the master weights only where those are asked for
     weights = CheckpointWeights(run.checkpoint, masters=dtype == "fp32" and packer is None)
-    facts = _facts(run, family.architecture, dtype, packer)
+    facts = facts_of(run, family.architecture, dtype, quantized=packer.layout if packer else None)
     described = family.config | {
         "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
         "bos_token_id": None,
@@ -72,25 +67,14 @@ def export_hf(run: StoredRun, out: Path, wanted: Export | None = None) -> dict[s
     }
     if packer is not None:
         described["quantization_config"] = packer.config()
-    tensors = _in(_DTYPES[dtype], tensors_of(family, config.model, weights, packer))
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.absolute().parent))
-    except OSError as error:
-        raise unwritable("--out", out, error) from None
-    try:
+    tensors = _in(DTYPES[dtype], tensors_of(family, config.model, weights, packer))
+    with new_folder(out, key="--out") as beside:
         _write_tensors(tensors, beside)
-        _write_json(beside / "config.json", described)
+        write_json(beside / "config.json", described)
         ends = {"bos_token_id": None, "eos_token_id": tokenizer.eod}
-        _write_json(beside / "generation_config.json", ends)
-        _write_json(beside / "fp4pretrain.json", facts)
+        write_json(beside / "generation_config.json", ends)
+        write_json(beside / "fp4pretrain.json", facts)
         write_tokenizer(tokenizer, beside)
-        beside.chmod(0o755)
-        beside.rename(out)
-    except OSError as error:
-        raise unwritable("--out", out, error) from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return facts
 
 
@@ -103,11 +87,14 @@ def _in(
         yield name, tensor.to(dtype) if plain else tensor
 
 
-def _facts(run: StoredRun, architecture: str, dtype: str, packer: Packer | None) -> dict[str, Any]:
+def facts_of(
+    run: StoredRun, architecture: str, dtype: str, *, quantized: str | None = None
+) -> dict[str, Any]:
+    """Where an exported folder comes from: its fp4pretrain.json."""
     return {
         "architecture": architecture,
         "dtype": dtype,
-        "quantized": None if packer is None else packer.layout,
+        "quantized": quantized,
         "run": run.folder.name,
         "step": run.step,
         "recipe": run.config.precision.name,
@@ -144,8 +131,8 @@ def _write_tensors(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) ->
         (folder / f"part-{number}").rename(folder / file)
     places = {name: file for file, held in zip(files, names, strict=True) for name in held}
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    _write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
