@@ -4,7 +4,7 @@
     FOLDER/iter_0000100/, or release/, or FOLDER itself
         metadata.json     written last: without it the save did not end
         .metadata         which box of which tensor lies where
-        common.pt         the arguments of the model
+        common.pt         the arguments of the model (from megatron-core 0.19 on in __0_0.distcp)
         __0_0.distcp …    the boxes
 
 These are pickles. ``.metadata`` is read by a reader that knows seven classes and makes an empty shell of
@@ -40,6 +40,7 @@ from fp4pretrain.train.initial.refusals import another_model, damaged
 
 TRACKER = "latest_checkpointed_iteration.txt"
 DESCRIBED, COMMON, PLACES = "metadata.json", "common.pt", ".metadata"
+_COMMON = MetadataIndex("common_state/shard_0_1")
 # What a whole name of a model's tensor begins with: the rest is optimizer, generators, ...
 _MODEL = ("embedding.", "decoder.", "output_layer.")
 _CLASSES = {
@@ -78,7 +79,7 @@ class MegatronSource:
         }
         self._places = described.storage_data
         self._check_sizes()
-        self._compare(_read_arguments(self._folder / COMMON))
+        self._compare(self._arguments())
 
     def part(self, leaf: ShardedTensor) -> torch.Tensor:
         """This rank's part of one of the model's tensors, of the leaf's shape and dtype."""
@@ -132,14 +133,36 @@ class MegatronSource:
         if place is None:
             raise damaged(self._folder, f"{name} at {list(chunk.offsets)} has no place")
         try:
-            with (self._folder / place.relative_path).open("rb") as file:
-                file.seek(place.offset)
-                raw = file.read(place.length)
-            found = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+            found = torch.load(self._bytes(place), map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise damaged(self._folder, f"{place.relative_path}: {first_line(error)}") from None
         assert isinstance(found, torch.Tensor)
         return found
+
+    def _bytes(self, place: Any) -> io.BytesIO:
+        with (self._folder / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            return io.BytesIO(file.read(place.length))
+
+    def _arguments(self) -> dict[str, Any]:
+        """Megatron-LM's arguments; none where a program of its own saved the checkpoint."""
+        path = self._folder / COMMON
+        try:
+            if path.is_file():
+                found = torch.load(path, map_location="cpu", weights_only=True)
+            elif _COMMON in self._places:  # megatron-core 0.19
+                raw = self._bytes(self._places[_COMMON])
+                (found,) = torch.load(raw, map_location="cpu", weights_only=True)
+            else:
+                found = {}
+            return dict(vars(found["args"])) if "args" in found else {}
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"init: {self._folder} holds objects beside Megatron-LM's arguments, and no program of a "
+                f"file is run ({first_line(error)}); save it with megatron-core's own classes alone"
+            ) from None
+        except Exception as error:  # an unpickler raises what it likes
+            raise damaged(self._folder, f"arguments: {first_line(error)}") from None
 
     def _check_whole(self) -> None:
         try:
@@ -258,17 +281,3 @@ def _read_places(path: Path) -> Any:
     except Exception as error:  # an unpickler raises what it likes
         raise damaged(path, first_line(error)) from None
     return found
-
-
-def _read_arguments(path: Path) -> dict[str, Any]:
-    """Megatron-LM's arguments; none where a program of its own saved the checkpoint."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(vars(found["args"])) if "args" in found else {}
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"init: {path} holds objects beside Megatron-LM's arguments, and no program of a file is run "
-            f"({first_line(error)}); save it with megatron-core's own classes alone"
-        ) from None
-    except Exception as error:
-        raise damaged(path, first_line(error)) from None

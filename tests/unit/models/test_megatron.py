@@ -199,7 +199,7 @@ REFUSED = [
     ("truncated", r"init: .* is damaged \(__0_0.distcp: "),
     ("places", r"init: .*\.metadata is damaged"),
     ("program", r"init: .*\.metadata is damaged"),
-    ("arguments that run", r"init: .*common.pt holds objects .*, and no program of a file is run"),
+    ("arguments that run", r"init: .*release holds objects .*, and no program of a file is run"),
     ("experts", r"init: the checkpoint's model was built with num_experts=8"),
     ("tanh", r"init: .*bias_gelu_fusion=True, a GELU by tanh"),
     ("sizes", r"init: .*; set model.num_layers=9 model.bias=true model.rotary_base=500000$"),
