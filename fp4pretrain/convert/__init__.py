@@ -6,5 +6,6 @@ Nothing here needs the transformers package: its files are written and read as f
 
 from fp4pretrain.convert.export import Export, export_hf
 from fp4pretrain.convert.megatron import export_megatron
+from fp4pretrain.convert.packed import LAYOUTS
 
-__all__ = ["Export", "export_hf", "export_megatron"]
+__all__ = ["LAYOUTS", "Export", "export_hf", "export_megatron"]

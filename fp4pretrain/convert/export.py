@@ -1,6 +1,7 @@
 """A checkpoint as a Hugging Face folder: written beside its place, then renamed.
 
 config.json             the architecture and its sizes; quantization_config where weights are FP4
+hf_quant_config.json    the same for those who read ModelOpt's layout
 model.safetensors       or model-0000N-of-0000M.safetensors and their index, 4 GiB each
 tokenizer.json, ...     the run's tokenizer
 generation_config.json  which token ends a text
@@ -19,7 +20,7 @@ import torch
 
 from fp4pretrain import __version__
 from fp4pretrain.config import plan_of
-from fp4pretrain.convert.packed import Packer
+from fp4pretrain.convert.packed import LAYOUTS, Inputs, Packer
 from fp4pretrain.convert.tensors import tensors_of
 from fp4pretrain.convert.tokenizer import exportable, fitting_tokenizer, write_tokenizer
 from fp4pretrain.convert.weights import CheckpointWeights
@@ -33,14 +34,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Export:
-    """What ``export_hf`` writes.
+    """What is written.
 
     ``dtype``: fp32 (the masters) or bf16; None is what the run's GEMMs read. ``quantize``: linears
-    that the recipe's forward pass has in FP4 are stored in FP4. ``tokenizer``: None is the run's.
+    that the recipe's forward pass has in FP4 are stored in FP4, by ``layout`` of ``packed.LAYOUTS``;
+    ``inputs``: for scales of activations in it. ``tokenizer``: None is the run's.
     """
 
     dtype: str | None = None
     quantize: bool = False
+    layout: str = LAYOUTS[0]
+    inputs: Inputs | None = None
     tokenizer: str | None = None
 
 
@@ -56,7 +60,15 @@ def export_hf(run: StoredRun, out: Path, wanted: Export | None = None) -> dict[s
     named = wanted.tokenizer or config.data.tokenizer
     tokenizer = exportable(fitting_tokenizer(named, vocab_size=config.model.vocab_size))
     dtype = wanted.dtype or config.optim.params_dtype
-    packer = Packer(plan_of(config), run.last_moment, family) if wanted.quantize else None
+    packer = None
+    if wanted.quantize:
+        packer = Packer(
+            plan_of(config),
+            run.last_moment,
+            family,
+            layout=wanted.layout,
+            inputs=wanted.inputs,
+        )
     # casts are made of what the GEMMs read, the master weights only where those are asked for
     weights = CheckpointWeights(run.checkpoint, masters=dtype == "fp32" and packer is None)
     facts = facts_of(run, family.architecture, dtype, quantized=packer.layout if packer else None)
@@ -71,6 +83,8 @@ def export_hf(run: StoredRun, out: Path, wanted: Export | None = None) -> dict[s
     with new_folder(out, key="--out") as beside:
         _write_tensors(tensors, beside)
         write_json(beside / "config.json", described)
+        for name, content in (packer.files() if packer else {}).items():
+            write_json(beside / name, content)
         ends = {"bos_token_id": None, "eos_token_id": tokenizer.eod}
         write_json(beside / "generation_config.json", ends)
         write_json(beside / "fp4pretrain.json", facts)
@@ -83,7 +97,7 @@ def _in(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The same with weights and biases in ``dtype``; codes and scales of FP4 stay what they are."""
     for name, tensor in tensors:
-        plain = name.endswith((".weight", ".bias"))
+        plain = name.endswith((".weight", ".bias")) and tensor.dtype != torch.uint8
         yield name, tensor.to(dtype) if plain else tensor
 
 
