@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,30 @@ def write_text(path: str | Path, text: str, *, sync: bool = False) -> None:
         if sync:
             file.flush()
             os.fsync(file.fileno())
+
+
+@contextmanager
+def new_folder(path: Path, *, key: str) -> Iterator[Path]:
+    """A folder to fill, beside ``path``; at the end it is ``path``. After an exception it is gone.
+
+    Raises UserError, with the option or config key ``key``, where ``path`` is there already, or cannot be
+    written.
+    """
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{key}: {path} exists already; remove it, or choose another folder")
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.absolute().parent))
+    except OSError as error:
+        raise unwritable(key, path, error) from None
+    try:
+        yield beside
+        beside.chmod(0o755)
+        beside.rename(path)
+    except OSError as error:
+        raise unwritable(key, path, error) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def user_path(given: str | Path, *, key: str) -> Path:

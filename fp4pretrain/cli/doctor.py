@@ -37,6 +37,7 @@ def _work(arguments: argparse.Namespace) -> None:
     from fp4pretrain.ops import choose
     from fp4pretrain.parallel.groups import join, leave, world_size
     from fp4pretrain.selftests import self_tests
+    from fp4pretrain.train.adam import adam_here
     from fp4pretrain.version import versions
 
     config = compose([f"precision={arguments.precision}", *arguments.overrides])
@@ -52,6 +53,7 @@ def _work(arguments: argparse.Namespace) -> None:
     if is_main():
         console = Console(highlight=False)
         console.print(", ".join(f"{name} {number}" for name, number in versions().items()))
+        console.print(f"optimizer: {adam_here(device)}", markup=False, soft_wrap=True)
         names = groups()["precision"]
         plans = [plan_of(compose([f"precision={name}"])) for name in names]
         console.print(recipes_table(names, plans, device))

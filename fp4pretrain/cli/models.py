@@ -15,11 +15,14 @@ from fp4pretrain.errors import UserError
 EXPORT_HELP = """\
 Write a run's newest checkpoint, of any layout, as a Hugging Face folder: config.json, safetensors and the
 tokenizer, which transformers and vLLM load. The architecture follows from the model section: Llama, Qwen3
-(model.qk_norm), Arcee (an MLP without a gate) or GPT-2.
+(model.qk_norm), Arcee (an MLP without a gate) or GPT-2. Or, with --to megatron, as a checkpoint of
+megatron-core (torch_dist), which Megatron-LM loads with --load DIR --use-checkpoint-args.
 
   fp4pretrain export runs/nvfp4-seed1234 --to hf --out exported
   fp4pretrain export runs/a/checkpoints/step_00000100 --to hf --out exported --dtype fp32
   fp4pretrain export runs/nvfp4-seed1234 --to hf --out exported --quantize   linears in the recipe's FP4
+  fp4pretrain export runs/nvfp4-seed1234 --out exported --quantize --layout modelopt --calibrate held-out.txt
+  fp4pretrain export runs/nvfp4-seed1234 --to megatron --out exported
 """
 
 GENERATE_HELP = """\
@@ -43,9 +46,11 @@ results are printed, added to the run's metrics.jsonl as eval/NAME and to the su
 
 
 def add(verbs: Any) -> None:
-    export = add_verb(verbs, "export", "a run's model for Hugging Face", EXPORT_HELP, _export)
+    export = add_verb(verbs, "export", "a run's model for other programs", EXPORT_HELP, _export)
     export.add_argument("run", type=path, metavar="RUN", help="a run's folder, or a checkpoint's")
-    export.add_argument("--to", choices=("hf",), default="hf", help="the layout (default: hf)")
+    export.add_argument(
+        "--to", choices=("hf", "megatron"), default="hf", help="the layout (default: hf)"
+    )
     export.add_argument("--out", type=path, required=True, metavar="DIR", help="a new folder")
     export.add_argument(
         "--dtype",
@@ -55,7 +60,18 @@ def add(verbs: Any) -> None:
     export.add_argument(
         "--quantize",
         action="store_true",
-        help="linears that the recipe's forward pass has in FP4, in compressed-tensors' layout",
+        help="store linears in FP4 that the recipe's forward pass has in FP4",
+    )
+    export.add_argument(
+        "--layout",
+        choices=("compressed-tensors", "modelopt"),
+        help="of --quantize (default: compressed-tensors)",
+    )
+    export.add_argument(
+        "--calibrate",
+        nargs="+",
+        metavar="FILE",
+        help="text that is run through the model, for modelopt's scales of activations",
     )
     export.add_argument("--tokenizer", help="in place of the run's data.tokenizer")
 
@@ -93,13 +109,43 @@ def _export(arguments: argparse.Namespace) -> None:
     from fp4pretrain.ops.choice import without_triton
 
     without_triton()  # before megatron-core looks for it
-    from fp4pretrain.convert import Export, export_hf
+    from fp4pretrain.convert import LAYOUTS, Export, export_hf, export_megatron
     from fp4pretrain.train.stored import stored_run
 
-    wanted = Export(arguments.dtype, arguments.quantize, arguments.tokenizer)
-    made = export_hf(stored_run(arguments.run), arguments.out, wanted)
+    wanted = Export(
+        arguments.dtype,
+        arguments.quantize,
+        arguments.layout or LAYOUTS[0],
+        _inputs(arguments),
+        arguments.tokenizer,
+    )
+    export = {"hf": export_hf, "megatron": export_megatron}[arguments.to]
+    made = export(stored_run(arguments.run), arguments.out, wanted)
     kind = made["quantized"] or made["dtype"]
     print(f"{arguments.out}: {made['architecture']}, {kind}, step {made['step']} of {made['run']}")
+
+
+def _inputs(arguments: argparse.Namespace) -> dict[tuple[int, str], float] | None:
+    """What ``--calibrate`` finds. Raises UserError for options that do not go together."""
+    for option in ("layout", "calibrate"):
+        if getattr(arguments, option) and not arguments.quantize:
+            raise UserError(
+                f"--{option}: it is about linears in FP4; add --quantize, or leave it out"
+            )
+    if not arguments.calibrate:
+        return None
+    if arguments.layout != "modelopt":
+        raise UserError(
+            "--calibrate: compressed-tensors has activations in BF16; use --layout modelopt"
+        )
+    from fp4pretrain.data import Reading
+    from fp4pretrain.data.text import list_files, read_documents
+    from fp4pretrain.infer import largest_inputs
+
+    texts = read_documents(list_files(arguments.calibrate), Reading("text"))
+    arguments.precision, arguments.device = "recipe", "auto"
+    with _model(arguments) as model:
+        return largest_inputs(model, texts)
 
 
 @contextlib.contextmanager

@@ -266,7 +266,8 @@ class RunConfig:
     ``seed``: initial weights, rounding noise and dropout. ``resume``: null, ``auto``, a checkpoint, or
     ``restart``: from the beginning in a folder whose checkpoints are gone. ``resume_with``: keys or
     sections that may differ from the checkpoint's run, such as ``[optim.lr,precision]``. ``init``: null,
-    or a Hugging Face model's local folder, whose weights a fresh run begins with.
+    or the local folder of a Hugging Face model or a megatron-core checkpoint, whose weights a fresh run
+    begins with.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)

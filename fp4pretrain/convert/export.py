@@ -1,6 +1,7 @@
 """A checkpoint as a Hugging Face folder: written beside its place, then renamed.
 
 config.json             the architecture and its sizes; quantization_config where weights are FP4
+hf_quant_config.json    the same for those who read ModelOpt's layout
 model.safetensors       or model-0000N-of-0000M.safetensors and their index, 4 GiB each
 tokenizer.json, ...     the run's tokenizer
 generation_config.json  which token ends a text
@@ -10,8 +11,6 @@ fp4pretrain.json        the run, its step, recipe and fingerprint
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,29 +20,31 @@ import torch
 
 from fp4pretrain import __version__
 from fp4pretrain.config import plan_of
-from fp4pretrain.convert.packed import Packer
+from fp4pretrain.convert.packed import LAYOUTS, Inputs, Packer
 from fp4pretrain.convert.tensors import tensors_of
 from fp4pretrain.convert.tokenizer import exportable, fitting_tokenizer, write_tokenizer
 from fp4pretrain.convert.weights import CheckpointWeights
-from fp4pretrain.errors import UserError
-from fp4pretrain.files import unwritable, write_text
+from fp4pretrain.files import new_folder, write_text
 from fp4pretrain.model.families import family_of
 from fp4pretrain.train.stored import StoredRun
 
 _FILE_BYTES = 4 << 30
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Export:
-    """What ``export_hf`` writes.
+    """What is written.
 
     ``dtype``: fp32 (the masters) or bf16; None is what the run's GEMMs read. ``quantize``: linears
-    that the recipe's forward pass has in FP4 are stored in FP4. ``tokenizer``: None is the run's.
+    that the recipe's forward pass has in FP4 are stored in FP4, by ``layout`` of ``packed.LAYOUTS``;
+    ``inputs``: for scales of activations in it. ``tokenizer``: None is the run's.
     """
 
     dtype: str | None = None
     quantize: bool = False
+    layout: str = LAYOUTS[0]
+    inputs: Inputs | None = None
     tokenizer: str | None = None
 
 
@@ -58,13 +59,19 @@ def export_hf(run: StoredRun, out: Path, wanted: Export | None = None) -> dict[s
     family = family_of(config.model)
     named = wanted.tokenizer or config.data.tokenizer
     tokenizer = exportable(fitting_tokenizer(named, vocab_size=config.model.vocab_size))
-    if out.exists() or out.is_symlink():
-        raise UserError(f"--out: {out} exists already; remove it, or choose another folder")
     dtype = wanted.dtype or config.optim.params_dtype
-    packer = Packer(plan_of(config), run.last_moment, family) if wanted.quantize else None
+    packer = None
+    if wanted.quantize:
+        packer = Packer(
+            plan_of(config),
+            run.last_moment,
+            family,
+            layout=wanted.layout,
+            inputs=wanted.inputs,
+        )
     # casts are made of what the GEMMs read, the master weights only where those are asked for
     weights = CheckpointWeights(run.checkpoint, masters=dtype == "fp32" and packer is None)
-    facts = _facts(run, family.architecture, dtype, packer)
+    facts = facts_of(run, family.architecture, dtype, quantized=packer.layout if packer else None)
     described = family.config | {
         "torch_dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
         "bos_token_id": None,
@@ -72,25 +79,16 @@ def export_hf(run: StoredRun, out: Path, wanted: Export | None = None) -> dict[s
     }
     if packer is not None:
         described["quantization_config"] = packer.config()
-    tensors = _in(_DTYPES[dtype], tensors_of(family, config.model, weights, packer))
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.absolute().parent))
-    except OSError as error:
-        raise unwritable("--out", out, error) from None
-    try:
+    tensors = _in(DTYPES[dtype], tensors_of(family, config.model, weights, packer))
+    with new_folder(out, key="--out") as beside:
         _write_tensors(tensors, beside)
-        _write_json(beside / "config.json", described)
+        write_json(beside / "config.json", described)
+        for name, content in (packer.files() if packer else {}).items():
+            write_json(beside / name, content)
         ends = {"bos_token_id": None, "eos_token_id": tokenizer.eod}
-        _write_json(beside / "generation_config.json", ends)
-        _write_json(beside / "fp4pretrain.json", facts)
+        write_json(beside / "generation_config.json", ends)
+        write_json(beside / "fp4pretrain.json", facts)
         write_tokenizer(tokenizer, beside)
-        beside.chmod(0o755)
-        beside.rename(out)
-    except OSError as error:
-        raise unwritable("--out", out, error) from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return facts
 
 
@@ -99,15 +97,18 @@ def _in(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The same with weights and biases in ``dtype``; codes and scales of FP4 stay what they are."""
     for name, tensor in tensors:
-        plain = name.endswith((".weight", ".bias"))
+        plain = name.endswith((".weight", ".bias")) and tensor.dtype != torch.uint8
         yield name, tensor.to(dtype) if plain else tensor
 
 
-def _facts(run: StoredRun, architecture: str, dtype: str, packer: Packer | None) -> dict[str, Any]:
+def facts_of(
+    run: StoredRun, architecture: str, dtype: str, *, quantized: str | None = None
+) -> dict[str, Any]:
+    """Where an exported folder comes from: its fp4pretrain.json."""
     return {
         "architecture": architecture,
         "dtype": dtype,
-        "quantized": None if packer is None else packer.layout,
+        "quantized": quantized,
         "run": run.folder.name,
         "step": run.step,
         "recipe": run.config.precision.name,
@@ -144,8 +145,8 @@ def _write_tensors(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) ->
         (folder / f"part-{number}").rename(folder / file)
     places = {name: file for file, held in zip(files, names, strict=True) for name in held}
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    _write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")

@@ -1,40 +1,63 @@
-"""Linears' weights in FP4 as compressed-tensors stores them, which vLLM and transformers read.
+"""Linears' weights in FP4 as two layouts store them: compressed-tensors' and that of NVIDIA's ModelOpt.
 
 A weight is cast as its recipe's forward pass casts it, so the stored matrix is the trained one, value
-by value. Of a linear [n, k] in NVFP4 (format ``nvfp4-pack-quantized``):
+by value. Parts of one matrix of ours (queries, keys, values) share its scale. Of a linear [n, k] in
+NVFP4 there are, in compressed-tensors (format ``nvfp4-pack-quantized``, which vLLM and transformers read):
 
     weight_packed        uint8 [n, k / 2], two E2M1 codes a byte, the even column in the low nibble
     weight_scale         float8_e4m3fn [n, k / 16]; tiles of 16 x 16 repeat theirs in 16 rows
     weight_global_scale  fp32 [1]; a value is code * weight_scale / weight_global_scale
 
 and in MXFP4 (``mxfp4-pack-quantized``) weight_packed and weight_scale, uint8 [n, k / 32], the exponent
-plus 127. Parts of one matrix of ours (queries, keys, values) share its global scale. Activations are
-left in BF16: a recipe scales them by the batch at hand, and this layout wants one scale for all.
+plus 127. Activations are left in BF16: a recipe scales them by the batch at hand, and a layout wants one
+scale for all. ModelOpt's (hf_quant_config.json, which vLLM and TensorRT-LLM read) has, of NVFP4 alone:
+
+    weight               uint8 [n, k / 2] as weight_packed
+    weight_scale         float8_e4m3fn [n, k / 16]
+    weight_scale_2       fp32 []: a value is code * weight_scale * weight_scale_2
+    input_scale          fp32 []: largest input / 2688, of a text that was run through the model; without
+                         such a text there is none, and the algorithm is W4A16_NVFP4, activations in BF16
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from fp4pretrain import __version__
 from fp4pretrain.errors import UserError
 from fp4pretrain.model.families import Family, Linear
 from fp4pretrain.numerics import QuantizedTensor, QuantSpec, quantize
 from fp4pretrain.numerics.scaling import mx_stretch
 from fp4pretrain.precision import Plan, Progress
 
-_LAYOUTS = {"nvfp4": ("nvfp4-pack-quantized", 16), "mxfp4": ("mxfp4-pack-quantized", 32)}
+LAYOUTS = ("compressed-tensors", "modelopt")
+# (global layer, our linear's name) -> the largest magnitude of its input over a text
+Inputs = Mapping[tuple[int, str], float]
+
+_NVFP4_LARGEST = 6.0 * 448.0
+_FORMATS = {"nvfp4": ("nvfp4-pack-quantized", 16), "mxfp4": ("mxfp4-pack-quantized", 32)}
 
 
 class Packer:
     """Casts the linears that the plan has in FP4 at ``progress``; a ``Pack`` for ``tensors_of``.
 
+    ``inputs``: of ModelOpt's layout, what the scales of activations come from.
     Raises UserError where it has none, or what the layout cannot say: two formats, a rotated forward
     pass, a factor on the product, a second term, an amax of earlier steps.
     """
 
-    def __init__(self, plan: Plan, progress: Progress, family: Family) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        progress: Progress,
+        family: Family,
+        *,
+        layout: str = LAYOUTS[0],
+        inputs: Inputs | None = None,
+    ) -> None:
         if family.transposed:
             raise UserError(
                 f"--quantize: {family.architecture} stores no linears that the FP4 layout knows; "
@@ -43,13 +66,18 @@ class Packer:
         self._specs: dict[tuple[int, str], QuantSpec] = {}
         for layer, name in plan.linears():
             fprop = plan.at(layer, name, progress).fprop
-            if layer is None or fprop.w.format not in _LAYOUTS:
+            if layer is None or fprop.w.format not in _FORMATS:
                 continue
             if fprop.rotation.active:
                 raise UserError(
                     f"--quantize: precision.fprop.rotation: {name} of block {layer} multiplies rotated "
                     "weights by rotated activations, which no reader of this layout does; export "
                     "without --quantize"
+                )
+            if inputs is not None and fprop.x.format != "nvfp4":
+                raise UserError(
+                    f"--calibrate: the recipe has activations in {fprop.x.format} and not in nvfp4, which "
+                    "is what the layout has scales for; export without --calibrate"
                 )
             self._specs[layer, name] = fprop.w
         formats = {spec.format for spec in self._specs.values()}
@@ -70,7 +98,15 @@ class Packer:
                     f"--quantize: precision.fprop.w.{what} that the layout has no place for; export "
                     "without --quantize"
                 )
-        self.layout, self.group = _LAYOUTS[formats.pop()]
+        format_ = formats.pop()
+        self.layout, self.group = _FORMATS[format_]
+        self._modelopt, self._inputs = layout == "modelopt", inputs
+        if self._modelopt:
+            if format_ != "nvfp4":
+                raise UserError(
+                    f"--layout: modelopt has no place for {format_}; use --layout compressed-tensors"
+                )
+            self.layout = "W4A16_NVFP4" if inputs is None else "NVFP4"
         self._family, self._layers = family, plan.num_layers
 
     def __call__(
@@ -89,23 +125,51 @@ class Packer:
         parts = []
         scales = _row_scales(cast)
         for rows in linear.rows:
-            part = {"weight_packed": cast.codes, "weight_scale": scales}
-            if rows is not None:
-                part = {name: tensor[rows] for name, tensor in part.items()}
-            part = {name: tensor.contiguous() for name, tensor in part.items()}
-            if spec.format == "nvfp4":
+            codes, scale = (t if rows is None else t[rows] for t in (cast.codes, scales))
+            part = {"weight_packed": codes.contiguous(), "weight_scale": scale.contiguous()}
+            if self._modelopt:
+                part["weight"] = part.pop("weight_packed")
+                part["weight_scale_2"] = cast.alpha().reshape(()).float()
+                if self._inputs is not None:
+                    largest = torch.tensor(self._inputs[layer, linear.ours])
+                    part["input_scale"] = largest.clamp(min=1e-12) / _NVFP4_LARGEST
+            elif spec.format == "nvfp4":
                 part["weight_global_scale"] = (1.0 / cast.alpha()).reshape(1).float()
             parts.append(part)
         return parts
 
-    def config(self) -> dict[str, Any]:
-        """``quantization_config`` of config.json."""
+    def files(self) -> dict[str, dict[str, Any]]:
+        """JSON files beside config.json."""
+        if not self._modelopt:
+            return {}
+        quantization = {
+            "quant_algo": self.layout,
+            "kv_cache_quant_algo": None,
+            "group_size": self.group,
+            "exclude_modules": self._ignored(),
+        }
+        producer = {"name": "fp4pretrain", "version": __version__}
+        return {"hf_quant_config.json": {"producer": producer, "quantization": quantization}}
+
+    def _ignored(self) -> list[str]:
+        """Linears that are not in FP4."""
         ignored = ["lm_head"]
         for layer in range(self._layers):
             for linear in self._family.linears:
                 if (layer, linear.ours) not in self._specs:
                     prefix = self._family.layer.format(layer)
                     ignored += [prefix + name for name in linear.theirs]
+        return ignored
+
+    def config(self) -> dict[str, Any]:
+        """``quantization_config`` of config.json."""
+        if self._modelopt:
+            return {
+                "quant_method": "modelopt",
+                "quant_algo": self.layout,
+                "group_size": self.group,
+                "ignore": self._ignored(),
+            }
         nvfp4 = self.group == 16
         weights = {
             "num_bits": 4,
@@ -130,7 +194,7 @@ class Packer:
                     "format": self.layout,
                 }
             },
-            "ignore": ignored,
+            "ignore": self._ignored(),
         }
 
 

@@ -32,6 +32,11 @@ class CheckpointWeights:
     def has(self, key: str) -> bool:
         return key in self._manifest.tensors
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor of the model; the blocks' have the block as first axis."""
+        kinds = ("embedding.", "decoder.", "output_layer.")
+        return {k: t.shape for k, t in self._manifest.tensors.items() if k.startswith(kinds)}
+
     def whole(self, key: str) -> torch.Tensor:
         """A tensor outside the blocks."""
         stored = self._stored(key)

@@ -38,11 +38,11 @@ class TextLoss:
         }
 
 
-def text_loss(model: Model, documents: Iterable[str]) -> TextLoss:
+def text_loss(model: Model, documents: Iterable[str], *, key: str = "--text") -> TextLoss:
     """Every token of every document is predicted once, from what stands before it in its window.
 
     Windows have the model's length and do not overlap, as in training; the first begins with the end
-    of a document. Raises UserError where there is no token.
+    of a document. Raises UserError (of the option ``key``) where there is no token.
     """
     count = size = tokens = 0
     nats = 0.0
@@ -58,7 +58,7 @@ def text_loss(model: Model, documents: Iterable[str]) -> TextLoss:
     for batch in _batches(windows(), max(1, _BATCH_TOKENS // model.length)):
         nats += sum(-float(found.sum()) for found in log_probabilities(model, batch))
     if not tokens:
-        raise UserError("--text: there is no text in it; give a file that has some")
+        raise UserError(f"{key}: there is no text in it; give a file that has some")
     return TextLoss(nats, tokens, size, count)
 
 

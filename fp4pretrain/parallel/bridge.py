@@ -1,6 +1,6 @@
 """megatron-core on a machine without CUDA: the only place that patches anything.
 
-megatron-core names CUDA in four ways that a CPU cannot serve. Each is mapped here, with its reason,
+megatron-core names CUDA in five ways that a CPU cannot serve. Each is mapped here, with its reason,
 and only when the run's device is the CPU; on GPUs this module does nothing at all.
 """
 
@@ -70,6 +70,14 @@ def run_on_cpu() -> None:
     torch.cuda.current_stream = lambda device=None: _NoStream()  # type: ignore[assignment, return-value]
     torch.cuda.default_stream = lambda device=None: _NoStream()  # type: ignore[assignment, return-value]
     torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment, return-value]
+
+    # Transformer Engine's and apex's Adam, which megatron-core prefers, are CUDA kernels.
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    for where in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"):
+        setattr(distrib_optimizer, where, False)  # where its state counts the steps
 
     # The RNG tracker saves and restores the CUDA generator around dropout and recompute; here the
     # CPU generator is that generator.

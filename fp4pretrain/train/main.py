@@ -22,6 +22,7 @@ from fp4pretrain.parallel.agreement import agree, attempted
 from fp4pretrain.parallel.groups import join, leave, pick_device, world_size
 from fp4pretrain.report.live import LiveGap
 from fp4pretrain.train import checkpoint
+from fp4pretrain.train.adam import adam_of
 from fp4pretrain.train.changes import Changes, changes, told
 from fp4pretrain.train.hooks import (
     Auditing,
@@ -210,6 +211,7 @@ def _record(
             "commit": commit(),
             "sources": sources_digest(),
             "versions": versions(),
+            "optimizer": adam_of(trainer.optimizer),
             "devices": devices,
             "host": socket.gethostname(),
         },
@@ -252,7 +254,7 @@ def _announce(trainer: Trainer, path: Path, start: Path | None) -> None:
         f"{world.device.type} rank(s): TP {config.parallel.tensor}, PP {config.parallel.pipeline}, "
         f"DP {trainer.layout.data}; {trainer.backend_choice}"
     )
-    console.print(str(state_bytes(config, trainer.layout)))
+    console.print(f"{state_bytes(config, trainer.layout)}; {adam_of(trainer.optimizer)}")
     if start is not None:
         console.print(f"continuing from {start} (step {trainer.step})")
     console.print(str(trainer.binding.plan))

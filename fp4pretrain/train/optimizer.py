@@ -47,10 +47,13 @@ def _allocate_moments(optimizer: GuardedOptimizer) -> None:
     one can be loaded into a run that has made no update."""
     for part in optimizer.chained_optimizers:
         part.init_state_fn(part.optimizer, part.config)
-        if isinstance(part.optimizer, torch.optim.Adam):  # the others count in their groups
+        if isinstance(part.optimizer, torch.optim.Adam):
             for state in part.optimizer.state.values():
                 device = state["exp_avg"].device if optimizer.on_device else None
                 state["step"] = torch.tensor(0.0, device=device)
+        else:  # fused ones count in their groups
+            for group in part.optimizer.param_groups:
+                group["step"] = 0
 
 
 @torch.no_grad()

@@ -18,11 +18,13 @@ from records import same_state
 from safetensors.torch import save_file
 
 from fp4pretrain.config import compose
+from fp4pretrain.convert import export_megatron
 from fp4pretrain.convert.tensors import tensors_of
 from fp4pretrain.convert.weights import CheckpointWeights
 from fp4pretrain.model.families import family_of
 from fp4pretrain.model.layout import check_layout
 from fp4pretrain.model.memory import state_bytes
+from fp4pretrain.train.stored import StoredRun
 
 STEPS = 2
 RECIPE = ["precision=nvfp4", "train.global_batch=4"]
@@ -162,6 +164,28 @@ def test_a_hugging_face_start_is_one_model_on_any_layout(
         weights = CheckpointWeights(Path(reply["checkpoint"]), masters=masters)
         found = dict(tensors_of(family, model, weights))
         assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
+
+
+@pytest.mark.parametrize(
+    ("there", "here"), [("TP 2 x PP 2", "TP 2"), ("TP 2", "PP 2 interleaved")]
+)
+def test_a_megatron_checkpoint_is_one_model_on_any_layout(
+    ranks, tmp_path: Path, there: str, here: str
+) -> None:
+    """Out of one process, through megatron-core's own modules on one layout, into a run on another."""
+    first = Path(begun(ranks, "1", [])["checkpoint"])
+    given = CheckpointWeights(first, masters=False)
+    run = StoredRun(tmp_path, first, compose([*SMALL, *RECIPE]), STEPS, 0, "", {})
+    export_megatron(run, tmp_path / "mc")
+    size, parallel = LAYOUTS[there]
+    task = "megatron_model.load_and_save"
+    reply = ranks.run(task, [*SMALL, *parallel, f"init={tmp_path}/mc"], size=size)
+    size, parallel = LAYOUTS[here]
+    run = [*SMALL, *RECIPE, *parallel, f"init={reply['folder']}"]
+    reply = ranks.run("checkpoint_tasks.begin_with", run, size=size)
+    found = CheckpointWeights(Path(reply["checkpoint"]), masters=False)
+    assert found.shapes() == given.shapes()
+    assert all(torch.equal(found.whole(key), given.whole(key)) for key in given.shapes())
 
 
 def test_another_length_and_batch_go_on(ranks) -> None:

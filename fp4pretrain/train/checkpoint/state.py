@@ -254,9 +254,11 @@ def _adam_step(state: dict[str, Any]) -> float:
 def _set_adam_step(state: dict[str, Any], step: float) -> None:
     for part in _states(state):
         inner = part.get("optimizer", part)
-        if "param_state" in part:  # the distributed optimizer
-            for group in inner["param_groups"]:
-                # torch counts in floats; Transformer Engine in ints, and shows none before a step
+        groups = inner["param_groups"]
+        # the distributed optimizer, and fused ones
+        if "param_state" in part or any("step" in group for group in groups):
+            for group in groups:
+                # torch counts in floats; Transformer Engine and apex in ints
                 group["step"] = type(group.get("step", 0))(step)
         else:
             inner["state"]["common_step"] = torch.tensor(step)

@@ -289,3 +289,104 @@ def test_folders_that_are_no_run_or_are_there_already_are_one_line(
         main(["export", str(run), "--out", str(tmp_path / "hf")])
     assert re.match(r"fp4pretrain: .* is damaged \(rank_", capsys.readouterr().err)
     assert not list(tmp_path.glob("*hf*"))
+
+
+NVFP4 = [*RECIPES[0], "model.num_query_groups=2"]
+
+
+def _by_modelopt(stored: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A linear's weight by the description of ModelOpt's layout, written without our code."""
+    packed = stored[f"{name}.weight"]
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).int()
+    values = E2M1[codes & 7] * torch.where(codes >= 8, -1.0, 1.0)
+    scale = stored[f"{name}.weight_scale"].float() * stored[f"{name}.weight_scale_2"]
+    return values * scale.repeat_interleave(16, dim=1)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_modelopts_layout_holds_the_same_values(
+    trained: Make, tmp_path: Path, calibrated: bool
+) -> None:
+    """As in compressed-tensors; and scales of activations that no input of the text goes beyond."""
+    _, run = trained(*NVFP4)
+    (tmp_path / "text.txt").write_text("def main(argv):\n    return argv\n" * 9)
+    calibrate = ["--calibrate", str(tmp_path / "text.txt")] if calibrated else []
+    export = ["export", str(run), "--quantize", "--out"]
+    main([*export, str(tmp_path / "ct")])
+    main([*export, str(tmp_path / "mo"), "--layout", "modelopt", *calibrate])
+    theirs, stored = _stored(tmp_path / "ct"), _stored(tmp_path / "mo")
+    quantized = [n.removesuffix(".weight_packed") for n in theirs if n.endswith("_packed")]
+    assert len(quantized) == 7  # of one block: q, k, v, o, gate, up, down
+    for name in quantized:
+        torch.testing.assert_close(
+            _by_modelopt(stored, name), _unpacked(theirs, name), rtol=1e-6, atol=0
+        )
+        assert stored[f"{name}.weight"].dtype == torch.uint8
+        assert stored[f"{name}.weight_scale"].dtype == torch.float8_e4m3fn
+        scale = stored.get(f"{name}.input_scale")
+        assert (scale is not None) == calibrated
+        assert scale is None or (scale.shape == () and 0.01 < float(scale) * 2688 < 1000)
+    plain = {n for n in theirs if not n.removesuffix("_packed").startswith(tuple(quantized))}
+    assert all(torch.equal(theirs[name], stored[name]) for name in plain)
+    algorithm = "NVFP4" if calibrated else "W4A16_NVFP4"
+    told = json.loads((tmp_path / "mo" / "hf_quant_config.json").read_text())["quantization"]
+    config = json.loads((tmp_path / "mo" / "config.json").read_text())["quantization_config"]
+    ignored = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"][
+        "ignore"
+    ]
+    assert told == {
+        "quant_algo": algorithm, "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ignored,
+    }  # fmt: skip
+    assert config == {
+        "quant_method": "modelopt", "quant_algo": algorithm, "group_size": 16, "ignore": ignored,
+    }  # fmt: skip
+
+
+def test_calibration_sees_the_largest_input_of_each_linear(trained: Make) -> None:
+    from fp4pretrain.infer import largest_inputs, load_model
+
+    _, run = trained(FP32)
+    model = load_model(stored_run(run), device="cpu")
+    short, long = (largest_inputs(model, ["ab" * n]) for n in (3, 60))
+    assert set(short) == {(layer, one.ours) for layer in range(2) for one in family_of(
+        model.run.config.model).linears}  # fmt: skip
+    assert all(0 < short[place] <= long[place] for place in short)
+    # what leaves the first norm is what enters the first linear
+    ids = torch.tensor([[256, *b"ab" * 3]])[:, :-1]
+    with torch.no_grad():
+        embedded = model.gpt.embedding(ids, torch.arange(6)[None])
+        entering = model.gpt.decoder.layers[0].input_layernorm(embedded)
+    assert short[0, "self_attention.linear_qkv"] == pytest.approx(float(entering.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe", "pattern"),
+    [
+        (["--layout", "modelopt"], [], r"--layout: it is about linears in FP4; add --quantize"),
+        (["--calibrate", "x"], [], r"--calibrate: it is about linears in FP4; add --quantize"),
+        (["--quantize", "--calibrate", "x"], [], r"--calibrate: compressed-tensors has activations"),
+        (["--quantize", "--layout", "modelopt"], RECIPES[3], r"--layout: modelopt has no place for mxfp4"),
+        (["--quantize", "--layout", "modelopt", "--calibrate", "{text}"],
+         [*RECIPES[1], "precision.fprop.x.format=bf16", "precision.fprop.x.block=default"],
+         r"--calibrate: the recipe has activations in bf16"),
+        (["--quantize", "--layout", "modelopt", "--calibrate", "{empty}"], RECIPES[1],
+         r"inputs: no text in "),
+    ],
+)  # fmt: skip
+def test_what_a_layout_has_no_place_for_is_one_line(
+    trained: Make,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    recipe: list[str],
+    pattern: str,
+) -> None:
+    _, run = trained(*recipe)
+    for name, text in (("text", "def main():\n"), ("empty", "")):
+        (tmp_path / f"{name}.txt").write_text(text)
+        options = [one.replace(f"{{{name}}}", str(tmp_path / f"{name}.txt")) for one in options]
+    with pytest.raises(SystemExit):
+        main(["export", str(run), "--out", str(tmp_path / "hf"), *options])
+    told = capsys.readouterr().err
+    assert re.match(f"fp4pretrain: {pattern}", told) and told.count("\n") == 1, told
+    assert not list(tmp_path.glob("*hf*"))

@@ -1,7 +1,6 @@
-"""A Hugging Face model as the start of a run: its weights in place of random ones (``init=FOLDER``).
+"""A Hugging Face model as the start of a run.
 
-Only config.json and safetensors are read: no pickle, and no code that a folder may bring. The run's
-model section must say the model that is there; where it does not, one line has the keys to set.
+Only config.json and safetensors are read: no pickle, and no code that a folder may bring.
 """
 
 from __future__ import annotations
@@ -15,10 +14,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from fp4pretrain.config import ModelConfig
 from fp4pretrain.errors import UserError, first_line
-from fp4pretrain.files import user_path
 from fp4pretrain.model.families import Family, Linear, family_of
-from fp4pretrain.train.checkpoint import fill_weights
-from fp4pretrain.train.trainer import Trainer, unwrapped
+from fp4pretrain.train.initial.refusals import another_model, damaged
 
 # Their key -> our key of the model section, and what a config.json that leaves it out means.
 _KEYS: dict[str, tuple[str, Any]] = {
@@ -46,25 +43,7 @@ _KEYS: dict[str, tuple[str, Any]] = {
 _ACTIVATIONS = {"silu": "swiglu", "gelu": "gelu", "relu2": "squared_relu"}
 
 
-def load_initial(trainer: Trainer, folder: str) -> None:
-    """Fill this rank's chunks and their masters from ``folder``; the optimizer stays as new.
-
-    Raises UserError where the folder holds another model, or none that can be read.
-    """
-    model = trainer.config.model
-    source = _Source(user_path(folder, key="init"), model)
-    for chunk in trainer.chunks:
-        fill_weights(unwrapped(chunk), source.part)
-    trainer.optimizer.reload_model_params()
-    trainer.clock.weights_changed()
-
-
-def check_initial(folder: str, model: ModelConfig) -> None:
-    """Raises UserError as ``load_initial``, as far as that is known before tensors are read."""
-    _Source(user_path(folder, key="init"), model)
-
-
-class _Source:
+class HuggingFaceSource:
     """The tensors of a folder under our names."""
 
     def __init__(self, folder: Path, model: ModelConfig) -> None:
@@ -88,7 +67,7 @@ class _Source:
         shape, offset = leaf.global_shape[ahead:], leaf.global_offset[ahead:]
         padded = name in ("embedding.word_embeddings.weight", "output_layer.weight")
         if tuple(whole.shape) != tuple(shape) and not (padded and whole.shape[1] == shape[1]):
-            raise self._wrong(f"{leaf.key} is {list(whole.shape)} and not {list(shape)}")
+            raise damaged(self._folder, f"{leaf.key} is {list(whole.shape)} and not {list(shape)}")
         # rows that pad the vocabulary stay zero
         begin = tuple(slice(o, o + n) for o, n in zip(offset, leaf.local_shape, strict=True))
         found = whole[begin]
@@ -118,11 +97,8 @@ class _Source:
                     with safe_open(self._folder / self._files[known], "pt") as file:
                         return file.get_tensor(known)
                 except (SafetensorError, OSError) as error:
-                    raise self._wrong(first_line(error)) from None
-        raise self._wrong(f"{name} is not in it")
-
-    def _wrong(self, what: str) -> UserError:
-        return UserError(f"init: {self._folder} is damaged ({what}); copy it again")
+                    raise damaged(self._folder, first_line(error)) from None
+        raise damaged(self._folder, f"{name} is not in it")
 
 
 def _joined(linear: Linear, parts: list[torch.Tensor]) -> torch.Tensor:
@@ -147,7 +123,7 @@ def _places(folder: Path) -> dict[str, str]:
                 found |= dict.fromkeys(opened.keys(), file.name)
     except (SafetensorError, OSError) as error:
         reason = first_line(error)
-        raise UserError(f"init: {file} is damaged ({reason}); copy it again") from None
+        raise damaged(file, reason) from None
     if not found:
         raise UserError(
             f"init: {folder} has no safetensors, and nothing else is read (a pickle is a program); save "
@@ -186,8 +162,7 @@ def _compare(folder: Path, family: Family) -> None:
             if found != expected:
                 wanted[name] = _ACTIVATIONS.get(found, found) if name == "activation" else found
     if wanted:
-        sets = " ".join(f"model.{name}={_word(value)}" for name, value in wanted.items())
-        raise UserError(f"init: {folder} is another model than the run's; set {sets}")
+        raise another_model(folder, wanted)
 
 
 def _known(config: dict[str, Any]) -> dict[str, Any]:
@@ -207,11 +182,3 @@ def _missing(key: str, theirs: dict[str, Any], default: Any) -> Any:
     if key == "tie_word_embeddings":
         return theirs["model_type"] == "gpt2"
     return default
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value == int(value) and value >= 1:
-        return str(int(value))
-    return str(value)
