@@ -199,8 +199,6 @@ def model_config(config: RunConfig) -> TransformerConfig:
         # only megatron-core's unbatched sends, on two groups, keep those messages apart.
         overlap_p2p_comm=p.virtual_pipeline is not None,
         batch_p2p_comm=p.virtual_pipeline is None,
-        # It waits for the device after every exchange, against a race of torch before 1.10.
-        batch_p2p_sync=False,
         # gloo reads a sent tensor until the send is done; NCCL's streams keep the order.
         deallocate_pipeline_outputs=dist.get_backend() == "nccl",
         **recompute,

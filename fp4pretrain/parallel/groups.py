@@ -83,6 +83,9 @@ def join(
     them are of the kind that a CUDA graph may be captured around.
     The layout must fit ``world_size()``: that is checked while composing.
     """
+    alone = (
+        launched().size == 1
+    )  # steps of several ranks are not captured, see fp4pretrain.train.replay
     gc.collect()  # what is left of an earlier run in this process holds its groups, and their threads
     if device.type == "cpu":
         from fp4pretrain.parallel.bridge import run_on_cpu
@@ -90,7 +93,7 @@ def join(
         run_on_cpu()
     else:
         torch.cuda.set_device(device)
-        if torch.cuda.current_stream() == torch.cuda.default_stream():
+        if alone and torch.cuda.current_stream() == torch.cuda.default_stream():
             # Nothing can be captured on the default stream, and what a captured backward pass
             # accumulates into must have been made on the stream that it is captured on.
             torch.cuda.set_stream(torch.cuda.Stream(device))
@@ -123,7 +126,7 @@ def join(
     # rounding noise) is keyed by names and global coordinates, not by rank.
     model_parallel_cuda_manual_seed(
         seed,
-        use_cudagraphable_rng=device.type == "cuda" and not dropout,
+        use_cudagraphable_rng=device.type == "cuda" and alone and not dropout,
         force_reset_rng=True,
     )
     return World(

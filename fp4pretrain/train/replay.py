@@ -33,9 +33,13 @@ if TYPE_CHECKING:
     Batches = list[list[Batch] | None]
 
 
-def why_not(config: RunConfig, plan: Plan, backend: Backend, device: torch.device) -> str | None:
+def why_not(
+    config: RunConfig, plan: Plan, backend: Backend, *, device: torch.device, ranks: int
+) -> str | None:
     """None where a run's steps can be captured, otherwise the reason in one clause."""
     m = config.model
+    if ranks > 1:
+        return "captured steps of several ranks have hung on four GPUs"
     if device.type != "cuda" or torch.version.hip is not None:
         return "CUDA graphs need an NVIDIA GPU"
     if backend.name not in TRITON_BACKENDS:

@@ -163,17 +163,15 @@ def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
         backend=backend,
         backend_choice=choice,
         parameters=parameters,
-        replays=Replays(_graph_refused(config, plan, backend, world.device)),
+        replays=Replays(_graph_refused(config, plan, backend, world)),
     )
 
 
-def _graph_refused(
-    config: RunConfig, plan: Plan, backend: Backend, device: torch.device
-) -> str | None:
+def _graph_refused(config: RunConfig, plan: Plan, backend: Backend, world: World) -> str | None:
     """Why steps are not captured, None where they are. Raises UserError where they should be and cannot."""
     if config.train.graph == "never":
         return "train.graph=never"
-    reason = why_not(config, plan, backend, device)
+    reason = why_not(config, plan, backend, device=world.device, ranks=world.size)
     if reason is not None and config.train.graph == "always":
         raise UserError(f"train.graph: {reason}; use train.graph=auto")
     return reason
