@@ -62,7 +62,7 @@ def check_engine(config: RunConfig, plan: Plan, device: torch.device) -> None:
         ),
         (config.data.document_mask, "data.document_mask: its attention is causal alone"),
         (config.observe.interval > 0, "observe.interval: it shows no casts"),
-        (plan.deoscillation is not None, "precision.deoscillation: it shows no casts of weights"),
+        (bool(plan.deoscillation), "precision.deoscillation: it shows no casts of weights"),
         (
             bool(fields) and config.train.eval_bf16,
             "train.eval_bf16: its linears cannot be put into BF16 for an evaluation; set it to false",

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from fp4pretrain.cli import main
 from fp4pretrain.config import compose, plan_of
 from fp4pretrain.errors import UserError
+from fp4pretrain.model import engine
 from fp4pretrain.model.engine import engine_fields
 from fp4pretrain.nvidia import why_no_engine
 
@@ -57,6 +60,7 @@ def test_a_plan_is_its_recipe_or_is_refused(
             engine_fields(plan)
     else:
         assert engine_fields(plan) == expected
+        TransformerConfig(num_layers=8, hidden_size=64, num_attention_heads=4, **expected)
 
 
 def test_without_it_the_run_is_refused_in_one_line(
@@ -69,6 +73,36 @@ def test_without_it_the_run_is_refused_in_one_line(
     told = capsys.readouterr().err
     assert told.startswith("fp4pretrain: model.implementation: no Transformer Engine: pip install")
     assert told.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_its_casts_are_not_audited(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["audit", "model=tiny", "precision=fp8", ENGINE])
+    told = capsys.readouterr().err
+    assert told.startswith("fp4pretrain: model.implementation: transformer_engine shows no casts")
+
+
+OTHERWISE = [
+    (["precision=bf16", "model.attention_softcap=50"], "model.attention_softcap: its attention has none"),
+    (["precision=bf16", "data.document_mask=true"], "data.document_mask: its attention is causal alone"),
+    (["precision=bf16", "observe.interval=5"], "observe.interval: it shows no casts"),
+    (["precision=fp8"], "train.eval_bf16: its linears cannot be put into BF16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "pattern"), OTHERWISE)
+def test_what_its_modules_do_not_do_is_refused(
+    monkeypatch: pytest.MonkeyPatch, overrides: list[str], pattern: str
+) -> None:
+    monkeypatch.setattr(engine, "why_no_engine", lambda: None)
+    config = compose(["model=tiny", ENGINE, *overrides])
+    plan = plan_of(config)
+    with pytest.raises(UserError, match=f"^model.implementation: .*{pattern}"):
+        engine.check_engine(config, plan, torch.device("cuda"))
+    with pytest.raises(UserError, match="runs on CUDA and not on cpu"):
+        engine.check_engine(config, plan, torch.device("cpu"))
+    config = compose(["model=tiny", ENGINE, "precision=fp8", "train.eval_bf16=false"])
+    engine.check_engine(config, plan_of(config), torch.device("cuda"))
 
 
 # The names that megatron-core's extension takes from the package, as plain torch modules.

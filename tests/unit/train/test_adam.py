@@ -141,16 +141,6 @@ def test_a_run_takes_apex_and_its_checkpoints_go_on(apex: Path, distributed: str
     assert told[-1].startswith("equal: True"), told[-1]
 
 
-def test_on_a_cpu_a_fused_adam_is_passed_over_and_the_run_says_so(apex: Path) -> None:
-    run = (
-        "model=tiny model.num_layers=1 data=mock train.steps=1 train.eval_interval=0 optim.warmup=0"
-    )
-    run += f" train.global_batch=1 train.micro_batch=1 parallel.device=cpu run_dir={apex}/run"
-    run += " logging.wandb.mode=disabled data.valid_tokens=512"
-    told = _python(apex, "-m", "fp4pretrain", "train", *run.split())
-    assert "; torch's AdamW" in told
-
-
 def test_another_projects_apex_is_told_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
