@@ -28,6 +28,8 @@ CHOICES = {
     "optim.decay_shape": ("linear", "cosine", "exponential", "minus_sqrt"),
     "optim.params_dtype": ("bf16", "fp32"),
     "parallel.recompute": ("none", "full", "selective"),
+    "train.graph": ("auto", "always", "never"),
+    "train.fusion": ("auto", "never"),
     "parallel.device": ("auto", "cpu", "cuda"),
     "precision.amax": ("tensor_parallel", "rank"),
     "precision.backend": ("auto", "reference", "triton", "native"),

@@ -43,6 +43,8 @@ HARMLESS = {
     "parallel": "another layout or device adds in another order and computes the same",
     "train.tokens": "turned into train.steps",
     "train.log_interval": "over how many steps a row's mean is taken",
+    "train.graph": "a captured step computes the same bits",
+    "train.fusion": "rounds once where several kernels round between them",
     "train.eval_interval": "evaluation changes no state",
     "train.eval_bf16": "evaluation changes no state",
     "data.cache_dir": "where copies lie",

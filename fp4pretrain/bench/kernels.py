@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from fp4_kernels.amax import amax, line_amax
 from fp4_kernels.quantize import quantize
-from fp4_kernels.spec import Copy, Noise
+from fp4_kernels.spec import Copy, Noise, Turn
 from fp4_kernels.unpack import unpack, unpack_e4m3
 
 from fp4pretrain.bench.timing import (
@@ -89,7 +89,7 @@ Job = tuple[Callable[[], object], float, float | None]
 
 def _jobs(x: torch.Tensor) -> dict[str, Job]:
     """name: (work, bytes an element, target)."""
-    turn = (16, signs_te(), False)
+    turn = Turn(16, signs_te())
     scalars, lines = amax(x, col=turn), line_amax(x, col=turn)
     lost = torch.zeros(2, dtype=torch.int64, device=x.device)
 
@@ -112,7 +112,7 @@ def _jobs(x: torch.Tensor) -> dict[str, Job]:
     jobs["amax of x and of its rotated transpose"] = (lambda: amax(x, col=turn), 2.0, 0.85)
     jobs["amax of every row and column"] = (lambda: line_amax(x, col=turn), 2.0, None)
     jobs["amax of every row and column, both H16"] = (
-        lambda: line_amax(x, row=(16, None, False), col=(16, None, False)),
+        lambda: line_amax(x, row=Turn(16), col=Turn(16)),
         2.0,
         None,
     )

@@ -12,13 +12,14 @@ from fp4pretrain.errors import UserError
 from fp4pretrain.files import write_text
 
 BENCH_HELP = """\
-Time kernels beside a device copy, or linears beside BF16, on this machine's GPU, or measure what
-casts lose (no GPU needed): a table and JSON.
+Time kernels beside a device copy, linears or whole training steps beside BF16, on this machine's GPU,
+or measure what casts lose (no GPU needed): a table and JSON.
 
   fp4pretrain bench kernels --out runs/bench
   fp4pretrain bench error                          mean squared errors on N(0, 1), cosine, bias
   fp4pretrain bench linear --precision nvfp4,mxfp4_h16,fp8
   fp4pretrain bench linear --precision fp8 precision.fprop.fast_accum=false     keys of every recipe
+  fp4pretrain bench step --precision fp8,nvfp4 model=gpt_1_3b data.mock=true train.micro_batch=4
 """
 
 AUDIT_HELP = """\
@@ -40,12 +41,38 @@ def add(verbs: Any) -> None:
     audit.add_argument("--json", action="store_true", help="print JSON and nothing else")
 
     bench = add_verb(verbs, "bench", "time kernels and linears, measure casts", BENCH_HELP, _bench)
-    bench.add_argument("what", choices=("kernels", "linear", "error"))
+    bench.add_argument("what", choices=("kernels", "linear", "step", "error"))
     add_overrides(bench)
     bench.add_argument("--precision", default="nvfp4,mxfp4_h16,fp8", metavar="RECIPE,...")
+    bench.add_argument("--steps", type=int, default=6, metavar="N", help="step: timed steps")
+    bench.add_argument(
+        "--peer", metavar="TEXT", help="step: a figure of another run to print below"
+    )
+    bench.add_argument(
+        "--engine", action="store_true", help="step: Transformer Engine's modules too, BF16 and FP8"
+    )
     bench.add_argument("--out", type=path, default=Path("runs/bench"), metavar="DIR")
     bench.add_argument("--all", action="store_true", help="error: every cast that the tables offer")
     bench.add_argument("--json", action="store_true", help="error: print JSON and nothing else")
+
+
+# What Transformer Engine's modules are timed in: its recipes that a Hopper GPU has.
+ENGINE_RECIPES = ("bf16", "fp8", "fp8_delayed")
+
+
+def _step_configs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The runs of ``bench step``, BF16 first: what the others are compared with."""
+    from fp4pretrain.bench.step import PROFILED, WARM
+    from fp4pretrain.config import compose
+
+    names = dict.fromkeys(("bf16", *arguments.precision.split(",")))
+    steps = f"train.steps={WARM + arguments.steps + PROFILED}"
+    shared = [steps, "data.valid_tokens=1024", *arguments.overrides]
+    found = {name: compose([f"precision={name}", *shared]) for name in names}
+    for name in ENGINE_RECIPES if arguments.engine else ():
+        theirs = ["model.implementation=transformer_engine", "train.eval_bf16=false"]
+        found[f"{name}, TE"] = compose([f"precision={name}", *shared, *theirs])
+    return found
 
 
 def _audit(arguments: argparse.Namespace) -> None:
@@ -66,11 +93,12 @@ def _bench(arguments: argparse.Namespace) -> None:
     from fp4pretrain.bench import error, kernels, linear, timing
     from fp4pretrain.config import compose, plan_of
     from fp4pretrain.ops import choose
+    from fp4pretrain.parallel.launch import launched
 
-    if arguments.what != "linear" and arguments.overrides:
+    if arguments.what not in ("linear", "step") and arguments.overrides:
         raise UserError(
             f"{arguments.overrides[0]}: bench {arguments.what} follows no recipe; leave the key out, "
-            "or use bench linear"
+            "or use bench linear or step"
         )
     if arguments.what == "error":
         found = error.bench_error(every=arguments.all)
@@ -78,6 +106,15 @@ def _bench(arguments: argparse.Namespace) -> None:
             print(json.dumps(found, indent=1))
             return
         shown = error.table(found)
+    elif arguments.what == "step":
+        from fp4pretrain.bench import step
+
+        found = step.bench_step(
+            _step_configs(arguments), steps=arguments.steps, peer=arguments.peer
+        )
+        if launched().rank:
+            return
+        shown = step.table(found)
     elif arguments.what == "kernels":
         found = kernels.bench_kernels()
         shown = kernels.table(found)

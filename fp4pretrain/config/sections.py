@@ -118,6 +118,9 @@ class TrainConfig:
 
     ``tokens`` (100M) sets ``steps`` to as many as it takes. ``sum_order`` n reads the sequences of
     every microbatch rotated by n: the same sums in another order, to see what rounding alone does.
+    ``graph``: whether steps are captured as a CUDA graph and replayed: auto (where they can be), always (or
+    an error) or never. ``fusion``: auto, norms, SwiGLU, rotary embeddings and cross entropy by fused kernels
+    where there is a GPU for them, or never.
     """
 
     steps: int = 200
@@ -128,6 +131,8 @@ class TrainConfig:
     eval_interval: int = 50
     eval_bf16: bool = True
     sum_order: int = 0
+    graph: str = "auto"
+    fusion: str = "auto"
 
 
 @dataclass

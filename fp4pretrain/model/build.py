@@ -21,9 +21,12 @@ from fp4pretrain.config import RunConfig, plan_of
 from fp4pretrain.model.engine import ENGINE, engine_fields, engine_spec
 from fp4pretrain.model.init import initialize
 from fp4pretrain.nn.clock import Clock
+from fp4pretrain.nn.fused import fuse_mlp
 from fp4pretrain.nn.linear import Binding, ColumnParallelQuantLinear, QuantLinear
+from fp4pretrain.nn.loss import fused_cross_entropy
 from fp4pretrain.nn.spec import block_spec
 from fp4pretrain.ops import Backend, Site, SiteState, sites_of
+from fp4pretrain.ops.choice import without_triton
 from fp4pretrain.ops.keys import place_of
 from fp4pretrain.precision import Plan, Progress, Recipe
 from fp4pretrain.precision.rules import HEAD, LINEARS
@@ -41,15 +44,23 @@ class GPT(GPTModel):
     ``z_loss`` times log(Z)^2, Z the denominator of the output softmax, joins what is minimized; the
     losses returned are the cross entropy alone, so that runs with and without it compare.
 
+    ``fused``: the cross entropy copies no logits (`fp4pretrain.nn.loss`).
+
     ``given_positions``: rotary embeddings are those of the positions that a call gives (megatron-core
     takes 0, 1, 2, ... whatever it is given), unless keys and values are kept.
     """
 
     def __init__(
-        self, *args: Any, z_loss: float = 0.0, given_positions: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        z_loss: float = 0.0,
+        given_positions: bool = False,
+        fused: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.z_loss = z_loss
+        self.fused = fused
         self._positions_bs: torch.Tensor | None = None
         self.given_positions = given_positions and self.position_embedding_type == "rope"
         if self.given_positions:
@@ -77,6 +88,8 @@ class GPT(GPTModel):
     ) -> torch.Tensor:
         """Cross entropy [b, s] of this rank's logits [s, b, vocabulary / ranks] for labels [b, s]."""
         if not (self.z_loss and self.training):
+            if self.fused:
+                return fused_cross_entropy(logits, labels, self.pg_collection.tp)
             return super().compute_language_model_loss(labels, logits)
         # before the cross entropy, which works inside FP32 logits
         penalty_bs = (self.z_loss * log_denominator(logits) ** 2).transpose(0, 1)
@@ -187,6 +200,8 @@ def model_config(config: RunConfig) -> TransformerConfig:
         # only megatron-core's unbatched sends, on two groups, keep those messages apart.
         overlap_p2p_comm=p.virtual_pipeline is not None,
         batch_p2p_comm=p.virtual_pipeline is None,
+        # It waits for the device after every exchange, against a race of torch before 1.10.
+        batch_p2p_sync=False,
         # gloo reads a sent tensor until the send is done; NCCL's streams keep the order.
         deallocate_pipeline_outputs=dist.get_backend() == "nccl",
         **recompute,
@@ -226,12 +241,19 @@ def build_model(
     return chunks, binding
 
 
+def fuses(config: RunConfig) -> bool:
+    """Whether elementwise work runs by kernels of ours: on NVIDIA GPUs with Triton, unless told not to."""
+    on_gpu = torch.device(torch.cuda.current_device()).type == "cuda"
+    return config.train.fusion == "auto" and on_gpu and without_triton() is None
+
+
 def _build_chunk(config: RunConfig, transformer: TransformerConfig, stage: int | None) -> GPT:
     m = config.model
+    fused = fuses(config)
     if m.implementation == ENGINE:
         spec = engine_spec(transformer, stage)
     else:
-        spec = block_spec(transformer, stage, softcap=m.attention_softcap)
+        spec = block_spec(transformer, stage, softcap=m.attention_softcap, fused=fused)
     chunk = GPT(
         config=transformer,
         transformer_layer_spec=spec,
@@ -245,7 +267,11 @@ def _build_chunk(config: RunConfig, transformer: TransformerConfig, stage: int |
         vp_stage=stage,
         z_loss=m.z_loss,
         given_positions=config.data.reset_positions,
+        fused=fused,
     )
+    if fused and m.implementation != ENGINE:
+        for layer in chunk.decoder.layers:
+            fuse_mlp(layer.mlp)
     return chunk.to(torch.cuda.current_device())
 
 

@@ -11,16 +11,25 @@ from dataclasses import dataclass
 
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from fp4pretrain.ops import Draws, Moment
+
 _STATE = "fp4pretrain-microbatch"
 
 
 @dataclass
 class Clock:
-    """Shared by all linears of a model. ``weights_version`` changes whenever weights may have."""
+    """Shared by all linears of a model. ``weights_version`` changes whenever weights may have; ``draws`` is
+    there while a step is rehearsed or captured for a CUDA graph."""
 
     seed: int
     step: int = 0
     weights_version: int = 0
+    draws: Draws | None = None
+
+    @property
+    def moment(self) -> Moment:
+        """What noise keys are made of, now."""
+        return Moment(self.seed, self.step, self.microbatch, self.draws)
 
     @property
     def microbatch(self) -> int:

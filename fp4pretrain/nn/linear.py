@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.nn.gemms import LinearCall, QuantLinearFunction
 from fp4pretrain.nn.weights import WeightCache
-from fp4pretrain.ops import Backend, Cast, LinearCasts, Moment, Shard, SiteState, linear_casts
+from fp4pretrain.ops import Backend, Cast, LinearCasts, Shard, SiteState, linear_casts
 from fp4pretrain.ops.backend import Caster
 from fp4pretrain.precision import BF16, Recipe
 
@@ -84,10 +84,9 @@ class QuantLinear:
     def _casts(self) -> LinearCasts:
         """The six casts of this moment."""
         binding = self.bound
-        clock = binding.clock
         return linear_casts(
             binding.recipe,
-            Moment(clock.seed, clock.step, clock.microbatch),
+            binding.clock.moment,
             self._shard(),
             layer=binding.layer,
             linear=binding.linear,

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from fp4pretrain.nn.attention import CoreAttention
+from fp4pretrain.nn.fused import FusedNorm, FusedSelfAttention
 from fp4pretrain.nn.linear import ColumnParallelQuantLinear, RowParallelQuantLinear
 from fp4pretrain.nn.norm import Norm
 
@@ -35,13 +36,14 @@ def _mlp() -> Any:
     return ModuleSpec(module=MLP, submodules=submodules)
 
 
-def layer_spec(*, qk_norm: bool, softcap: float | None) -> ModuleSpec:
+def layer_spec(*, qk_norm: bool, softcap: float | None, fused: bool) -> ModuleSpec:
     """One decoder layer: norm, attention, norm, MLP.
 
     ``qk_norm``: queries and keys are normalized over a head's channels. ``softcap``: of attention
-    scores, None for none.
+    scores, None for none. ``fused``: norms and rotary embeddings by ``fused``'s kernels.
     """
-    norm = Norm if qk_norm else IdentityOp
+    block_norm = FusedNorm if fused else Norm
+    norm = block_norm if qk_norm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelQuantLinear,
         core_attention=ModuleSpec(module=CoreAttention, params={"softcap": softcap}),
@@ -52,14 +54,14 @@ def layer_spec(*, qk_norm: bool, softcap: float | None) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=block_norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=FusedSelfAttention if fused else SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=attention,
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
+            pre_mlp_layernorm=block_norm,
             mlp=_mlp(),
             mlp_bda=get_bias_dropout_add,
         ),
@@ -67,9 +69,14 @@ def layer_spec(*, qk_norm: bool, softcap: float | None) -> ModuleSpec:
 
 
 def block_spec(
-    config: TransformerConfig, vp_stage: int | None, *, softcap: float | None = None
+    config: TransformerConfig,
+    vp_stage: int | None,
+    *,
+    softcap: float | None = None,
+    fused: bool = False,
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage (or virtual stage) and the final norm."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    spec = layer_spec(qk_norm=config.qk_layernorm, softcap=softcap)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=Norm)
+    spec = layer_spec(qk_norm=config.qk_layernorm, softcap=softcap, fused=fused)
+    norm = FusedNorm if fused else Norm
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)

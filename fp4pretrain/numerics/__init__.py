@@ -18,7 +18,13 @@ from fp4pretrain.numerics.measures import (
     sqnr_db,
     underflow_fraction,
 )
-from fp4pretrain.numerics.noise import Noise, derive_key, random_signs
+from fp4pretrain.numerics.noise import (
+    Noise,
+    derive_key,
+    derive_keys,
+    random_sign_words,
+    random_signs,
+)
 from fp4pretrain.numerics.quantize import QuantizedTensor, emulate, quantize
 from fp4pretrain.numerics.rotation import hadamard_matrix, rotate, signs_te
 from fp4pretrain.numerics.scaling import spanning_amax
@@ -34,11 +40,13 @@ __all__ = [
     "ScaleLevel",
     "cosine",
     "derive_key",
+    "derive_keys",
     "emulate",
     "every_spec",
     "gemm_reference",
     "hadamard_matrix",
     "quantize",
+    "random_sign_words",
     "random_signs",
     "relative_error",
     "rotate",

@@ -70,8 +70,30 @@ def derive_key(seed: int, *path: int) -> int:
     return state
 
 
+def derive_keys(seed: int, *path: int | Tensor) -> Tensor:
+    """``derive_key`` of many paths at once: the keys' bits, int64 [n], of integers and int64 tensors [n]."""
+    state = torch.zeros((), dtype=torch.int64)
+    for value in (seed, *path):
+        mixed = value if isinstance(value, Tensor) else torch.tensor(_as_signed(value))
+        state = (state ^ mixed) + _as_signed(0x9E3779B97F4A7C15)
+        state = (state ^ _shifted(state, 30)) * _as_signed(0xBF58476D1CE4E5B9)
+        state = (state ^ _shifted(state, 27)) * _as_signed(0x94D049BB133111EB)
+        state = state ^ _shifted(state, 31)
+    return state
+
+
+def _as_signed(word: int) -> int:
+    word &= _MASK64
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """A logical shift to the right: int64's own carries the sign along."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
 def philox(
-    counter: tuple[Word, Word, Word, Word], key: int, *, rounds: int = ROUNDS
+    counter: tuple[Word, Word, Word, Word], key: Word, *, rounds: int = ROUNDS
 ) -> tuple[Word, Word, Word, Word]:
     """Philox4x32: four 32-bit words from a counter of four 32-bit words and a 64-bit key.
 
@@ -129,6 +151,15 @@ def noise_words(noise: Noise, shape: tuple[int, int], device: torch.device) -> T
     """int64 [rows, cols]: the upper 24 bits of every element's word (``stochastic_full``)."""
     words, skip = _words(noise, shape, per_call=4, stream=_WORDS_STREAM, device=device)
     return (words[:, skip : skip + shape[1]].long() & _MASK32) >> 8
+
+
+def random_sign_words(keys: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """``random_signs`` of many keys, int64 [n]: in the first int64 [n] bit j is set where sign j is -1, in
+    the second where sign 64 + j is."""
+    words = philox((0, 0, _SIGNS_STREAM, 0), keys)
+    low, high = (first | (second << 32) for first, second in (words[:2], words[2:]))
+    kept = [_as_signed((1 << max(0, min(64, size - start))) - 1) for start in (0, 64)]
+    return torch.as_tensor(low) & kept[0], torch.as_tensor(high) & kept[1]
 
 
 def random_signs(key: int, size: int) -> tuple[int, ...]:

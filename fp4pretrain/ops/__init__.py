@@ -9,6 +9,7 @@ reference           any device, plain torch   element x block scale, exact
 from fp4pretrain.ops.backend import Backend, cast_operands, multiply
 from fp4pretrain.ops.casts import Cast, LinearCasts, Shard, linear_casts
 from fp4pretrain.ops.choice import choose
+from fp4pretrain.ops.draws import Draws
 from fp4pretrain.ops.keys import Moment, Site
 from fp4pretrain.ops.operand import Operand
 from fp4pretrain.ops.site_state import SiteState, sites_of
@@ -16,6 +17,7 @@ from fp4pretrain.ops.site_state import SiteState, sites_of
 __all__ = [
     "Backend",
     "Cast",
+    "Draws",
     "LinearCasts",
     "Moment",
     "Operand",

@@ -9,8 +9,10 @@ Which operands a tensor-parallel rank holds only a shard of, and where that shar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+
+from torch import Tensor
 
 from fp4pretrain.numerics import Noise, QuantSpec
 from fp4pretrain.ops.keys import Moment, Placement, Site
@@ -35,6 +37,8 @@ class Cast:
         shared: its largest magnitudes are those of a whole tensor (or row) of which other ranks hold
             the rest, so they are reduced over those ranks.
         saved: the operand waits for another pass, so a backend may hold it packed.
+        draw: where kernels read the noise's key and the signs of a captured step (a row of ``Draws``); None:
+            they are those of ``noise`` and ``signs``.
 
     Backends compare casts by value, so an operand made by an equal cast from an unchanged tensor can
     be reused.
@@ -50,6 +54,7 @@ class Cast:
     noise: Noise | None = None
     shared: bool = False
     saved: bool = False
+    draw: Tensor | None = field(default=None, compare=False)
 
     @property
     def asks(self) -> bool:
@@ -66,10 +71,15 @@ class Cast:
         )  # fmt: skip
         return _KINDS.setdefault(how, len(_KINDS))
 
-    def drawn(self, noise: Noise | None, signs: tuple[int, ...] | None) -> Cast:
+    def drawn(
+        self,
+        noise: Noise | None,
+        signs: tuple[int, ...] | None,
+        draw: Tensor | None = None,
+    ) -> Cast:
         """This cast with another draw of the same kind, faster than ``replace``."""
         cast = object.__new__(Cast)
-        cast.__dict__.update(self.__dict__, noise=noise, signs=signs)
+        cast.__dict__.update(self.__dict__, noise=noise, signs=signs, draw=draw)
         return cast
 
     def padding(self, length: int) -> int:
@@ -168,7 +178,8 @@ def linear_casts(
         if len(_PREPARED) >= _MOST_PREPARED:
             _PREPARED.clear()
         _PREPARED[key] = prepared
-        return prepared.casts
+        if moment.draws is None:
+            return prepared.casts
     if not prepared.drawn:
         return prepared.casts
     casts = object.__new__(LinearCasts)
@@ -179,9 +190,13 @@ def linear_casts(
         if stochastic:
             row, col = _place(site, shard)
             noise = moment.noise(site, row=row, col=col)
+        rotation = recipe.gemm(site.gemm).rotation
         if resampled:
-            signs = moment.signs(site, recipe.gemm(site.gemm).rotation)
-        casts.__dict__[attribute] = cast.drawn(noise, signs)
+            signs = moment.signs(site, rotation)
+        draw = None
+        if moment.draws is not None:
+            draw = moment.draws.row(moment, site, rotation if signs is not None else None)
+        casts.__dict__[attribute] = cast.drawn(noise, signs, draw)
     return casts
 
 

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 from fp4pretrain.numerics import Noise, derive_key, random_signs, signs_te
 from fp4pretrain.precision import GEMMS, OPERANDS, Rotation
 from fp4pretrain.precision.rules import LINEARS
 
+if TYPE_CHECKING:
+    from fp4pretrain.ops.draws import Draws
+
 # Where a shard sits along one axis: offset, and (0, 0) or part length and gap (see numerics.Noise).
 Placement = tuple[int, int, int]
 
-_NOISE, _SIGNS = 1, 2
+NOISE_STREAM, SIGNS_STREAM = 1, 2
 _GEMM_INDEX = {name: i for i, name in enumerate(GEMMS)}
 # Weights are cast once a step, whichever microbatch comes first.
 _NO_MICROBATCH = -1
@@ -61,16 +65,16 @@ def _signs(key: int, size: int) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Moment:
     """When a cast is made: the run's seed, the step, and the microbatch counted over all
-    data-parallel ranks."""
+    data-parallel ranks. ``draws``: where the keys of a captured step stand, see ``Draws``."""
 
     seed: int
     step: int
     microbatch: int
+    draws: Draws | None = None
 
     def noise(self, site: Site, *, row: Placement = (0, 0, 0), col: Placement = (0, 0, 0)) -> Noise:
         """The noise of one operand; ``row`` and ``col`` place its shard in the whole operand."""
-        microbatch = _NO_MICROBATCH if site.operand == "w" else self.microbatch
-        key = derive_key(self.seed, _NOISE, self.step, microbatch, *site.path)
+        key = derive_key(self.seed, NOISE_STREAM, self.step, microbatch_of(self, site), *site.path)
         return Noise(key, row[0], col[0], row[1], row[2], col[1], col[2])
 
     def signs(self, site: Site, rotation: Rotation) -> tuple[int, ...] | None:
@@ -80,10 +84,20 @@ class Moment:
             return None
         if rotation.signs == "te":
             return tuple(int(s) for s in signs_te())
-        drawn = {
-            "never": (),
-            "layer": (site.layer, site.linear),
-            "step": (self.step,),
-            "gemm": (self.step, self.microbatch, *site.path[:3]),
-        }[rotation.resample]
-        return _signs(derive_key(self.seed, _SIGNS, *drawn), rotation.size)
+        path = sign_path(rotation, site, self.step, self.microbatch)
+        return _signs(derive_key(self.seed, SIGNS_STREAM, *path), rotation.size)
+
+
+def microbatch_of(moment: Moment, site: Site) -> int:
+    """The microbatch in a site's noise key: weights are cast once a step."""
+    return _NO_MICROBATCH if site.operand == "w" else moment.microbatch
+
+
+def sign_path(rotation: Rotation, site: Site, step: int, microbatch: int) -> tuple[int, ...]:
+    """The integers that name a draw of signs, by when the rotation draws them anew."""
+    return {
+        "never": (),
+        "layer": (site.layer, site.linear),
+        "step": (step,),
+        "gemm": (step, microbatch, *site.path[:3]),
+    }[rotation.resample]

@@ -87,7 +87,8 @@ class SiteState:
         moved = torch.roll(self._past, 1, dims=1)
         moved[:, 0] = self._now
         # a site that measured nothing in this step keeps what it had
-        self._past = torch.where((self._now > 0)[:, None], moved, self._past)
+        # (in place: a captured step reads this memory)
+        self._past.copy_(torch.where((self._now > 0)[:, None], moved, self._past))
         self._now.zero_()
 
     def state(self) -> dict[str, list[float]]:

@@ -189,7 +189,7 @@ class TritonBackend:
             copy = self._copies[cast.kind, device] = self._copy(cast, device)
         if cast.noise is None and cast.signs is copy.signs:
             return copy
-        return copy.drawn(_noise(cast.noise), cast.signs)
+        return copy.drawn(_noise(cast.noise), cast.signs, cast.draw)
 
     def _copy(self, cast: Cast, device: torch.device) -> Copy:
         spec = cast.spec

@@ -70,6 +70,7 @@ def join(
     virtual_pipeline: int | None = None,
     seed: int = 1234,
     timeout_minutes: float = 10.0,
+    dropout: bool = False,
 ) -> World:
     """Form all groups. ``virtual_pipeline`` is the number of model chunks a pipeline rank holds.
 
@@ -78,6 +79,8 @@ def join(
     A rank that waits longer than ``timeout_minutes`` for another in a collective fails. Dead
     processes are noticed at once on gloo (their sockets close); hosts that vanish, and peers lost
     under NCCL, only by this.
+    ``dropout``: whether random numbers are drawn on the device. Where none are, megatron-core's trackers of
+    them are of the kind that a CUDA graph may be captured around.
     The layout must fit ``world_size()``: that is checked while composing.
     """
     gc.collect()  # what is left of an earlier run in this process holds its groups, and their threads
@@ -87,6 +90,10 @@ def join(
         run_on_cpu()
     else:
         torch.cuda.set_device(device)
+        if torch.cuda.current_stream() == torch.cuda.default_stream():
+            # Nothing can be captured on the default stream, and what a captured backward pass
+            # accumulates into must have been made on the stream that it is captured on.
+            torch.cuda.set_stream(torch.cuda.Stream(device))
 
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -114,7 +121,11 @@ def join(
         )
     # The seed is the same on every rank: what is drawn from it (initial weights, rotation signs,
     # rounding noise) is keyed by names and global coordinates, not by rank.
-    model_parallel_cuda_manual_seed(seed)
+    model_parallel_cuda_manual_seed(
+        seed,
+        use_cudagraphable_rng=device.type == "cuda" and not dropout,
+        force_reset_rng=True,
+    )
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),

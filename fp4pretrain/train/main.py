@@ -102,6 +102,7 @@ def train(config: RunConfig, *, until: float | None = None) -> Path:
         virtual_pipeline=config.parallel.virtual_pipeline,
         seed=config.seed,
         timeout_minutes=config.parallel.timeout_minutes,
+        dropout=config.model.attention_dropout > 0 or config.model.hidden_dropout > 0,
     )
     lock = RunLock(path)
     try:

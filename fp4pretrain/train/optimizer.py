@@ -37,18 +37,20 @@ def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> Gua
         ),
         list(chunks),
     )
-    _allocate_moments(optimizer)
-    return GuardedOptimizer(optimizer)
+    guarded = GuardedOptimizer(optimizer)
+    _allocate_moments(guarded)
+    return guarded
 
 
-def _allocate_moments(optimizer: Any) -> None:
+def _allocate_moments(optimizer: GuardedOptimizer) -> None:
     """Adam's moments and step, zero, before the first update: so a checkpoint always holds them, and
     one can be loaded into a run that has made no update."""
     for part in optimizer.chained_optimizers:
         part.init_state_fn(part.optimizer, part.config)
         if isinstance(part.optimizer, torch.optim.Adam):
             for state in part.optimizer.state.values():
-                state["step"] = torch.tensor(0.0)
+                device = state["exp_avg"].device if optimizer.on_device else None
+                state["step"] = torch.tensor(0.0, device=device)
         else:  # fused ones count in their groups
             for group in part.optimizer.param_groups:
                 group["step"] = 0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,9 @@ from fp4pretrain.data import EvaluationSampler
 from fp4pretrain.nn.attention import document_mask
 from fp4pretrain.precision import BF16
 from fp4pretrain.train.guard.update import StepHealth
-from fp4pretrain.train.trainer import Batch, Trainer
+
+if TYPE_CHECKING:
+    from fp4pretrain.train.trainer import Batch, Trainer
 
 # Evaluation draws its noise from microbatch numbers that training never reaches.
 _EVALUATION = 1 << 24
@@ -85,12 +87,35 @@ class ForwardStep:
         return output, partial(self._loss, batch["loss_mask"])
 
 
+@dataclass
+class Outcome:
+    """What a step leaves on the device: its health, and the norm of its gradients (fp32 scalar)."""
+
+    health: StepHealth
+    grad_norm: torch.Tensor
+
+
 def train_step(trainer: Trainer, iterators: list[Iterator[Batch] | None]) -> dict[str, float]:
     """Forward, backward, clip and update once; returns loss, grad_norm and lr of this step.
 
     Where loss or grad_norm is not finite the update was left out.
     """
     trainer.clock.step = trainer.step
+    outcome = trainer.replays.step(trainer, iterators)
+    lr = trainer.optimizer.learning_rate
+    trainer.schedule.step(increment=1)
+    trainer.clock.weights_changed()
+    trainer.step += 1
+    trainer.binding.sites.finish_step(trainer.step)
+    trainer.consumed_samples += trainer.config.train.global_batch
+    health, grad_norm = outcome.health, outcome.grad_norm
+    return {"loss": health.loss, "grad_norm": health.norm(float(grad_norm)), "lr": lr}
+
+
+def forward_backward(
+    trainer: Trainer, iterators: Sequence[Iterator[Batch] | None]
+) -> torch.Tensor | None:
+    """Gradients of one step in the buffers of DDP; this rank's mean loss, None without any."""
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
@@ -102,21 +127,18 @@ def train_step(trainer: Trainer, iterators: list[Iterator[Batch] | None]) -> dic
         microbatches=trainer.layout.microbatches,
         forward_only=False,
     )
+    return _mean(losses)
+
+
+def update(trainer: Trainer, loss: torch.Tensor | None) -> Outcome:
+    """Clip, and write weights and moments where loss and gradients are finite."""
     health = StepHealth(
-        _mean(losses),
+        loss,
         (parameter for chunk in trainer.chunks for parameter in chunk.parameters()),
         device=trainer.world.device,
         data_size=trainer.world.data_size,
     )
-    trainer.optimizer.may_write = health.finite
-    _, grad_norm, _ = trainer.optimizer.step()
-    lr = trainer.optimizer.param_groups[0]["lr"]
-    trainer.schedule.step(increment=1)
-    trainer.clock.weights_changed()
-    trainer.step += 1
-    trainer.binding.sites.finish_step(trainer.step)
-    trainer.consumed_samples += trainer.config.train.global_batch
-    return {"loss": health.loss, "grad_norm": health.norm(float(grad_norm)), "lr": lr}
+    return Outcome(health, trainer.optimizer.update(health))
 
 
 @dataclass(frozen=True)
@@ -182,7 +204,7 @@ def evaluation_sampler(trainer: Trainer, *, sequences: int) -> EvaluationSampler
 
 def run_schedule(
     trainer: Trainer,
-    iterators: list[Iterator[Batch] | None],
+    iterators: Sequence[Iterator[Batch] | None],
     forward: ForwardStep,
     *,
     micro_batch: int,
@@ -193,7 +215,7 @@ def run_schedule(
     single = len(trainer.chunks) == 1
     return get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=iterators[0] if single else iterators,
+        data_iterator=iterators[0] if single else list(iterators),
         model=trainer.chunks[0] if single else trainer.chunks,
         num_microbatches=microbatches,
         seq_length=trainer.config.model.seq_length,

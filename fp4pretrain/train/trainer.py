@@ -27,6 +27,7 @@ from fp4pretrain.data import (
     build_datasets,
     evaluation_batches,
 )
+from fp4pretrain.errors import UserError
 from fp4pretrain.model import build_model, model_config
 from fp4pretrain.model.build import PlanBinding
 from fp4pretrain.model.engine import ENGINE, engine_words
@@ -35,8 +36,9 @@ from fp4pretrain.nn.clock import Clock
 from fp4pretrain.ops import Backend, choose
 from fp4pretrain.parallel.agreement import agree
 from fp4pretrain.parallel.groups import World
-from fp4pretrain.precision import Progress
+from fp4pretrain.precision import Plan, Progress
 from fp4pretrain.train.optimizer import build_optimizer, build_schedule
+from fp4pretrain.train.replay import Replays, why_not
 from fp4pretrain.train.weight_paths import WeightPaths
 
 Batch = dict[str, torch.Tensor]
@@ -50,7 +52,7 @@ class Trainer:
     ``step`` counts finished steps, ``consumed_samples`` is the position in the data (sequences read
     or passed over by all ranks), ``skipped_samples`` how many of those were passed over.
     ``data`` has the training samples and the validation sets; ``fingerprint`` is what shapes the curve.
-    ``paths`` follows weights while the plan looks for swinging ones.
+    ``paths`` follows weights while the plan looks for swinging ones; ``replays`` computes the steps.
     ``memory`` is what hooks remember across restarts: JSON values, stored with every checkpoint.
     A hook that sets ``stopped`` ends the loop early.
     """
@@ -70,6 +72,7 @@ class Trainer:
     backend: Backend
     backend_choice: str
     parameters: int
+    replays: Replays
     step: int = 0
     consumed_samples: int = 0
     skipped_samples: int = 0
@@ -163,7 +166,20 @@ def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
         backend=backend,
         backend_choice=choice,
         parameters=parameters,
+        replays=Replays(_graph_refused(config, plan, backend, world.device)),
     )
+
+
+def _graph_refused(
+    config: RunConfig, plan: Plan, backend: Backend, device: torch.device
+) -> str | None:
+    """Why steps are not captured, None where they are. Raises UserError where they should be and cannot."""
+    if config.train.graph == "never":
+        return "train.graph=never"
+    reason = why_not(config, plan, backend, device)
+    if reason is not None and config.train.graph == "always":
+        raise UserError(f"train.graph: {reason}; use train.graph=auto")
+    return reason
 
 
 def data_spec(config: RunConfig) -> DataSpec:

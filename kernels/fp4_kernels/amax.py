@@ -18,10 +18,10 @@ from torch import Tensor
 from fp4_kernels.arith import bits_of, float_of, max_nan, widen
 from fp4_kernels.device import has_fast_casts
 from fp4_kernels.launch import launch
-from fp4_kernels.quantize_kernel import load_tile
+from fp4_kernels.quantize_kernel import drawn, load_tile
 from fp4_kernels.rotation import finish, hadamard_columns, hadamard_tokens, split16
 from fp4_kernels.row_copy import load_blocks
-from fp4_kernels.spec import sign_words
+from fp4_kernels.spec import NO_TURN, Turn, sign_words
 
 # Tokens / 16 and columns of a tile, warps of a program, and its tiles: for one amax, for two, for those of
 # all rows and columns. The best of nine to fourteen measured on an H100.
@@ -150,7 +150,7 @@ def _finish_bits(bits, ROTATION: tl.constexpr, BF16: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIGNS, do_not_specialize_on_alignment=_SIGNS)
 def amax_kernel(
-    x_ptr, stride, R, C, work_ptr, out_ptr, programs,
+    x_ptr, stride, R, C, work_ptr, out_ptr, programs, row_draw, col_draw,
     row_lo: tl.int64, row_hi: tl.int64, col_lo: tl.int64, col_hi: tl.int64,
     ROW: tl.constexpr, ROW_ROTATION: tl.constexpr, ROW_SIGNS: tl.constexpr, ROW_BF16: tl.constexpr,
     COL: tl.constexpr, COL_ROTATION: tl.constexpr, COL_SIGNS: tl.constexpr, COL_BF16: tl.constexpr,
@@ -158,6 +158,8 @@ def amax_kernel(
     EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """out[0] = amax of the row copy, out[1] = amax of the column copy. work: int32 [3], zeros."""
+    _, row_lo, row_hi = drawn(row_draw, 0, row_lo, row_hi)
+    _, col_lo, col_hi = drawn(col_draw, 0, col_lo, col_hi)
     m0 = tl.program_id(1) * (TB * 16)
     row = tl.zeros([TB, BN], tl.int32)
     col = row
@@ -189,7 +191,7 @@ def amax_kernel(
 
 @triton.jit(do_not_specialize=_SIGNS, do_not_specialize_on_alignment=_SIGNS)
 def line_amax_kernel(
-    x_ptr, stride, R, C, row_ptr, col_ptr,
+    x_ptr, stride, R, C, row_ptr, col_ptr, row_draw, col_draw,
     row_lo: tl.int64, row_hi: tl.int64, col_lo: tl.int64, col_hi: tl.int64,
     ROW: tl.constexpr, ROW_ROTATION: tl.constexpr, ROW_SIGNS: tl.constexpr, ROW_BF16: tl.constexpr,
     COL: tl.constexpr, COL_ROTATION: tl.constexpr, COL_SIGNS: tl.constexpr, COL_BF16: tl.constexpr,
@@ -202,6 +204,8 @@ def line_amax_kernel(
     rotated by 16 are read a second time, from the cache, as threads that own whole blocks of columns.
     """
     BLOCKS: tl.constexpr = ROW and ROW_ROTATION == 16
+    _, row_lo, row_hi = drawn(row_draw, 0, row_lo, row_hi)
+    _, col_lo, col_hi = drawn(col_draw, 0, col_lo, col_hi)
     first = tl.program_id(0) * STEPS * BN
     m0 = tl.program_id(1) * (TB * 16)
     for step in tl.static_range(STEPS):
@@ -244,19 +248,14 @@ def _workspace(device: torch.device) -> Tensor:
     return work
 
 
-# Size (0: none), signs, and whether the result stays in fp32 (otherwise bfloat16).
-Rotation = tuple[int, tuple[int, ...] | None, bool]
-NONE: Rotation = (0, None, False)
-
-
 def _arguments(
-    x: Tensor, row: Rotation | None, col: Rotation | None, tile: tuple[int, int, int, int]
+    x: Tensor, row: Turn | None, col: Turn | None, tile: tuple[int, int, int, int]
 ) -> tuple[tuple[int, int], tuple[int, ...], tuple]:
     """(grid, scalars, compile-time constants) of a launch on x [R, C] whose columns are adjacent."""
     tb, bn, _, steps = tile
     rows, cols = x.shape
-    row_size, row_signs, row_fp32 = row or NONE
-    col_size, col_signs, col_fp32 = col or NONE
+    row_size, row_signs, row_fp32, _ = row or NO_TURN
+    col_size, col_signs, col_fp32, _ = col or NO_TURN
     if (row_size and cols % row_size) or (col_size and rows % col_size):
         raise ValueError(f"a rotation of {row_size} or {col_size} does not divide {list(x.shape)}")
     constants = (
@@ -269,16 +268,16 @@ def _arguments(
     return grid, (*sign_words(row_signs), *sign_words(col_signs)), constants
 
 
-def _is_wide(row: Rotation | None, col: Rotation | None) -> bool:
+def _is_wide(row: Turn | None, col: Turn | None) -> bool:
     """Whether a rotation reaches over the columns of a thread or the 32 tokens of the least tile."""
-    return (row is not None and row[0] > 16) or (col is not None and col[0] > 32)
+    return (row is not None and row.size > 16) or (col is not None and col.size > 32)
 
 
 def amax(
     x: Tensor,
     *,
-    row: Rotation | None = NONE,
-    col: Rotation | None = None,
+    row: Turn | None = NO_TURN,
+    col: Turn | None = None,
     tile: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
     """fp32 [2]: max |x| rotated along its columns, and max |x.T| rotated along x's rows.
@@ -291,14 +290,15 @@ def amax(
     if x.stride(1) != 1 and x.shape[1] > 1:
         return amax(x.t(), row=col, col=row, tile=tile).flip(0)
     out = torch.empty(2, dtype=torch.float32, device=x.device)
-    if row and col and not row[0] and not col[0]:
+    if row and col and not row.size and not col.size:
         col = None  # the same number: computed once
         out = amax(x, row=row, tile=tile)
         return out[:1].expand(2)
     if tile is None:
         tile = TILE if col is None else WIDE_TILE if _is_wide(row, col) else PAIR_TILE
     grid, signs, constants = _arguments(x, row, col, tile)
-    arguments = x, x.stride(0), *x.shape, _workspace(x.device), out, grid[0] * grid[1]
+    draws = (row or NO_TURN).draw, (col or NO_TURN).draw
+    arguments = x, x.stride(0), *x.shape, _workspace(x.device), out, grid[0] * grid[1], *draws
     launch(amax_kernel, grid, arguments, signs, constants, warps=tile[2])
     return out
 
@@ -306,8 +306,8 @@ def amax(
 def line_amax(
     x: Tensor,
     *,
-    row: Rotation | None = NONE,
-    col: Rotation | None = None,
+    row: Turn | None = NO_TURN,
+    col: Turn | None = None,
     tile: tuple[int, int, int, int] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(fp32 [R], fp32 [C]): max |.| of every row of x and of x.T, after their rotations."""
@@ -315,13 +315,14 @@ def line_amax(
         c, r = line_amax(x.t(), row=col, col=row, tile=tile)
         return r, c
     if tile is None:
-        tile = BLOCK_TILE if row and row[0] == 16 else LINE_TILE
+        tile = BLOCK_TILE if row and row.size == 16 else LINE_TILE
         if _is_wide(row, col):
             tile = WIDE_TILE
     rows, cols = x.shape
     buffer = torch.zeros(rows + cols, dtype=torch.int32, device=x.device)
     grid, signs, constants = _arguments(x, row, col, tile)
-    arguments = x, x.stride(0), rows, cols, buffer[:rows], buffer[rows:]
+    draws = (row or NO_TURN).draw, (col or NO_TURN).draw
+    arguments = x, x.stride(0), rows, cols, buffer[:rows], buffer[rows:], *draws
     launch(line_amax_kernel, grid, arguments, signs, constants, warps=tile[2])
     found = buffer.view(torch.float32)
     return (found[:rows] if row else None), (found[rows:] if col else None)

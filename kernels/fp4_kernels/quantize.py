@@ -117,15 +117,16 @@ _NO_SCALARS = (0, 0, 0, 0, 1, 0, 0, 1, 0)
 def _pointers(
     copy: Copy | None, made: Quantized | None, amax: Tensor | None, lost: Tensor | None, side: int
 ) -> tuple:
-    """(output, scales, amax, alpha, lost): outputs are stored as words, scales as bytes."""
+    """(output, scales, amax, alpha, lost, draw): outputs are stored as words, scales as bytes."""
     if copy is None or made is None:
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     scales: Argument = made.scales
     if made.scales is not None and made.scales.dtype != torch.float32:
         scales = made.scales, torch.uint8
     counted = copy.output == "e4m3" and lost is not None
     return (
         (made.out, torch.int32), scales, amax, made.alpha, lost[side:] if counted else None,
+        copy.draw,
     )  # fmt: skip
 
 

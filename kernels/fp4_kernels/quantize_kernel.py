@@ -37,11 +37,20 @@ def load_tile(x_ptr, stride, m0, n0, R, C, TB: tl.constexpr, BN: tl.constexpr, E
     return xs
 
 
+@triton.jit
+def drawn(draw_ptr, key, signs_lo, signs_hi):
+    """Key and sign words: what stands at ``draw_ptr``, or the arguments where there is none."""
+    if draw_ptr is None:
+        return key, signs_lo, signs_hi
+    else:
+        return tl.load(draw_ptr), tl.load(draw_ptr + 1), tl.load(draw_ptr + 2)
+
+
 @triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_SCALARS)
 def quantize_kernel(
     x_ptr, stride, R, C,
-    row_out, row_scales, row_amax, row_alpha, row_lost,
-    col_out, col_scales, col_amax, col_alpha, col_lost,
+    row_out, row_scales, row_amax, row_alpha, row_lost, row_draw,
+    col_out, col_scales, col_amax, col_alpha, col_lost, col_draw,
     row_key: tl.int64, row_signs_lo: tl.int64, row_signs_hi: tl.int64,
     row_row_offset: tl.int32, row_row_part: tl.int32, row_row_gap: tl.int32,
     row_call_offset: tl.int32, row_call_part: tl.int32, row_call_gap: tl.int32,
@@ -51,12 +60,16 @@ def quantize_kernel(
     ROW: tl.constexpr, COL: tl.constexpr,
     TB: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """x [R, C] to a row copy (ROW: its config or None) and a column copy (COL)."""
+    """x [R, C] to a row copy (ROW: its config or None) and a column copy (COL).
+
+    ``row_draw``, ``col_draw``: where key, signs_lo and signs_hi stand, if not in the arguments.
+    """
     n0 = tl.program_id(0) * BN
     m0 = tl.program_id(1) * (TB * 16)
     geo = (m0, n0, R, C)
     first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
     if COL is not None:
+        col_key, col_signs_lo, col_signs_hi = drawn(col_draw, col_key, col_signs_lo, col_signs_hi)
         noise = (
             col_key, col_row_offset, col_row_part, col_row_gap,
             col_call_offset, col_call_part, col_call_gap,
@@ -67,6 +80,7 @@ def quantize_kernel(
         if first:
             store_alpha(col_alpha, col_amax, COL)
     if ROW is not None:
+        row_key, row_signs_lo, row_signs_hi = drawn(row_draw, row_key, row_signs_lo, row_signs_hi)
         noise = (
             row_key, row_row_offset, row_row_part, row_row_gap,
             row_call_offset, row_call_part, row_call_gap,

@@ -7,8 +7,9 @@ are arguments of a launch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -74,6 +75,19 @@ class Noise:
     col_gap: int = 0
 
 
+class Turn(NamedTuple):
+    """A rotation as ``amax`` takes it: size (0 for none), signs, whether the result stays in fp32 (otherwise
+    bfloat16), and ``Copy.draw``."""
+
+    size: int = 0
+    signs: tuple[int, ...] | None = None
+    fp32: bool = False
+    draw: torch.Tensor | None = None
+
+
+NO_TURN = Turn()
+
+
 @dataclass(frozen=True)
 class Copy:
     """One quantized copy of a matrix, its blocks along its last axis.
@@ -91,6 +105,9 @@ class Copy:
         signs: +-1 a rotated position, applied first; None for none.
         noise: for stochastic rounding.
         rotated_fp32: a rotated copy is cast from fp32; otherwise it is rounded to bfloat16 first.
+        draw: int64 [4] on the device whose first three words (`draw_words`) are read by the kernels in place
+            of the noise's key and of the signs: a captured launch then draws anew each time it is replayed.
+            ``noise`` and ``signs`` still say that there are some, and where the copy sits.
     """
 
     format: str
@@ -103,11 +120,13 @@ class Copy:
     signs: tuple[int, ...] | None = None
     noise: Noise | None = None
     rotated_fp32: bool = False
+    draw: torch.Tensor | None = field(default=None, compare=False)
 
     @property
-    def turn(self) -> tuple[int, tuple[int, ...] | None, bool]:
-        """The rotation as ``amax`` takes it: size (0 for none), signs, whether it stays in fp32."""
-        return self.rotation, self.signs, self.rotated_fp32
+    def turn(self) -> Turn:
+        """The rotation before quantization, as ``amax`` takes it."""
+        draw = self.draw if self.signs is not None else None
+        return Turn(self.rotation, self.signs, self.rotated_fp32, draw)
 
     @property
     def element(self) -> Element:
@@ -127,10 +146,15 @@ class Copy:
             return "tensor"
         return "row" if self.output == "e4m3" or self.block == "row" else "none"
 
-    def drawn(self, noise: Noise | None, signs: tuple[int, ...] | None) -> Copy:
+    def drawn(
+        self,
+        noise: Noise | None,
+        signs: tuple[int, ...] | None,
+        draw: torch.Tensor | None = None,
+    ) -> Copy:
         """This copy with another draw (as many parts, signs or none as before), faster than ``replace``."""
         copy = object.__new__(Copy)
-        copy.__dict__.update(self.__dict__, noise=noise, signs=signs)
+        copy.__dict__.update(self.__dict__, noise=noise, signs=signs, draw=draw)
         return copy
 
     def config(self) -> tuple:
@@ -177,6 +201,11 @@ def sign_words(signs: tuple[int, ...] | None) -> tuple[int, int]:
     """Two signed 64-bit words with bit j set where sign j is -1."""
     bits = sum(1 << j for j, sign in enumerate(signs or ()) if sign < 0)
     return _signed(bits), _signed(bits >> 64)
+
+
+def draw_words(key: int, signs: tuple[int, ...] | None) -> tuple[int, int, int, int]:
+    """The words of ``Copy.draw``: a noise key, two words of sign bits, and one that is unused."""
+    return (_signed(key), *sign_words(signs), 0)
 
 
 @lru_cache(maxsize=4096)

@@ -14,11 +14,16 @@ layout may differ from one process only in the order of floating-point sums. Par
 - From the second step on, Adam divides by the gradient's own size, which makes a moved element in a
   small gradient a different update; losses are still averages over 512 tokens and agree to 2e-4.
 
-A shard scaled by its own amax in place of the tensor's (the test below) misses these by far.
+A shard scaled by its own amax in place of the tensor's (a test of ``test_layouts``) misses these by far.
+
+Moved elements move others below them, so with depth the gradient of a recipe with few codes is chaotic: in
+``grid.MODEL``, 8 layers deep, weights moved by their last bit change one process's NVFP4 gradient by
+1.2e-1, and TP 2 changes it by 8.1e-2. ``nudge`` measures that; deep models are allowed as much.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -72,21 +77,67 @@ def losses(reply: dict) -> list[float]:
     return [row["loss"] for row in reply["rows"]]
 
 
+@dataclass(frozen=True)
+class Difference:
+    """Relative: of the first loss, the worst loss, the first whole gradient."""
+
+    first: float
+    later: float
+    gradient: float
+
+    def within(self, allowed: Difference) -> bool:
+        return (
+            self.first <= allowed.first
+            and self.later <= allowed.later
+            and self.gradient <= allowed.gradient
+        )
+
+
+def difference(reply: dict, reference: dict) -> Difference:
+    gaps = [abs(a / b - 1) for a, b in zip(losses(reply), losses(reference), strict=True)]
+    return Difference(gaps[0], max(gaps), gradient_error(reply, reference))
+
+
+def allowed(recipe: str, *, splits_sums: bool) -> Difference:
+    """The tolerances that are derived above."""
+    gradient = GRADIENT[recipe.split()[0]] if splits_sums else SUM_ORDER
+    return Difference(SAME_LOSS, LATER_LOSS, gradient)
+
+
+def nudge(ranks: Ranks, overrides: list[str], reference: dict) -> float:
+    """What the first gradient of one process makes of weights moved by about their last bit."""
+    return gradient_error(ranks.run("nudged_steps", overrides, size=1), reference)
+
+
+def other_sums(reference: dict, fp32_sums: dict) -> Difference:
+    """What FP8 tensor cores make of a split k, from one process on them and one with FP32 sums.
+
+    They hold about 14 bits of a sum, so where k is split y moves by 2^-12 and not by 2^-24, and casts make
+    a step of their format of that: as much as from FP32 sums to theirs. A wrong scale of a few percent
+    could hide in that; ``precision.backend=reference`` has nowhere to hide it. Where auto found no such
+    cores both are the reference, and nothing is allowed for them.
+    """
+    found = difference(reference, fp32_sums)
+    print(f"of other sums: first loss {found.first:.1e}, gradient {found.gradient:.1e}")
+    return Difference(
+        max(SAME_LOSS, 4 * found.first), LATER_LOSS, max(GRADIENT["fp8"], 2 * found.gradient)
+    )
+
+
 def agree(
     reply: dict,
     reference: dict,
     *,
     recipe: str,
     splits_sums: bool,
-    first: float = SAME_LOSS,
-    gradient: float | None = None,
+    allowing: Difference | None = None,
 ) -> None:
-    """``first`` and ``gradient``: what the first loss and gradient may differ by, None: as said above."""
-    if gradient is None:
-        gradient = GRADIENT[recipe.split()[0]] if splits_sums else SUM_ORDER
-    gaps = [abs(a / b - 1) for a, b in zip(losses(reply), losses(reference), strict=True)]
-    error = gradient_error(reply, reference)
-    print(f"{recipe}: first loss {gaps[0]:.1e}, later {max(gaps):.1e}, gradient {error:.1e}")
-    assert gaps[0] <= first, gaps
-    assert max(gaps) <= LATER_LOSS, gaps
-    assert error <= gradient
+    """``allowing``: what the two may differ by, None: as said above."""
+    if allowing is None:
+        allowing = allowed(recipe, splits_sums=splits_sums)
+    found = difference(reply, reference)
+    print(
+        f"{recipe}: first loss {found.first:.1e}, later {found.later:.1e}, "
+        f"gradient {found.gradient:.1e}"
+    )
+    assert found.within(allowing), (found, allowing)

@@ -30,7 +30,12 @@ from records import weights
 
 ROOT = Path(__file__).resolve().parents[2]
 MOMENTS = ("start", "step", "write", "publish")
-_PATIENCE = 600.0  # seconds, on a machine that is busy with other things
+RUN = (
+    "model.num_layers=2 model.hidden_size=64 model.num_attention_heads=2 model.num_query_groups=2 "
+    "model.ffn_hidden_size=128 model.seq_length=64 train.micro_batch=2 train.global_batch=8 "
+    "train.eval_interval=8 data.valid_tokens=256 checkpoint.interval=2 "
+    "precision=nvfp4 logging.wandb.mode=disabled logging.console=quiet data.mock=true"
+).split()
 
 
 @dataclass(frozen=True)
@@ -51,20 +56,21 @@ class Chaos:
     whole: Path
     size: int
     seed: int
+    patience: float = 600.0  # seconds for anything awaited, on a machine that is busy with other things
     kills: list[Kill] = field(default_factory=list)
     _begun: float = 0.0
 
-    def train(self, overrides: Sequence[str], *, kills: int) -> None:
-        """The whole run, with ``kills`` kills. Fails where it ends otherwise than well."""
+    def train(self, overrides: Sequence[str], *, moments: Sequence[str]) -> None:
+        """The whole run, with a kill at each of ``moments`` in random order. Fails where it ends otherwise
+        than well."""
         rng = random.Random(self.seed)
-        moments = [MOMENTS[i % len(MOMENTS)] for i in range(kills)]
-        rng.shuffle(moments)
+        moments = rng.sample(moments, len(moments))
         environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}",
             "OMP_NUM_THREADS": "1",
             "NPROC_PER_NODE": str(self.size),
-            "MAX_RESTARTS": str(kills),
+            "MAX_RESTARTS": str(len(moments)),
         }
         command = [ROOT / "launch" / "torchrun.sh", *overrides, f"run_dir={self.run}"]
         with self._log.open("wb") as log:
@@ -74,7 +80,7 @@ class Chaos:
         try:
             for moment in moments:
                 self._kill(script, self._ranks(script), moment=moment, rng=rng)
-            assert script.wait(timeout=_PATIENCE) == 0, self._said()
+            assert script.wait(timeout=self.patience) == 0, self._said()
         finally:
             for process in family(script):
                 process.kill()
@@ -138,7 +144,7 @@ class Chaos:
         victim = rng.randrange(self.size)
         saving = self._saves()
         ranks[victim].kill()
-        _, alive = psutil.wait_procs(ranks, timeout=_PATIENCE)
+        _, alive = psutil.wait_procs(ranks, timeout=self.patience)
         assert not alive, self._said()
         self.kills.append(Kill(moment, victim, saving, self._newest()))
 
@@ -174,7 +180,7 @@ class Chaos:
     def _wait(
         self, script: subprocess.Popen, until: Callable[[], bool], *, every: float = 0.001
     ) -> None:
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + self.patience
         while not until():
             assert script.poll() is None, f"it ended before the last kill\n{self._said()}"
             assert time.monotonic() < deadline, self._said()

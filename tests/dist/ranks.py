@@ -1,4 +1,7 @@
-"""Processes that act as ranks: on gloo in ``tests/dist``, on NCCL in ``tests/gpu``."""
+"""Processes that act as ranks: on gloo in ``tests/dist``, on NCCL in ``tests/gpu`` and ``scripts/layouts``.
+
+A process stays for job after job. On GPUs process i uses GPU i, so jobs of few ranks can run side by side.
+"""
 
 from __future__ import annotations
 
@@ -8,53 +11,103 @@ import os
 import selectors
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _PATIENCE = 600.0  # seconds: for any job, on a machine that is busy with other things
 
 
-class Ranks:
-    """Up to ``limit`` waiting processes; ``run`` has the first ``size`` of them do one job together."""
+@dataclass(frozen=True)
+class Job:
+    """What ``start`` began, for ``finish``: the processes that do it, and their folder."""
 
-    def __init__(self, folder: Path, *, device: str = "cpu") -> None:
+    processes: range
+    overrides: Sequence[str]
+    out: Path
+
+
+class Ranks:
+    """Waiting processes, started as they are needed; each job takes some of them and their groups."""
+
+    def __init__(self, folder: Path, *, device: str = "cpu", patience: float = _PATIENCE) -> None:
         self._folder = folder
         self._device = device
+        self.patience = patience
         self._counter = itertools.count()
-        self._processes: list[subprocess.Popen] = []
+        self._processes: dict[int, subprocess.Popen] = {}
 
     def run(self, task: str, overrides: list[str], *, size: int, steps: int = 1) -> dict[str, Any]:
         """The reply of rank 0. Fails the test with the traceback of any rank that raised."""
-        while len(self._processes) < size:
-            self._processes.append(self._start())
+        return self.finish(self.start(task, overrides, size=size, steps=steps))
+
+    def start(
+        self, task: str, overrides: list[str], *, size: int, steps: int = 1, first: int = 0
+    ) -> Job:
+        """Have processes ``first`` to ``first + size - 1`` begin a job as its ranks 0 to ``size - 1``."""
         out = self._folder / f"job{next(self._counter)}"
         out.mkdir()
-        for rank in range(size):
-            job = {
+        job = Job(range(first, first + size), overrides, out)
+        for rank, number in enumerate(job.processes):
+            if number not in self._processes:
+                self._processes[number] = self._start()
+            told = {
                 "task": task,
                 "overrides": overrides,
                 "rank": rank,
+                "local_rank": number,
                 "size": size,
                 "steps": steps,
                 "device": self._device,
                 "out": str(out),
                 "store": str(out / "store"),
             }
-            stdin = self._processes[rank].stdin
+            stdin = self._processes[number].stdin
             assert stdin is not None
-            stdin.write(json.dumps(job) + "\n")
+            stdin.write(json.dumps(told) + "\n")
             stdin.flush()
-        replies = [self._reply(rank) for rank in range(size)]
-        for rank, reply in enumerate(replies):
-            assert "error" not in reply, f"rank {rank} of {overrides}:\n{reply['error']}"
-        return {**replies[0], "out": out}
+        return job
+
+    def finish(self, job: Job) -> dict[str, Any]:
+        """The reply of rank 0. A job in which a rank fails costs its processes: later ones get others.
+
+        Raises AssertionError, with what the first rank to fail said.
+        """
+        replies: dict[int, dict[str, Any]] = {}
+        failed = ""
+        deadline = time.monotonic() + self.patience
+        with selectors.DefaultSelector() as waiting:  # one line a reply: none is buffered
+            for rank, number in enumerate(job.processes):
+                stdout = self._processes[number].stdout
+                assert stdout is not None
+                waiting.register(stdout, selectors.EVENT_READ, rank)
+            while len(replies) < len(job.processes) and not failed:
+                ready = waiting.select(max(0.0, deadline - time.monotonic()))
+                for key, _ in ready:
+                    line = key.fileobj.readline()  # type: ignore[union-attr]
+                    replies[key.data] = json.loads(line) if line else {"error": "it died"}
+                    waiting.unregister(key.fileobj)
+                    if "error" in replies[key.data] and not failed:
+                        failed = f"rank {key.data}: {replies[key.data]['error']}"
+                if not ready:
+                    silent = sorted(set(range(len(job.processes))) - replies.keys())
+                    failed = f"ranks {silent} have not answered in {self.patience:.0f} s"
+        if failed:
+            for number in job.processes:
+                process = self._processes.pop(number)
+                process.kill()
+                process.wait()
+        assert not failed, f"{' '.join(job.overrides)}\n{failed}"
+        return {**replies[0], "out": job.out}
 
     def close(self) -> None:
-        for process in self._processes:
+        for process in self._processes.values():
             assert process.stdin is not None
             process.stdin.close()
-        for process in self._processes:
-            process.wait(timeout=_PATIENCE)
+        for process in self._processes.values():
+            process.wait(timeout=self.patience)
 
     def _start(self) -> subprocess.Popen:
         root = Path(__file__).parents[2]
@@ -69,13 +122,3 @@ class Ranks:
             text=True,
             env=environment,
         )
-
-    def _reply(self, rank: int) -> dict[str, Any]:
-        stdout = self._processes[rank].stdout
-        assert stdout is not None
-        with selectors.DefaultSelector() as waiting:  # one line a reply: none is buffered
-            waiting.register(stdout, selectors.EVENT_READ)
-            assert waiting.select(_PATIENCE), f"rank {rank} hangs"
-        line = stdout.readline()
-        assert line, f"rank {rank} died"
-        return json.loads(line)

@@ -7,15 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from chaos import Chaos
+from chaos import MOMENTS, RUN, Chaos
 from records import curve, weights
-
-RUN = (
-    "model.num_layers=2 model.hidden_size=64 model.num_attention_heads=2 model.num_query_groups=2 "
-    "model.ffn_hidden_size=128 model.seq_length=64 train.micro_batch=2 train.global_batch=8 "
-    "train.eval_interval=8 data.valid_tokens=256 checkpoint.interval=2 "
-    "precision=nvfp4 logging.wandb.mode=disabled logging.console=quiet data.mock=true"
-).split()
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -40,7 +33,7 @@ def test_killed_again_and_again_equals_undisturbed(
 
     chaos = Chaos(tmp_path / "run", whole, size=size, seed=kills)
     begun = time.monotonic()
-    chaos.train(run, kills=kills)
+    chaos.train(run, moments=[MOMENTS[i % len(MOMENTS)] for i in range(kills)])
     print(f"{chaos.summary()}; {time.monotonic() - begun:.0f} s")
 
     assert len(chaos.kills) == kills

@@ -64,9 +64,7 @@ def _line(rng: random.Random) -> list[str]:
     # schedules of large models warm up for more steps than these runs have
     offered = {"precision": presets.groups()["precision"], "optim": ["tiny", "wsd", "cosine"]}
     overrides = [
-        f"{group}={rng.choice(options)}"
-        for group, options in offered.items()
-        if rng.random() < 0.4
+        f"{group}={rng.choice(options)}" for group, options in offered.items() if rng.random() < 0.4
     ]
     for key in rng.sample(_keys(), rng.choice((1, 1, 2, 3))):
         overrides.append(f"{key}={_value(key, rng)}")

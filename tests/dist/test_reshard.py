@@ -18,12 +18,12 @@ from records import same_state
 from safetensors.torch import save_file
 
 from fp4pretrain.config import compose
-from fp4pretrain.model.families import family_of
-from fp4pretrain.model.layout import check_layout
-from fp4pretrain.model.memory import state_bytes
 from fp4pretrain.convert import export_megatron
 from fp4pretrain.convert.tensors import tensors_of
 from fp4pretrain.convert.weights import CheckpointWeights
+from fp4pretrain.model.families import family_of
+from fp4pretrain.model.layout import check_layout
+from fp4pretrain.model.memory import state_bytes
 from fp4pretrain.train.stored import StoredRun
 
 STEPS = 2
@@ -83,7 +83,8 @@ def begun(ranks, layout: str, extra: list[str]) -> dict:
 
 @pytest.mark.parametrize(
     ("source", "target", "extra"),
-    [(*pair, []) for pair in PAIRS] + [(*pair, BF16) for pair in PAIRS_BF16]
+    [(*pair, []) for pair in PAIRS]
+    + [(*pair, BF16) for pair in PAIRS_BF16]
     + [(*pair, SWINGING) for pair in PAIRS_SWINGING],
     ids=lambda value: value if isinstance(value, str) else ",".join(value) or "fp32",
 )

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from wandb_log import not_recorded
 from records import curve, weights
+from wandb_log import not_recorded
 
 SMALL = (
     "model.num_layers=2 model.hidden_size=64 model.num_attention_heads=2 model.num_query_groups=2 "

@@ -35,6 +35,34 @@ from fp4pretrain.train.trainer import Trainer, unwrapped
 def first_steps(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
     """Loss and grad norm of the first steps; whole gradients of each step go to ``out``."""
     trainer = started(overrides, device)
+    return steps_from(trainer, out, steps=steps)
+
+
+def each_recipe(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
+    """``first_steps`` of every recipe of ``precision=a,b``, in folders of their names: on GPUs forming groups
+    takes longer than the steps, and here recipes share them."""
+    (named,) = (text for text in overrides if text.startswith("precision="))
+    rows = {}
+    for recipe in named.removeprefix("precision=").split(","):
+        run = [f"precision={recipe}" if text == named else text for text in overrides]
+        folder = Path(out) / recipe
+        folder.mkdir(exist_ok=True)
+        rows[recipe] = first_steps(run, str(folder), steps=steps, device=device)["rows"]
+    return {"recipes": rows}
+
+
+def nudged_steps(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
+    """``first_steps`` from weights that are moved by a last bit or so: what rounding alone can do."""
+    trainer = started(overrides, device)
+    with torch.no_grad():
+        for chunk in trainer.chunks:
+            for parameter in chunk.parameters():
+                parameter.mul_(1 + 2.0**-23)
+    return steps_from(trainer, out, steps=steps)
+
+
+def steps_from(trainer: Trainer, out: str, *, steps: int) -> dict[str, Any]:
+    """Rows of the next steps; whole gradients go to ``out``."""
     update = trainer.optimizer.step
     gradients: dict[str, torch.Tensor] = {}
 
@@ -93,8 +121,9 @@ def whole(parameter: Any, shard: torch.Tensor) -> torch.Tensor:
 
 
 def train_run(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
-    """A whole run through the trainer's front door."""
-    return {"path": str(train(compose(overrides)))}
+    """A whole run through the trainer's front door; bytes that jobs before it left on the GPU."""
+    left = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
+    return {"path": str(train(compose(overrides))), "left": left}
 
 
 def validation(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
@@ -105,6 +134,8 @@ def validation(overrides: list[str], out: str, *, steps: int, device: str) -> di
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "first_steps": first_steps,
+    "each_recipe": each_recipe,
+    "nudged_steps": nudged_steps,
     "train": train_run,
     "validation": validation,
 }
@@ -118,30 +149,37 @@ def task_of(name: str) -> Callable[..., dict[str, Any]]:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     rank, size, device = job["rank"], job["size"], job["device"]
-    os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank))
+    local = job["local_rank"]
+    os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(local))
     if device == "cuda":
-        device = f"cuda:{rank}"
-        torch.cuda.set_device(rank)
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+        torch.cuda.reset_peak_memory_stats()
     store = dist.FileStore(job["store"], size)
     dist.init_process_group(
         "nccl" if "cuda" in device else "gloo", store=store, rank=rank, world_size=size
     )
     try:
-        return task_of(job["task"])(
+        reply = task_of(job["task"])(
             job["overrides"], job["out"], steps=job.get("steps", 1), device=device
         )
     except UserError as error:
-        return {"user_error": str(error)}
-    except Exception:
-        return {"error": traceback.format_exc()}
-    finally:
-        leave(destroy=True)
+        reply = {"user_error": str(error)}
+    leave(destroy=True)
+    return reply
 
 
 if __name__ == "__main__":
     replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not look like a reply
     torch.set_num_threads(1)
     for line in sys.stdin:
-        reply = run(json.loads(line))
+        try:
+            reply = run(json.loads(line))
+        except Exception:
+            # the other ranks may wait for this one for ever, and NCCL's groups do not end before they do
+            print(json.dumps({"error": traceback.format_exc()}), file=replies, flush=True)
+            os._exit(1)
         gc.collect()  # groups end with their last reference, and gloo's threads of waiting ranks cost time
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
         print(json.dumps(reply), file=replies, flush=True)

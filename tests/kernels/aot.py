@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import triton
-from fp4_kernels import amax, block_gemm, native, unpack
+from fp4_kernels import amax, block_gemm, cross_entropy, native, norm, swiglu, unpack
 from fp4_kernels.quantize_kernel import quantize_kernel
+from fp4_kernels.rope import rope_kernel
 from fp4_kernels.spec import Copy, Noise
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -39,7 +40,8 @@ PAIRS: dict[str, tuple[Copy | None, Copy | None]] = {
     "fp8, row alone": (Copy("fp8_e4m3", "row"), None),
 }
 _AMAX = dict(ROW=True, ROW_ROTATION=0, ROW_SIGNS=False, ROW_BF16=True)
-_AMAX |= dict(COL=True, COL_ROTATION=16, COL_SIGNS=True, COL_BF16=True)
+_NOT_DRAWN = dict(row_draw=None, col_draw=None)
+_AMAX |= _NOT_DRAWN | dict(COL=True, COL_ROTATION=16, COL_SIGNS=True, COL_BF16=True)
 
 
 def compile_kernel(name: str, target: str) -> str:
@@ -103,6 +105,14 @@ def kernels(target: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any],
             options,
         ),
     }
+    drawn = {"row_draw": "*i64", "col_draw": "*i64"}
+    fn, types, constants, _ = found["amax"]
+    kept = {name: value for name, value in constants.items() if name not in drawn}
+    found["amax, drawn"] = fn, types | drawn, kept, options
+    found["quantize nvfp4, drawn"] = _quantize(
+        "nvfp4", target != "gfx950", tile, options, draws=True
+    )
+    found |= _fused(options)
     for pair in PAIRS:
         # blocks of 128 tokens need a tile that tall; tiles differ in config alone, so once is enough
         if (pair in ("mxfp4 2d", "fp8 blocks") or "alone" in pair) and target != "sm_90":
@@ -117,14 +127,14 @@ def kernels(target: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any],
     return found
 
 
-def _quantize(pair: str, fast: bool, tile: dict, options: dict) -> tuple:
+def _quantize(pair: str, fast: bool, tile: dict, options: dict, *, draws: bool = False) -> tuple:
     types = {"x_ptr": "*bf16", "stride": "i32", "R": "i32", "C": "i32"}
     types |= _scalars("row") | _scalars("col")
     constants: dict[str, Any] = dict(tile, FAST=fast)
     for side, copy in zip(("row", "col"), PAIRS[pair], strict=True):
         constants["ROW" if side == "row" else "COL"] = copy.config() if copy else None
         if copy is None:
-            absent = ("out", "scales", "amax", "alpha", "lost")
+            absent = ("out", "scales", "amax", "alpha", "lost", "draw")
             constants |= {f"{side}_{name}": None for name in absent}
             continue
         packed = copy.output == "codes" and copy.format.endswith("fp4")
@@ -137,6 +147,7 @@ def _quantize(pair: str, fast: bool, tile: dict, options: dict) -> tuple:
             "amax": None if copy.amax == "none" else "*fp32",
             "alpha": "*fp32" if copy.amax == "tensor" else None,
             "lost": "*i64" if copy.output == "e4m3" else None,
+            "draw": "*i64" if draws else None,
         }
         for name, type_ in pointers.items():
             if type_ is None:
@@ -144,6 +155,44 @@ def _quantize(pair: str, fast: bool, tile: dict, options: dict) -> tuple:
             else:
                 types[f"{side}_{name}"] = type_
     return quantize_kernel, types, constants, options
+
+
+def _fused(options: dict) -> dict[str, tuple]:
+    """Norm, SwiGLU, rotary split and cross entropy, forward and backward."""
+    bf16 = dict.fromkeys(
+        ("x_ptr", "weight_ptr", "bias_ptr", "out_ptr", "dy_ptr", "dx_ptr"), "*bf16"
+    )
+    row = {"rows": "i32", "N": "i32", "eps": "fp32"}
+    shares = dict.fromkeys(("dw_ptr", "db_ptr"), "*fp32")
+    tile = dict(CENTERED=True, R=2, BLOCK=2048)
+    places = [f"{part}_{axis}" for part in "qkv" for axis in "sbh"]
+    rope = dict.fromkeys(("qkv_ptr", "q_ptr", "k_ptr", "v_ptr"), "*bf16") | {"angles_ptr": "*fp32"}
+    rope |= dict.fromkeys(("T", "batch", "groups", "H", "angle_s", "angle_b", *places), "i32")
+    token = {"x_ptr": "*bf16", "labels_ptr": "*i64", "V": "i32", "start": "i32"}
+    kernels: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
+        "norm": (norm.norm_kernel, bf16 | row, tile),
+        "norm backward": (
+            norm.norm_backward_kernel, bf16 | row | shares | {"steps": "i32"}, tile,
+        ),
+        "swiglu": (swiglu.swiglu_kernel, bf16 | row, dict(BLOCK=1024)),
+        "swiglu backward": (swiglu.swiglu_backward_kernel, bf16 | row, dict(BLOCK=1024)),
+        "rope": (rope_kernel, rope, dict(HEADS=4, BACKWARD=False, TOKENS=16, HALF=64)),
+        "rope backward": (rope_kernel, rope, dict(HEADS=4, BACKWARD=True, TOKENS=16, HALF=64)),
+        "token statistics": (
+            cross_entropy.token_statistics_kernel,
+            token | {"out_ptr": "*fp32", "T": "i32"},
+            dict(BLOCK=4096),
+        ),
+        "token gradients": (
+            cross_entropy.token_gradients_kernel,
+            token | dict.fromkeys(("log_total_ptr", "upstream_ptr"), "*fp32") | {"out_ptr": "*bf16"},
+            dict(BLOCK=4096),
+        ),
+    }  # fmt: skip
+    return {
+        name: (fn, {n: types[n] for n in fn.arg_names if n in types}, constants, options)
+        for name, (fn, types, constants) in kernels.items()
+    }
 
 
 def _scalars(side: str) -> dict[str, str]:

@@ -22,8 +22,9 @@ from fp4_kernels import amax as amax_kernels
 from fp4_kernels.block_gemm import TILE, block_matmul
 from fp4_kernels.native import native_matmul
 from fp4_kernels.quantize import Quantized, quantize
-from fp4_kernels.spec import Copy, Noise
+from fp4_kernels.spec import Copy, Noise, Turn, draw_words
 from fp4_kernels.unpack import unpack, unpack_e4m3
+from fused_laws import FUSED_CASES, check_fused
 
 from fp4pretrain import numerics
 from fp4pretrain.ops import Cast, triton_backend
@@ -63,6 +64,11 @@ LINE_CASES = ("line amax plain", "line amax plain signed", "line amax nan")
 AMAX_CASES = tuple(
     f"amax {sizes}"
     for sizes in ("0 0", "0 16", "0 32", "0 64", "16 32", "16 64", "64 64", "16 128", "128 0")
+)
+DRAWN_CASES = (
+    "drawn nvfp4_H16_signs_SR",
+    "drawn nvfp4_SR_full",
+    "drawn mxfp4_H64_signs",
 )
 SAVED_CASES = ("saved nvfp4 fp8", "saved mxfp4 fp8", "saved mxfp4 bf16")
 E4M3_CASES = ("e4m3 near", "e4m3 far", "e4m3 near 2d", "e4m3 far 2d")
@@ -214,7 +220,7 @@ def check_line_amax(kind: str, signed: str, *, device: str = "cpu") -> list[str]
     """The largest magnitude of every row and column, both rotated by 16; edges that hang over tiles."""
     x = sample(kind, (80, 144), 4).to(device)
     signs = numerics.signs_te() if signed == "signed" else None
-    got = amax_kernels.line_amax(x, row=(16, signs, False), col=(16, signs, False))
+    got = amax_kernels.line_amax(x, row=Turn(16, signs), col=Turn(16, signs))
     turn = None if signs is None else torch.tensor(signs, device=device)
     bad = []
     for name, source, found in zip(("row", "col"), (x, x.t()), got, strict=True):
@@ -224,11 +230,36 @@ def check_line_amax(kind: str, signed: str, *, device: str = "cpu") -> list[str]
     return bad
 
 
+def check_drawn(name: str, *, device: str = "cpu") -> list[str]:
+    """Key and signs read from memory give the copy, and the amaxes, that they give as arguments."""
+    copy = COPIES[name.replace("_", " ")]
+    words = draw_words(copy.noise.key if copy.noise else 0, copy.signs)
+    draw = torch.tensor(words, device=device)
+    # what the arguments say then counts for nothing
+    signs = None if copy.signs is None else tuple(-s for s in copy.signs)
+    noise = None if copy.noise is None else replace(copy.noise, key=copy.noise.key ^ 0x5A5A)
+    drawn = copy.drawn(noise, signs, draw)
+    unit = max(copy.rotation, copy.block_length, 16)
+    x = sample("plain", (3 * unit, 2 * unit), 7).to(device)
+    bad = []
+    found = [amaxes(x, one) for one in (copy, drawn)]
+    made = [
+        quantize(x, row=one, col=one, row_amax=amax[0], col_amax=amax[1])
+        for one, amax in zip((copy, drawn), found, strict=True)
+    ]
+    for side, want, got in zip(("row", "col"), *made, strict=True):
+        assert want is not None and got is not None
+        bad += differ(side, bits(got.out), bits(want.out))
+    for side, first, second in zip(("row", "col"), *found, strict=True):
+        bad += [] if first is None else differ(f"{side} amax", second, first)
+    return bad
+
+
 def check_amaxes(row: str, col: str, *, device: str = "cpu") -> list[str]:
     """Amaxes of x rotated by ``row`` and of its transpose by ``col``: of the whole and of each line."""
     x = sample("plain", (256, 384) if device == "cuda" else (128, 256), 5).to(device)
     sizes = int(row), int(col)
-    turns = tuple((size, None, False) for size in sizes)
+    turns = tuple(Turn(size) for size in sizes)
     whole = amax_kernels.amax(x, row=turns[0], col=turns[1])
     lines = amax_kernels.line_amax(x, row=turns[0], col=turns[1])
     bad = []
@@ -385,6 +416,8 @@ def cases() -> dict[str, Callable[[], list[str]]]:
     found |= {name: partial(check_e4m3, *name.split()[1:]) for name in E4M3_CASES}
     found |= {name: partial(check_line_amax, *line_case(name)) for name in LINE_CASES}
     found |= {name: partial(check_amaxes, *name.split()[1:]) for name in AMAX_CASES}
+    found |= {name: partial(check_drawn, *name.split()[1:]) for name in DRAWN_CASES}
+    found |= {name: partial(check_fused, name) for name in FUSED_CASES}
     found |= {name: partial(check_saved, *name.split()[1:]) for name in SAVED_CASES}
     found |= {name: partial(check_seam, *name.split()[1:]) for name in SEAM_CASES}
     found |= {f"registry {part}": partial(check_registry, part) for part in "01"}

@@ -97,6 +97,7 @@ def restore(
     ``agree`` is handed what is wrong with this rank's reading, if anything, and raises on every rank
     if any has something; until it returns the trainer is not usable.
     """
+    trainer.replays.forget()  # the optimizer's tensors are other ones after this
     # an open window's paths; a run that now asks for none lets them go
     stored = any(key.startswith(_PATHS) for key in manifest.tensors)
     trainer.paths.open = []
@@ -275,6 +276,8 @@ def _generators() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_rng_state()
     for name, state in get_cuda_rng_tracker().get_states().items():
+        if isinstance(state, torch.Generator):
+            state = state.get_state()
         if isinstance(state, torch.Tensor):
             found[f"tracker.{name}"] = state
     return {f"rng.{grid}.{pipeline}.{tensor}.{name}": state for name, state in found.items()}
@@ -298,7 +301,12 @@ def _set_generators(states: dict[str, torch.Tensor]) -> None:
         elif name == "cuda":
             torch.cuda.set_rng_state(state)
         else:
-            tracked[name.removeprefix("tracker.")] = state
+            name = name.removeprefix("tracker.")
+            generator = tracked.get(name)
+            if isinstance(generator, torch.Generator):
+                generator.set_state(state)
+            else:
+                tracked[name] = state
     get_cuda_rng_tracker().set_states(tracked)
 
 

@@ -33,16 +33,8 @@ class Logging(Hook):
         self._listeners: list[Callable[[Mapping[str, Any]], None]] = []
         self._interval = trainer.config.train.log_interval
         self._logged_tokens = trainer.tokens
-        m = trainer.config.model
-        head_size = m.kv_channels or m.hidden_size // m.num_attention_heads
         self.throughput = Throughput(
-            flops=flops_per_token(
-                parameters=trainer.parameters,
-                input_embedding=0 if m.tie_embeddings else m.vocab_size * m.hidden_size,
-                layers=m.num_layers,
-                attention_width=m.num_attention_heads * head_size,
-                seq_length=m.seq_length,
-            ),
+            flops=flops_of(trainer),
             peak=peak_flops(trainer.world.device),
             devices=trainer.world.size,
         )
@@ -85,6 +77,19 @@ class Logging(Hook):
     def close(self) -> None:
         if self._sink is not None:
             self._sink.close()
+
+
+def flops_of(trainer: Trainer) -> int:
+    """Training FLOPs of one token of a run's model."""
+    m = trainer.config.model
+    head_size = m.kv_channels or m.hidden_size // m.num_attention_heads
+    return flops_per_token(
+        parameters=trainer.parameters,
+        input_embedding=0 if m.tie_embeddings else m.vocab_size * m.hidden_size,
+        layers=m.num_layers,
+        attention_width=m.num_attention_heads * head_size,
+        seq_length=m.seq_length,
+    )
 
 
 def summary(losses: Sequence[float]) -> dict[str, float]:

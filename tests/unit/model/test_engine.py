@@ -75,6 +75,20 @@ def test_without_it_the_run_is_refused_in_one_line(
     assert told.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+def test_steps_beside_it_are_refused_before_any_is_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if why_no_engine() is None:
+        pytest.skip("Transformer Engine is here")
+    with pytest.raises(SystemExit):
+        main(
+            ["bench", "step", "--engine", "--out", str(tmp_path / "out"), "model=tiny", "data=mock"]
+        )
+    told = capsys.readouterr().err
+    assert told.startswith("fp4pretrain: model.implementation: no Transformer Engine"), told
+    assert not (tmp_path / "out").exists()
+
+
 def test_its_casts_are_not_audited(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["audit", "model=tiny", "precision=fp8", ENGINE])

@@ -1,0 +1,210 @@
+"""Training steps captured as a CUDA graph and replayed, so that the GPU does not wait for Python.
+
+    first step of a recipe      rehearsed: run as ever, while every draw of noise asks for a row (`Draws`)
+    second step                 captured: forward, backward and update of all microbatches, one graph
+    every step from then on     batches copied in, rows filled for the step, the graph replayed
+
+What changes between steps lies on the device: batches, noise keys, redrawn signs, learning rates, whether
+the update is written. So a replayed step computes the bits of a plain one. A switch of recipes, and a
+loaded checkpoint, begin with a rehearsal again; a step that somebody watches (observers) runs as ever.
+Where a run cannot be captured, ``why_not`` says it in one clause, and every step runs as ever.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from fp4pretrain.config import RunConfig
+from fp4pretrain.ops import Backend, Draws, watching
+from fp4pretrain.ops.choice import TRITON_BACKENDS
+from fp4pretrain.precision import Plan
+from fp4pretrain.train.step import Outcome, forward_backward, update
+
+if TYPE_CHECKING:
+    from fp4pretrain.train.trainer import Batch, Trainer
+
+    # Of a rank's model chunks; None for one that reads nothing.
+    Iterators = Sequence[Iterator[Batch] | None]
+    Batches = list[list[Batch] | None]
+
+
+def why_not(config: RunConfig, plan: Plan, backend: Backend, device: torch.device) -> str | None:
+    """None where a run's steps can be captured, otherwise the reason in one clause."""
+    m = config.model
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "CUDA graphs need an NVIDIA GPU"
+    if m.implementation != "fp4pretrain":
+        return f"modules of {m.implementation} were never captured here"
+    if backend.name not in TRITON_BACKENDS:
+        return f"precision.backend={backend.name} draws its noise on the host"
+    if m.attention_dropout or m.hidden_dropout:
+        return "dropout's generator is the host's"
+    if config.data.document_mask:
+        return "data.document_mask is asked of every batch on the host"
+    specs = [spec for recipe in plan.recipes() for _, _, spec in recipe.operands()]
+    if any(spec.amax == "held" for spec in specs):
+        return "amax=held measures in some steps and not in others"
+    if any(spec.split != "none" and spec.stochastic for spec in specs):
+        return "an operand is split and its terms rounded stochastically"
+    return None
+
+
+class Replays:
+    """How the steps of one run are computed. ``reason``: why they are not captured, None where they are.
+
+    After a step a caller reads the outcome before it asks for the next one.
+    """
+
+    def __init__(self, reason: str | None) -> None:
+        self.reason = reason
+        self.captured = 0  # how often
+        self._captured: _Captured | None = None
+        self._rehearsed: tuple[tuple[int, ...], Draws, _Inputs] | None = None
+        self._ahead: tuple[Iterators, Batches] | None = None
+
+    def step(self, trainer: Trainer, iterators: Iterators) -> Outcome:
+        """One step: gradients and update."""
+        if self.reason is not None:
+            return _plain(trainer, iterators)
+        batches = self._next(trainer, iterators)
+        if watching.attached is not None:
+            return _plain(trainer, _iterators(batches))
+        recipes = tuple(map(id, trainer.binding.recipes()))
+        if self._captured is not None and self._captured.recipes != recipes:
+            self.forget()
+        if self._captured is None:
+            if self._rehearsed is None or self._rehearsed[0] != recipes:
+                return self._rehearse(trainer, batches, recipes)
+            self._rehearsed[2].copy(batches)
+            self._captured = _Captured(trainer, *self._rehearsed)
+            self._rehearsed = None
+            self.captured += 1
+        else:
+            self._captured.inputs.copy(batches)
+        outcome = self._captured.replay(trainer)
+        if trainer.step + 1 < trainer.config.train.steps:  # the device is busy: read on
+            self._ahead = iterators, _read(iterators, trainer.layout.microbatches)
+            self._captured.prepare(trainer.clock.seed, trainer.step + 1)
+        return outcome
+
+    def forget(self) -> None:
+        """Let go of what was captured: recipes, or the memory that a step reads, are other ones now."""
+        self._captured = self._rehearsed = None
+
+    def _next(self, trainer: Trainer, iterators: Iterators) -> Batches:
+        """This step's microbatches; those that were read ahead, unless the run went elsewhere."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] is iterators:
+            return ahead[1]
+        return _read(iterators, trainer.layout.microbatches)
+
+    def _rehearse(self, trainer: Trainer, batches: Batches, recipes: tuple[int, ...]) -> Outcome:
+        draws, inputs = Draws(trainer.world.device), _Inputs(batches, trainer.world.device)
+        trainer.clock.draws = draws
+        try:
+            outcome = _plain(trainer, inputs.iterators())
+        finally:
+            trainer.clock.draws = None
+        self._rehearsed = recipes, draws, inputs
+        return outcome
+
+
+def _read(iterators: Iterators, microbatches: int) -> Batches:
+    """The microbatches of a step, on the host."""
+    return [
+        None if iterator is None else [next(iterator) for _ in range(microbatches)]
+        for iterator in iterators
+    ]
+
+
+def _iterators(batches: Batches) -> list[Iterator[Batch] | None]:
+    """One iterator a chunk, as the schedules take them."""
+    return [None if held is None else iter(held) for held in batches]
+
+
+def _plain(trainer: Trainer, iterators: Iterators) -> Outcome:
+    loss = forward_backward(trainer, iterators)
+    trainer.optimizer.fill_learning_rates()
+    return update(trainer, loss)
+
+
+class _Inputs:
+    """The microbatches of a step in device memory that stays."""
+
+    def __init__(self, batches: Batches, device: torch.device) -> None:
+        self._held: Batches = [
+            None if chunk is None else [{k: v.to(device) for k, v in b.items()} for b in chunk]
+            for chunk in batches
+        ]
+
+    def copy(self, batches: Batches) -> None:
+        """Another step's microbatches in place of those that are there."""
+        for held, chunk in zip(self._held, batches, strict=True):
+            for mine, batch in zip(held or (), chunk or (), strict=True):
+                for key, value in batch.items():
+                    mine[key].copy_(value, non_blocking=True)
+
+    def iterators(self) -> list[Iterator[Batch] | None]:
+        return _iterators(self._held)
+
+
+class _Captured:
+    """One captured step. ``recipes``: identities of the linears' recipes it was captured with."""
+
+    def __init__(
+        self, trainer: Trainer, recipes: tuple[int, ...], draws: Draws, inputs: _Inputs
+    ) -> None:
+        self.recipes = recipes
+        self.inputs = inputs
+        self._draws = draws
+        self._graph = torch.cuda.CUDAGraph()
+        for state in get_cuda_rng_tracker().get_states().values():
+            if isinstance(state, torch.Generator):
+                self._graph.register_generator_state(state)
+        sites = trainer.binding.sites
+        cast, multiplied = sites.cast.copy(), sites.multiplied.copy()
+        draws.begin()
+        trainer.clock.weights_changed()  # casts of before lie outside of the graph
+        trainer.clock.draws = draws
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        self._updates = trainer.optimizer.on_device
+        self._loss: torch.Tensor | None = None
+        self._outcome: Outcome | None = None
+        try:
+            with torch.cuda.graph(
+                self._graph,
+                stream=torch.cuda.current_stream(),
+                capture_error_mode="thread_local",
+            ):
+                self._loss = forward_backward(trainer, inputs.iterators())
+                if self._updates:
+                    self._outcome = update(trainer, self._loss)
+        finally:
+            trainer.clock.draws = None
+        # what a step counts on the host, to count it again at each replay
+        self._cast: Counter[Any] = sites.cast - cast
+        self._multiplied: Counter[Any] = sites.multiplied - multiplied
+        sites.cast, sites.multiplied = cast, multiplied
+
+    def prepare(self, seed: int, step: int) -> None:
+        """Work out a later step's draws while this one runs."""
+        self._draws.prepare(seed, step)
+
+    def replay(self, trainer: Trainer) -> Outcome:
+        """The step of now."""
+        self._draws.fill(trainer.clock.seed, trainer.clock.step)
+        trainer.optimizer.fill_learning_rates()
+        self._graph.replay()
+        sites = trainer.binding.sites
+        if sites.recording:
+            sites.cast.update(self._cast)
+            sites.multiplied.update(self._multiplied)
+        if self._outcome is None:
+            return update(trainer, self._loss)
+        return Outcome(self._outcome.health.renewed(), self._outcome.grad_norm)

@@ -1,0 +1,108 @@
+"""Queries, keys and values out of one matrix, the first two with rotary embeddings (arXiv:2104.09864).
+
+    forward     qkv [s, b, groups, heads + 2, d]  ->  q [s, b, groups * heads, d], k and v [s, b, groups, d]
+    backward    their gradients, of any strides with d adjacent  ->  dqkv
+
+``heads``: queries a group. Channel c of the first half turns with channel c + d / 2, by the angle of c
+(Llama's order). A pass reads and writes every element once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _load_half(ptr, offset, H, HALF: tl.constexpr):
+    """The two halves [tokens, HALF] of heads at ``offset``, FP32; columns past H are zeros."""
+    c = tl.arange(0, HALF)[None, :]
+    first = tl.load(ptr + offset + c, mask=c < H, other=0.0).to(tl.float32)
+    second = tl.load(ptr + offset + H + c, mask=c < H, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _store_half(ptr, offset, first, second, H, HALF: tl.constexpr):
+    c = tl.arange(0, HALF)[None, :]
+    tl.store(ptr + offset + c, first.to(ptr.dtype.element_ty), mask=c < H)
+    tl.store(ptr + offset + H + c, second.to(ptr.dtype.element_ty), mask=c < H)
+
+
+@triton.jit
+def rope_kernel(
+    qkv_ptr, angles_ptr, q_ptr, k_ptr, v_ptr, T, batch, groups, H, angle_s, angle_b,
+    q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h,
+    HEADS: tl.constexpr, BACKWARD: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """One group of TOKENS tokens (of s * b): all of its heads. BACKWARD writes qkv and turns back."""
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    # past the end: the last token again, which writes the same
+    t = tl.minimum(t, T - 1).to(tl.int64)[:, None]
+    g = tl.program_id(1)
+    s, b = t // batch, t % batch
+    c = tl.arange(0, HALF)[None, :]
+    angle = tl.load(angles_ptr + s * angle_s + b * angle_b + c, mask=c < H, other=0.0)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    if BACKWARD:
+        sin = -sin
+    own = ((t * groups + g) * (HEADS + 2)) * (2 * H)
+    for head in tl.static_range(HEADS + 2):
+        if head < HEADS:
+            at = s * q_s + b * q_b + (g * HEADS + head) * q_h
+            other = q_ptr
+        elif head == HEADS:
+            at = s * k_s + b * k_b + g * k_h
+            other = k_ptr
+        else:
+            at = s * v_s + b * v_b + g * v_h
+            other = v_ptr
+        whole = own + head * (2 * H)
+        if BACKWARD:
+            x, y = _load_half(other, at, H, HALF)
+        else:
+            x, y = _load_half(qkv_ptr, whole, H, HALF)
+        if head <= HEADS:
+            x, y = x * cos - y * sin, y * cos + x * sin
+        if BACKWARD:
+            _store_half(qkv_ptr, whole, x, y, H, HALF)
+        else:
+            _store_half(other, at, x, y, H, HALF)
+
+
+def _run(qkv: Tensor, angles: Tensor, parts: tuple[Tensor, ...], *, backward: bool) -> None:
+    s, b, groups, heads, d = qkv.shape
+    if not s * b:
+        return
+    half = triton.next_power_of_2(d // 2)
+    tokens = max(1, min(64, 1024 // half))
+    strides = [n for part in parts for n in part.stride()[:3]]
+    rope_kernel[(triton.cdiv(s * b, tokens), groups)](
+        qkv, angles, *parts, s * b, b, groups, d // 2,
+        angles.stride(0), angles.stride(1) if angles.shape[1] > 1 else 0, *strides,
+        heads - 2, backward, tokens, half,
+    )  # fmt: skip
+
+
+def split_rotated(qkv: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(q, k, v) of qkv [s, b, groups, heads + 2, d], contiguous; see the head of this file.
+
+    ``angles``: fp32 [s, 1 or b, d / 2 or more], whose first d / 2 columns count.
+    """
+    s, b, groups, heads, d = qkv.shape
+    q = torch.empty(s, b, groups * (heads - 2), d, dtype=qkv.dtype, device=qkv.device)
+    k, v = (torch.empty(s, b, groups, d, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
+    _run(qkv, angles, (q, k, v), backward=False)
+    return q, k, v
+
+
+def split_rotated_backward(dq: Tensor, dk: Tensor, dv: Tensor, angles: Tensor) -> Tensor:
+    """dqkv [s, b, groups, heads + 2, d] of ``split_rotated``'s gradients."""
+    s, b, groups, d = dk.shape
+    heads = dq.shape[2] // groups
+    dqkv = torch.empty(s, b, groups, heads + 2, d, dtype=dq.dtype, device=dq.device)
+    parts = tuple(part if part.stride(-1) == 1 else part.contiguous() for part in (dq, dk, dv))
+    _run(dqkv, angles, parts, backward=True)
+    return dqkv
