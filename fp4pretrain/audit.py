@@ -16,6 +16,7 @@ import torch
 
 from fp4pretrain.config import ModelConfig, RunConfig, plan_of
 from fp4pretrain.costs import flop_shares
+from fp4pretrain.errors import UserError
 from fp4pretrain.ops import Backend, choose
 from fp4pretrain.precision import GEMMS, OPERANDS, Plan, Progress, Recipe
 from fp4pretrain.precision.rules import HEAD, Rule, linear_name
@@ -31,8 +32,13 @@ def audit(
 
     Raises:
         UserError: where a rule matches nothing, nothing is quantized that should be, or no backend
-            runs the recipe here.
+            runs the recipe here; for linears that are not ours.
     """
+    if config.model.implementation != "fp4pretrain":
+        raise UserError(
+            f"model.implementation: {config.model.implementation} shows no casts to audit; use "
+            "model.implementation=fp4pretrain"
+        )
     plan, p = plan_of(config), config.precision
     if chosen is None:
         chosen = choose(p.backend, plan, device, mxfp4_emulation=p.mxfp4_emulation)

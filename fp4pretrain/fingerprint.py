@@ -61,6 +61,7 @@ _LATER_FIELDS = {
 }
 # Keys that came later, and the values that change nothing: fingerprints of earlier runs lack them.
 _LATER_KEYS: dict[str, Any] = {
+    "model.implementation": "fp4pretrain",
     "data.document_mask": False,
     "data.reset_positions": False,
     "data.eod_mask_loss": False,

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fp4pretrain.config import RunConfig
+from fp4pretrain.config import RunConfig, plan_of
+from fp4pretrain.model.engine import check_engine
 from fp4pretrain.model.layout import check_layout
 from fp4pretrain.observe import memory_gib, overlap, peak_flops
 from fp4pretrain.parallel.groups import join, leave, pick_device, world_size
@@ -61,6 +62,8 @@ def bench_step(
 
     ``steps``: timed ones. ``peer``: a figure of another run, told as such. Collective under torchrun.
     """
+    for config in configs.values():
+        check_engine(config, plan_of(config), pick_device(config.parallel.device))
     rows = []
     for name, config in configs.items():
         rows.append({"recipe": name, **_measured(config, steps)})

@@ -48,9 +48,16 @@ def add(verbs: Any) -> None:
     bench.add_argument(
         "--peer", metavar="TEXT", help="step: a figure of another run to print below"
     )
+    bench.add_argument(
+        "--engine", action="store_true", help="step: Transformer Engine's modules too, BF16 and FP8"
+    )
     bench.add_argument("--out", type=path, default=Path("runs/bench"), metavar="DIR")
     bench.add_argument("--all", action="store_true", help="error: every cast that the tables offer")
     bench.add_argument("--json", action="store_true", help="error: print JSON and nothing else")
+
+
+# What Transformer Engine's modules are timed in: its recipes that a Hopper GPU has.
+ENGINE_RECIPES = ("bf16", "fp8", "fp8_delayed")
 
 
 def _step_configs(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -60,10 +67,12 @@ def _step_configs(arguments: argparse.Namespace) -> dict[str, Any]:
 
     names = dict.fromkeys(("bf16", *arguments.precision.split(",")))
     steps = f"train.steps={WARM + arguments.steps + PROFILED}"
-    return {
-        name: compose([f"precision={name}", steps, "data.valid_tokens=1024", *arguments.overrides])
-        for name in names
-    }
+    shared = [steps, "data.valid_tokens=1024", *arguments.overrides]
+    found = {name: compose([f"precision={name}", *shared]) for name in names}
+    for name in ENGINE_RECIPES if arguments.engine else ():
+        theirs = ["model.implementation=transformer_engine", "train.eval_bf16=false"]
+        found[f"{name}, TE"] = compose([f"precision={name}", *shared, *theirs])
+    return found
 
 
 def _audit(arguments: argparse.Namespace) -> None:

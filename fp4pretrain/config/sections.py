@@ -17,7 +17,8 @@ class ModelConfig:
     ``qk_norm``: queries and keys are normalized for each head (arXiv:2010.04245, 2302.05442).
     ``z_loss``: this times the squared logarithm of the softmax's denominator joins what is minimized
     (arXiv:2204.02311, 1e-4 there), never what is logged. ``attention_softcap``: scores s become
-    cap * tanh(s / cap) (arXiv:2408.00118, 50 there); null is off.
+    cap * tanh(s / cap) (arXiv:2408.00118, 50 there); null is off. ``implementation``: fp4pretrain, or
+    transformer_engine: blocks of that package's modules, to compare with (``model/engine.py``).
     """
 
     num_layers: int = 4
@@ -41,6 +42,7 @@ class ModelConfig:
     qk_norm: bool = False
     z_loss: float = 0.0
     attention_softcap: float | None = None
+    implementation: str = "fp4pretrain"
 
 
 @dataclass

@@ -75,7 +75,8 @@ def load_model(
     found = fitting_tokenizer(
         tokenizer or run.config.data.tokenizer, vocab_size=run.config.model.vocab_size
     )
-    config = replace(run.config, parallel=ParallelConfig(device=device))
+    model = replace(run.config.model, implementation="fp4pretrain")  # whose modules run anywhere
+    config = replace(run.config, model=model, parallel=ParallelConfig(device=device))
     world = join(device=pick_device(device), seed=config.seed)
     plan = plan_of(config)
     emulation = config.precision.mxfp4_emulation

@@ -17,7 +17,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from fp4pretrain.config import RunConfig
+from fp4pretrain.config import RunConfig, plan_of
+from fp4pretrain.model.engine import ENGINE, engine_fields, engine_spec
 from fp4pretrain.model.init import initialize
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.nn.fused import fuse_mlp
@@ -202,6 +203,7 @@ def model_config(config: RunConfig) -> TransformerConfig:
         # gloo reads a sent tensor until the send is done; NCCL's streams keep the order.
         deallocate_pipeline_outputs=dist.get_backend() == "nccl",
         **recompute,
+        **(engine_fields(plan_of(config)) if m.implementation == ENGINE else {}),
     )
 
 
@@ -229,7 +231,7 @@ def build_model(
             num_layers=config.model.num_layers,
         )
         bind = partial(Binding, backend, clock, global_amax=global_amax, sites=sites)
-        linears += _bind(chunk, bind)
+        linears += _bind(chunk, bind, blocks=config.model.implementation != ENGINE)
         chunks.append(chunk)
     binding = PlanBinding(plan, linears, sites)
     binding.apply(Progress())
@@ -246,11 +248,13 @@ def fuses(config: RunConfig) -> bool:
 def _build_chunk(config: RunConfig, transformer: TransformerConfig, stage: int | None) -> GPT:
     m = config.model
     fused = fuses(config)
+    if m.implementation == ENGINE:
+        spec = engine_spec(transformer, stage)
+    else:
+        spec = block_spec(transformer, stage, softcap=m.attention_softcap, fused=fused)
     chunk = GPT(
         config=transformer,
-        transformer_layer_spec=block_spec(
-            transformer, stage, softcap=m.attention_softcap, fused=fused
-        ),
+        transformer_layer_spec=spec,
         vocab_size=padded_vocab(m.vocab_size, config.parallel.tensor),
         max_sequence_length=m.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -263,16 +267,19 @@ def _build_chunk(config: RunConfig, transformer: TransformerConfig, stage: int |
         given_positions=config.data.reset_positions,
         fused=fused,
     )
-    if fused:
+    if fused and m.implementation != ENGINE:
         for layer in chunk.decoder.layers:
             fuse_mlp(layer.mlp)
     return chunk.to(torch.cuda.current_device())
 
 
-def _bind(chunk: GPT, bind: Callable[..., Binding]) -> list[tuple[int | None, str, QuantLinear]]:
-    """Bind every linear of a chunk; returns them as (global layer or None for the head, name, linear)."""
+def _bind(
+    chunk: GPT, bind: Callable[..., Binding], *, blocks: bool
+) -> list[tuple[int | None, str, QuantLinear]]:
+    """Bind every linear of a chunk, of its ``blocks`` too where they are ours; returns them as (global
+    layer or None for the head, name, linear)."""
     found: list[tuple[int | None, str, QuantLinear]] = []
-    for layer in chunk.decoder.layers:
+    for layer in chunk.decoder.layers if blocks else ():
         for name in LINEARS:
             found.append((layer.layer_number - 1, name, layer.get_submodule(name)))
     if chunk.post_process:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -71,13 +72,7 @@ def run_on_cpu() -> None:
     torch.cuda.default_stream = lambda device=None: _NoStream()  # type: ignore[assignment, return-value]
     torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment, return-value]
 
-    # Transformer Engine's and apex's Adam, which megatron-core prefers, are CUDA kernels.
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
-
-    optimizer.USING_PYTORCH_OPTIMIZER = True
-    for where in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"):
-        setattr(distrib_optimizer, where, False)  # where its state counts the steps
+    _take_torchs_optimizer()
 
     # The RNG tracker saves and restores the CUDA generator around dropout and recompute; here the
     # CPU generator is that generator.
@@ -90,6 +85,22 @@ def run_on_cpu() -> None:
     # ... so the tracker's warning that the CPU generator moved inside a fork is expected.
     megatron_random_log = logging.getLogger(megatron_random.__name__)
     megatron_random_log.addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _take_torchs_optimizer() -> None:
+    """Transformer Engine's and apex's Adam, norms and copies, which megatron-core prefers where they are
+    installed, are CUDA kernels."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    for where in ("HAVE_APEX_OR_TE", "USING_TE_OPTIMIZER", "USING_APEX_OPTIMIZER"):
+        setattr(distrib_optimizer, where, False)  # where its state counts the steps
+    copying: Any = sys.modules["megatron.core.optimizer.optimizer"]  # a name of the package's too
+    for module in (clip_grads, copying):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
 
 
 def plain_torch(function: Any) -> Any:

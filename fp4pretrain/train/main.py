@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fp4pretrain.config import RunConfig, plan_of
 from fp4pretrain.data import unigram_entropy, validate
+from fp4pretrain.model.engine import ENGINE, check_engine
 from fp4pretrain.model.layout import check_layout
 from fp4pretrain.model.memory import check_fits, state_bytes
 from fp4pretrain.observe import tensorboard_sink
@@ -65,7 +66,9 @@ def check_run(config: RunConfig, *, elsewhere: int | None = None) -> None:
     """
     layout = check_layout(config, elsewhere or world_size())
     if elsewhere is None:
-        check_fits(state_bytes(config, layout), pick_device(config.parallel.device))
+        device = pick_device(config.parallel.device)
+        check_fits(state_bytes(config, layout), device)
+        check_engine(config, plan_of(config), device)
     validate(data_spec(config))
     if config.init is not None and config.resume is None:  # else a checkpoint may come before it
         check_initial(config.init, config.model)
@@ -168,7 +171,7 @@ def _fit(trainer: Trainer, path: Path, start: Path | None, *, until: float | Non
         Summarizing(path, logging, gap),
         Triggers(logging),
         checkpointing,
-        Auditing(path / "audit.json"),
+        *([] if config.model.implementation == ENGINE else [Auditing(path / "audit.json")]),
         signals,
     ]
     fit(trainer, hooks)

@@ -42,6 +42,8 @@ def why_not(
         return "captured steps of several ranks have hung on four GPUs"
     if device.type != "cuda" or torch.version.hip is not None:
         return "CUDA graphs need an NVIDIA GPU"
+    if m.implementation != "fp4pretrain":
+        return f"modules of {m.implementation} were never captured here"
     if backend.name not in TRITON_BACKENDS:
         return f"precision.backend={backend.name} draws its noise on the host"
     if m.attention_dropout or m.hidden_dropout:

@@ -30,6 +30,7 @@ from fp4pretrain.data import (
 from fp4pretrain.errors import UserError
 from fp4pretrain.model import build_model, model_config
 from fp4pretrain.model.build import PlanBinding
+from fp4pretrain.model.engine import ENGINE, engine_words
 from fp4pretrain.model.layout import Layout
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.ops import Backend, choose
@@ -141,6 +142,8 @@ def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
         mxfp4_emulation=p.mxfp4_emulation,
         group=dist.group.WORLD,
     )
+    if config.model.implementation == ENGINE:
+        choice = f"blocks of Transformer Engine's modules ({engine_words(plan)}); head: {choice}"
     clock = Clock(config.seed)
     transformer = model_config(config)
     gpts, binding = build_model(config, plan, backend=backend, clock=clock, transformer=transformer)

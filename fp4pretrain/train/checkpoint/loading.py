@@ -166,10 +166,11 @@ def check_model(path: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def _check(path: Path, found: dict[str, Any], config: RunConfig) -> None:
+    there = {"implementation": "fp4pretrain"} | found["model"]  # a key that came later
     for key, value in asdict(config.model).items():
-        if found["model"].get(key) != value:
+        if there.get(key) != value:
             raise Unusable(
-                f"resume: {path} holds another model (model.{key} is {found['model'].get(key)} "
+                f"resume: {path} holds another model (model.{key} is {there.get(key)} "
                 f"there and {value} here); set model.{key} or resume another run"
             )
     if found["step"] > config.train.steps:

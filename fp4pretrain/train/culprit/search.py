@@ -90,9 +90,15 @@ def find_culprit(
         target: what the plan's effect (``measure``) may be at most; asks for a ``Fix``.
 
     Raises:
-        UserError: for a folder without config or checkpoint, and a recipe that quantizes nothing.
+        UserError: for a folder without config or checkpoint, a recipe that quantizes nothing, and linears
+            that are not ours.
     """
     config = _config(run, precision)
+    if config.model.implementation != "fp4pretrain":
+        raise UserError(
+            f"{run}: its linears are those of {config.model.implementation}, which shows no casts; give one "
+            "trained with model.implementation=fp4pretrain"
+        )
     layout = check_layout(config, world_size())
     world = join(
         device=pick_device(config.parallel.device),
