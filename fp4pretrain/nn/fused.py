@@ -27,7 +27,7 @@ class FusedNormFunction(torch.autograd.Function):
     ) -> Tensor:
         from fp4_kernels.norm import norm
 
-        x_tn = x.reshape(-1, x.shape[-1])
+        x_tn = x.reshape(-1, x.shape[-1]).contiguous()  # heads of a split matrix are not
         ctx.save_for_backward(x_tn, weight)
         ctx.eps, ctx.centered, ctx.has_bias = eps, centered, bias is not None
         return norm(x_tn, weight, bias, eps=eps, centered=centered).view(x.shape)
@@ -74,7 +74,7 @@ class SwigluFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         from fp4_kernels.swiglu import swiglu
 
-        x_tn = x.reshape(-1, x.shape[-1])
+        x_tn = x.reshape(-1, x.shape[-1]).contiguous()
         ctx.save_for_backward(x_tn)
         return swiglu(x_tn).view(*x.shape[:-1], -1)
 

@@ -13,7 +13,7 @@ import torch
 from fp4_kernels.quantize import _allocate
 from rich.console import Console
 
-from fp4pretrain.bench import kernels, linear, timing
+from fp4pretrain.bench import kernels, linear, step, timing
 from fp4pretrain.cli import main
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.precision import Recipe
@@ -191,3 +191,46 @@ def test_kernels_take_no_keys(capsys: pytest.CaptureFixture[str]) -> None:
         main(["bench", "kernels", "precision.backend=native"])
     said = capsys.readouterr().err
     assert said.startswith("fp4pretrain: precision.backend=native: bench kernels follows no recipe")
+
+
+def test_kernels_are_told_apart_by_their_names() -> None:
+    names = {
+        "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT": "GEMM",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26": "attention",
+        "quantize_kernel": "quantization",
+        "line_amax_kernel": "quantization",
+        "token_gradients_kernel": "loss",
+        "norm_backward_kernel": "norm",
+        "swiglu_kernel": "activation",
+        "rope_kernel": "rope",
+        "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
+        "void at::native::vectorized_elementwise_kernel<8, at::native::GeluCUDAKernelImpl": "activation",
+        "multi_tensor_apply_kernel<at::native::FusedOptimizerTensorListMetadata<4>>": "optimizer",
+        "void at::native::vectorized_elementwise_kernel<8, CUDAFunctor_add<BFloat16>>": step.KINDS[
+            -1
+        ],
+    }
+    assert {name: step.kind_of(name) for name in names} == names
+    found = step.shares([("nvjet_a", 3.0), ("quantize_kernel", 1.0), ("nvjet_b", 4.0)])
+    assert found == {"GEMM": 7 / 8, "quantization": 1 / 8}
+
+
+def test_whole_steps_are_timed_beside_bf16_on_the_same_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["data.mock=true", "model.num_layers=2", "precision.keep.first_blocks=0"]
+    small = ["model.seq_length=32", "train.micro_batch=2", "train.global_batch=2"]
+    out = ["--out", str(tmp_path), "--steps", "2"]
+    main(["bench", "step", *out, "--precision", "nvfp4", "--peer", "55,087 (TE)", *keys, *small])
+    found = json.loads((tmp_path / "step.json").read_text())
+    bf16, nvfp4 = found["rows"]
+    assert (bf16["recipe"], nvfp4["recipe"]) == ("bf16", "nvfp4")
+    assert nvfp4["of_first"] == nvfp4["tokens_per_second"] / bf16["tokens_per_second"]
+    assert nvfp4["step_ms"] == pytest.approx(1000 * 64 / nvfp4["tokens_per_second"], rel=0.5)
+    assert nvfp4["lowest"] <= nvfp4["tokens_per_second"] <= nvfp4["highest"]
+    # the same weights and the same batches: what differs is the recipe
+    assert bf16["losses"][0] != nvfp4["losses"][0]
+    assert bf16["losses"][0] == pytest.approx(nvfp4["losses"][0], rel=0.01)
+    printed = capsys.readouterr().out
+    assert "another run's figure: 55,087 (TE)" in printed
+    assert "CUDA graphs need an NVIDIA GPU" in printed
