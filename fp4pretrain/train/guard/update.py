@@ -10,7 +10,8 @@ ranks know it, so asking there costs no second pass. Two things it does not hold
 
 Where PyTorch's Adam runs on one GPU, the norm, the clipping and the decision stay on the device, as inputs of
 one fused kernel: the host waits once a step, for the row's numbers, and the update may be captured in a
-CUDA graph. Elsewhere (CPU, several ranks, apex, Transformer Engine) the host decides, by megatron-core's own functions.
+CUDA graph. Elsewhere (CPU, several ranks, apex, Transformer Engine) the host decides, by megatron-core's own
+functions.
 
 A skipped step changes neither weights nor optimizer state; the step count, the schedule, the data
 position and the tokens go on, as in Megatron-LM.
