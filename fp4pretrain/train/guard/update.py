@@ -177,7 +177,10 @@ class GuardedOptimizer(ChainedOptimizer):
     def _norm_on_device(self) -> torch.Tensor:
         """As megatron-core's, which reads one number a parameter from the device."""
         gradients = [
-            g for part in self.chained_optimizers for g in part.get_main_grads_for_grad_norm()
+            parameter.grad
+            for part in self.chained_optimizers
+            for parameter in part.get_parameters()
+            if parameter.grad is not None and _in_the_norm(parameter)
         ]
         squared = torch.zeros((), device=torch.cuda.current_device())
         if gradients:
