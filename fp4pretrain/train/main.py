@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fp4pretrain.config import RunConfig, plan_of
 from fp4pretrain.data import unigram_entropy, validate
+from fp4pretrain.model.build import fuses
 from fp4pretrain.model.engine import ENGINE, check_engine
 from fp4pretrain.model.layout import check_layout
 from fp4pretrain.model.memory import check_fits, state_bytes
@@ -258,6 +259,11 @@ def _announce(trainer: Trainer, path: Path, start: Path | None) -> None:
         f"DP {trainer.layout.data}; {trainer.backend_choice}"
     )
     console.print(f"{state_bytes(config, trainer.layout)}; {adam_of(trainer.optimizer)}")
+    if world.device.type == "cuda":
+        refused = trainer.replays.reason
+        how = "captured as a CUDA graph" if refused is None else f"not captured ({refused})"
+        kernels = "fused" if fuses(config) else "PyTorch's"
+        console.print(f"steps: {how}; norms, activation, loss: {kernels} kernels")
     if start is not None:
         console.print(f"continuing from {start} (step {trainer.step})")
     console.print(str(trainer.binding.plan))

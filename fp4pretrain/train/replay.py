@@ -20,6 +20,7 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from fp4pretrain.config import RunConfig
+from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.ops import Backend, Draws, watching
 from fp4pretrain.ops.choice import TRITON_BACKENDS
 from fp4pretrain.precision import Plan
@@ -66,7 +67,6 @@ class Replays:
 
     def __init__(self, reason: str | None) -> None:
         self.reason = reason
-        self.captured = 0  # how often
         self._captured: _Captured | None = None
         self._rehearsed: tuple[tuple[int, ...], Draws, _Inputs] | None = None
         self._ahead: tuple[Iterators, Batches] | None = None
@@ -84,10 +84,9 @@ class Replays:
         if self._captured is None:
             if self._rehearsed is None or self._rehearsed[0] != recipes:
                 return self._rehearse(trainer, batches, recipes)
-            self._rehearsed[2].copy(batches)
-            self._captured = _Captured(trainer, *self._rehearsed)
-            self._rehearsed = None
-            self.captured += 1
+            if not self._capture(trainer, batches):
+                return _plain(trainer, _iterators(batches))
+            assert self._captured is not None
         else:
             self._captured.inputs.copy(batches)
         outcome = self._captured.replay(trainer)
@@ -99,6 +98,25 @@ class Replays:
     def forget(self) -> None:
         """Let go of what was captured: recipes, or the memory that a step reads, are other ones now."""
         self._captured = self._rehearsed = None
+
+    def _capture(self, trainer: Trainer, batches: Batches) -> bool:
+        """Capture the step of now, of which nothing has run then; False where that cannot be, said once.
+
+        Raises UserError there where steps should be captured (``train.graph=always``).
+        """
+        assert self._rehearsed is not None
+        self._rehearsed[2].copy(batches)
+        rehearsed, self._rehearsed = self._rehearsed, None
+        try:
+            self._captured = _Captured(trainer, *rehearsed)
+        except RuntimeError as error:  # torch's for what may not be captured, and for memory
+            self.reason = first_line(error)
+            if trainer.config.train.graph == "always":
+                raise UserError(f"train.graph: {self.reason}; use train.graph=never") from None
+            if trainer.world.is_main:
+                print(f"warning: steps are not captured as a CUDA graph: {self.reason}", flush=True)
+            return False
+        return True
 
     def _next(self, trainer: Trainer, iterators: Iterators) -> Batches:
         """This step's microbatches; those that were read ahead, unless the run went elsewhere."""
@@ -191,10 +209,10 @@ class _Captured:
                     self._outcome = update(trainer, self._loss)
         finally:
             trainer.clock.draws = None
-        # what a step counts on the host, to count it again at each replay
-        self._cast: Counter[Any] = sites.cast - cast
-        self._multiplied: Counter[Any] = sites.multiplied - multiplied
-        sites.cast, sites.multiplied = cast, multiplied
+            # what a step counts on the host, to count it again at each replay
+            self._cast: Counter[Any] = sites.cast - cast
+            self._multiplied: Counter[Any] = sites.multiplied - multiplied
+            sites.cast, sites.multiplied = cast, multiplied
 
     def prepare(self, seed: int, step: int) -> None:
         """Work out a later step's draws while this one runs."""

@@ -6,6 +6,7 @@ Capture itself needs a GPU (tests/gpu/test_replay_cuda.py): here it is a stand-i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from fp4pretrain.config import compose, plan_of
+from fp4pretrain.errors import UserError
 from fp4pretrain.ops import watching
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.train import replay
@@ -54,12 +56,14 @@ class Lab:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, steps: int = 100) -> None:
         self.did: list[tuple[str, list[int]]] = []
+        self.captures = 0
+        self.problem: Exception | None = None
         self.recipes = [object()]
         self.trainer: Any = SimpleNamespace(
             step=0,
-            config=SimpleNamespace(train=SimpleNamespace(steps=steps)),
+            config=SimpleNamespace(train=SimpleNamespace(steps=steps, graph="auto")),
             layout=SimpleNamespace(microbatches=2),
-            world=SimpleNamespace(device=torch.device("cpu")),
+            world=SimpleNamespace(device=torch.device("cpu"), is_main=True),
             clock=SimpleNamespace(seed=1, step=0, draws=None),
             binding=SimpleNamespace(recipes=lambda: self.recipes),
             optimizer=SimpleNamespace(fill_learning_rates=lambda: None),
@@ -72,6 +76,9 @@ class Lab:
 
         class Captured:
             def __init__(self, trainer: Any, recipes: Any, draws: Any, inputs: Any) -> None:
+                if lab.problem is not None:
+                    raise lab.problem
+                lab.captures += 1
                 self.recipes, self.inputs = recipes, inputs
                 self.prepared: list[int] = []
 
@@ -109,7 +116,7 @@ def test_steps_are_rehearsed_captured_and_replayed_in_the_order_of_the_data(
     assert lab.did == [
         ("rehearsed", [0, 1]), ("replayed", [2, 3]), ("replayed", [4, 5]), ("replayed", [6, 7]),
     ]  # fmt: skip
-    assert replays.captured == 1
+    assert lab.captures == 1
 
 
 def test_another_recipe_and_forgotten_memory_begin_with_a_rehearsal(
@@ -147,6 +154,23 @@ def test_a_run_that_goes_elsewhere_in_its_data_drops_what_was_read_ahead(
     assert lab.did[-1] == ("replayed", [100, 101])
 
 
+def test_a_capture_that_fails_is_said_once_and_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab, replays = Lab(monkeypatch), Replays(None)
+    lab.problem = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+    lab.run(replays, counted(), 4)
+    assert [how for how, _ in lab.did] == ["rehearsed", "plain", "plain", "plain"]
+    assert [n for _, read in lab.did for n in read][:4] == [0, 1, 2, 3]
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 1 and "CUDA out of memory. Tried to allocate 2 GiB" in printed[0]
+    lab.trainer.config.train.graph = "always"
+    replays = Replays(None)
+    lab.run(replays, counted(), 1)
+    with pytest.raises(UserError, match="train.graph: CUDA out of memory"):
+        replays.step(lab.trainer, counted(2))
+
+
 def test_nothing_is_read_past_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
     lab, replays, iterators = Lab(monkeypatch, steps=3), Replays(None), counted()
     lab.run(replays, iterators, 3)
@@ -155,5 +179,5 @@ def test_nothing_is_read_past_the_last_step(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_without_capture_steps_read_as_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
     lab, replays, iterators = Lab(monkeypatch), Replays("because"), counted()
-    assert replays.step(lab.trainer, iterators) == "outcome"
-    assert lab.did[0][0] == "plain"
+    assert replays.step(lab.trainer, [islice(iterators[0], 2)]) == "outcome"
+    assert lab.did == [("plain", [0, 1])]
