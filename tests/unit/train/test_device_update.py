@@ -1,6 +1,6 @@
-"""The update that stays on the device: megatron-core's weights, and nothing written where a step is not finite.
+"""The update that stays on the device: megatron-core's weights, nothing written where a step is not finite.
 
-PyTorch's fused Adam runs on CPUs too, so the path that GPUs take is walked here by calling a CPU's Adam fused.
+PyTorch's fused Adam runs on CPUs too, so the path that GPUs take is walked here with a CPU's Adam fused.
 """
 
 from __future__ import annotations
