@@ -26,10 +26,10 @@ from fp4pretrain.config import RunConfig, plan_of
 from fp4pretrain.model.engine import check_engine
 from fp4pretrain.model.layout import check_layout
 from fp4pretrain.observe import memory_gib, overlap, peak_flops
-from fp4pretrain.parallel.groups import join, leave, pick_device, world_size
+from fp4pretrain.parallel.groups import leave, pick_device, world_size
 from fp4pretrain.train.hooks.logging import flops_of
 from fp4pretrain.train.step import train_step
-from fp4pretrain.train.trainer import Trainer, build_trainer
+from fp4pretrain.train.trainer import Trainer, build_trainer, join_run
 
 WARM = 4  # steps before the first that is timed: a rehearsal and a capture are among them
 PROFILED = 2
@@ -85,14 +85,7 @@ def _measured(config: RunConfig, steps: int) -> dict[str, Any]:
     begun = time.perf_counter()
     device = pick_device(config.parallel.device)
     layout = check_layout(config, world_size())
-    world = join(
-        device=device,
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        virtual_pipeline=config.parallel.virtual_pipeline,
-        seed=config.seed,
-        dropout=config.model.attention_dropout > 0 or config.model.hidden_dropout > 0,
-    )
+    world = join_run(config)
     try:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

@@ -83,9 +83,8 @@ def join(
     them are of the kind that a CUDA graph may be captured around.
     The layout must fit ``world_size()``: that is checked while composing.
     """
-    alone = (
-        launched().size == 1
-    )  # steps of several ranks are not captured, see fp4pretrain.train.replay
+    # steps of several ranks are not captured (fp4pretrain.train.replay): they change nothing for that
+    alone = world_size() == 1
     gc.collect()  # what is left of an earlier run in this process holds its groups, and their threads
     if device.type == "cpu":
         from fp4pretrain.parallel.bridge import run_on_cpu

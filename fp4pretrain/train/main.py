@@ -21,7 +21,7 @@ from fp4pretrain.model.memory import check_fits, state_bytes
 from fp4pretrain.observe import tensorboard_sink
 from fp4pretrain.observe.sites import selection_of
 from fp4pretrain.parallel.agreement import agree, attempted
-from fp4pretrain.parallel.groups import join, leave, pick_device, world_size
+from fp4pretrain.parallel.groups import leave, pick_device, world_size
 from fp4pretrain.report.live import LiveGap
 from fp4pretrain.train import checkpoint
 from fp4pretrain.train.adam import adam_of
@@ -56,7 +56,7 @@ from fp4pretrain.train.run_dir import (
     starts_anew,
 )
 from fp4pretrain.train.sinks import Told, sinks_of
-from fp4pretrain.train.trainer import Trainer, build_trainer, data_spec
+from fp4pretrain.train.trainer import Trainer, build_trainer, data_spec, join_run
 from fp4pretrain.version import commit, sources_digest, versions
 
 
@@ -95,16 +95,7 @@ def train(config: RunConfig, *, until: float | None = None) -> Path:
     """
     layout = check_layout(config, world_size())
     path = run_path(config)
-    device = pick_device(config.parallel.device)
-    world = join(
-        device=device,
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        virtual_pipeline=config.parallel.virtual_pipeline,
-        seed=config.seed,
-        timeout_minutes=config.parallel.timeout_minutes,
-        dropout=config.model.attention_dropout > 0 or config.model.hidden_dropout > 0,
-    )
+    world = join_run(config)
     lock = RunLock(path)
     try:
         on_main(lambda: _take(path, config, lock), is_main=world.is_main)

@@ -39,10 +39,10 @@ def why_not(
 ) -> str | None:
     """None where a run's steps can be captured, otherwise the reason in one clause."""
     m = config.model
-    if ranks > 1:
-        return "captured steps of several ranks have hung on four GPUs"
     if device.type != "cuda" or torch.version.hip is not None:
         return "CUDA graphs need an NVIDIA GPU"
+    if ranks > 1:
+        return "captured steps of several ranks have hung on four GPUs"
     if m.implementation != "fp4pretrain":
         return f"modules of {m.implementation} were never captured here"
     if backend.name not in TRITON_BACKENDS:

@@ -35,7 +35,7 @@ from fp4pretrain.model.layout import Layout
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.ops import Backend, choose
 from fp4pretrain.parallel.agreement import agree
-from fp4pretrain.parallel.groups import World
+from fp4pretrain.parallel.groups import World, join, pick_device
 from fp4pretrain.precision import Plan, Progress
 from fp4pretrain.train.optimizer import build_optimizer, build_schedule
 from fp4pretrain.train.replay import Replays, why_not
@@ -128,6 +128,20 @@ def unwrapped(chunk: Any) -> Any:
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
+
+
+def join_run(config: RunConfig) -> World:
+    """Form the groups of a checked config's layout, on its device, with its seed."""
+    p, m = config.parallel, config.model
+    return join(
+        device=pick_device(p.device),
+        tensor=p.tensor,
+        pipeline=p.pipeline,
+        virtual_pipeline=p.virtual_pipeline,
+        seed=config.seed,
+        timeout_minutes=p.timeout_minutes,
+        dropout=m.attention_dropout > 0 or m.hidden_dropout > 0,
+    )
 
 
 def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:

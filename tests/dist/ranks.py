@@ -82,15 +82,16 @@ class Ranks:
             for rank, number in enumerate(job.processes):
                 stdout = self._processes[number].stdout
                 assert stdout is not None
-                waiting.register(stdout, selectors.EVENT_READ, rank)
+                waiting.register(stdout, selectors.EVENT_READ, (rank, stdout))
             while len(replies) < len(job.processes) and not failed:
                 ready = waiting.select(max(0.0, deadline - time.monotonic()))
                 for key, _ in ready:
-                    line = key.fileobj.readline()  # type: ignore[union-attr]
-                    replies[key.data] = json.loads(line) if line else {"error": "it died"}
-                    waiting.unregister(key.fileobj)
-                    if "error" in replies[key.data] and not failed:
-                        failed = f"rank {key.data}: {replies[key.data]['error']}"
+                    rank, stdout = key.data
+                    line = stdout.readline()
+                    replies[rank] = json.loads(line) if line else {"error": "it died"}
+                    waiting.unregister(stdout)
+                    if "error" in replies[rank] and not failed:
+                        failed = f"rank {rank}: {replies[rank]['error']}"
                 if not ready:
                     silent = sorted(set(range(len(job.processes))) - replies.keys())
                     failed = f"ranks {silent} have not answered in {self.patience:.0f} s"

@@ -15,14 +15,19 @@ from fp4pretrain.config import compose
 from fp4pretrain.model.layout import check_layout
 from fp4pretrain.numerics import QuantSpec, quantize
 from fp4pretrain.nvidia import why_no_engine
-from fp4pretrain.parallel.groups import join, leave
+from fp4pretrain.parallel.groups import leave
 from fp4pretrain.train.step import train_step
-from fp4pretrain.train.trainer import build_trainer
+from fp4pretrain.train.trainer import build_trainer, join_run
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(why_no_engine() is not None, reason=f"no {why_no_engine()}"),
 ]
+# FP4 and MXFP8 casts of Transformer Engine are kernels for Blackwell alone
+NEEDS_BLACKWELL = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (10, 0),
+    reason="Transformer Engine's kernels for this format need Blackwell",
+)
 SHAPE = (256, 512)  # padded by neither
 ENGINE_RUN = (
     "model=tiny data=mock train.steps=9 train.micro_batch=2 train.global_batch=2 parallel.device=cuda "
@@ -36,11 +41,6 @@ def _tensor() -> torch.Tensor:
     x[:, 7] *= 100
     x[5, :32] = 0
     return x.bfloat16()
-
-
-def _blackwell() -> None:
-    if torch.cuda.get_device_capability() < (10, 0):
-        pytest.skip("its kernels for this format need Blackwell")
 
 
 def _equal(name: str, theirs: torch.Tensor, ours: torch.Tensor) -> None:
@@ -65,11 +65,11 @@ def test_fp8_current_scaling(format_: str) -> None:
     _equal("codes", theirs._data, ours.codes)
 
 
+@NEEDS_BLACKWELL
 def test_mxfp8() -> None:
     import transformer_engine_torch as tex
     from transformer_engine.pytorch import MXFP8Quantizer
 
-    _blackwell()
     x = _tensor()
     quantizer = MXFP8Quantizer(fp8_dtype=tex.DType.kFloat8E4M3, rowwise=True, columnwise=False)
     theirs = quantizer(x)
@@ -80,12 +80,12 @@ def test_mxfp8() -> None:
     _equal("codes", theirs._rowwise_data, ours.codes)
 
 
+@NEEDS_BLACKWELL
 @pytest.mark.parametrize("block", ["1d", "2d"])
 def test_nvfp4(block: str) -> None:
     import transformer_engine_torch as tex
     from transformer_engine.pytorch import NVFP4Quantizer
 
-    _blackwell()
     x = _tensor()
     theirs = NVFP4Quantizer(
         fp4_dtype=tex.DType.kFloat4E2M1,
@@ -118,8 +118,7 @@ def test_a_step_of_its_modules_is_a_step_of_ours(precision: str, tolerance: floa
         for name in ("fp4pretrain", "transformer_engine"):
             overrides = [*ENGINE_RUN, f"precision={precision}", f"model.implementation={name}"]
             config = compose(overrides)
-            world = join(device=torch.device("cuda", 0), seed=1)
-            trainer = build_trainer(config, world, check_layout(config, 1))
+            trainer = build_trainer(config, join_run(config), check_layout(config, 1))
             losses[name] = []
             for _ in range(3):
                 trainer.binding.apply(trainer.progress)

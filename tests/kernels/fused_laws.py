@@ -80,7 +80,8 @@ def check_rope(kind: str, *, device: str = "cpu") -> list[str]:
     q = turned(x64[..., :heads, :].reshape(s, b, groups * heads, d))
     want = q, turned(x64[..., heads, :]), x64[..., heads + 1, :]
     gradients = [torch.randn(*w.shape, generator=g) for w in want]
-    sum((w * dw.double()).sum() for w, dw in zip(want, gradients, strict=True)).backward()  # type: ignore[union-attr]  # the sum of three tensors is no int
+    products = [(w * dw.double()).sum() for w, dw in zip(want, gradients, strict=True)]
+    torch.stack(products).sum().backward()
     got = split_rotated(qkv.to(device), angles.to(device))
     bad = []
     for name, have, expected in zip("qkv", got, want, strict=True):
@@ -107,8 +108,8 @@ def check_cross_entropy(kind: str, *, device: str = "cpu") -> list[str]:
     parts = [x[:, a:b].contiguous() for a, b in pairwise(cuts)]
     found = [token_statistics(p, labels, start=a) for p, a in zip(parts, cuts, strict=False)]
     peak = torch.stack([f[0] for f in found]).amax(dim=0)
-    total = sum(f[1] * torch.exp(f[0] - peak) for f in found)
-    log_total = torch.log(total) + peak  # type: ignore[arg-type]  # the sum of tensors is no int
+    total = torch.stack([f[1] * torch.exp(f[0] - peak) for f in found]).sum(dim=0)
+    log_total = torch.log(total) + peak
     bad = far("loss", log_total - sum(f[2] for f in found), want)
     made = [
         token_gradients(p, labels, log_total, upstream, start=a)

@@ -11,7 +11,7 @@ from pathlib import Path
 from fp4pretrain.config import RunConfig, compose, plan_of
 from fp4pretrain.errors import UserError
 from fp4pretrain.model.layout import check_layout
-from fp4pretrain.parallel.groups import join, leave, pick_device, world_size
+from fp4pretrain.parallel.groups import leave, world_size
 from fp4pretrain.precision import Plan, Recipe
 from fp4pretrain.report.student import Interval, interval
 from fp4pretrain.stored import read_config
@@ -27,7 +27,7 @@ from fp4pretrain.train.culprit.parts import (
     untimed,
 )
 from fp4pretrain.train.run_dir import CHECKPOINTS
-from fp4pretrain.train.trainer import Trainer, build_trainer
+from fp4pretrain.train.trainer import Trainer, build_trainer, join_run
 
 ALL = "everything"
 MEASURES = ("gradient", "loss")
@@ -100,14 +100,7 @@ def find_culprit(
             "trained with model.implementation=fp4pretrain"
         )
     layout = check_layout(config, world_size())
-    world = join(
-        device=pick_device(config.parallel.device),
-        tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
-        virtual_pipeline=config.parallel.virtual_pipeline,
-        seed=config.seed,
-        timeout_minutes=config.parallel.timeout_minutes,
-    )
+    world = join_run(config)
     try:
         trainer = build_trainer(config, world, layout)
         if checkpoint.resume(trainer, run / CHECKPOINTS, "auto", say=print) is None:
