@@ -57,6 +57,16 @@ COPIES: dict[str, Copy] = {
     **{f"fp8_e4m3 {b}": Copy("fp8_e4m3", b) for b in ("tensor", "row", "1d", "2d")},
     "fp8_e5m2 pow2": Copy("fp8_e5m2", "tensor", scale="pow2"),
 }
+ALONE = [
+    COPIES[name]
+    for name in (
+        "nvfp4 default",
+        "nvfp4 2d",
+        "mxfp4 H32 unbiased SR",
+        "mxfp8 rceil",
+        "fp8_e4m3 row",
+    )
+]
 # What is unusual in an input. Those but plain also check exact values and unpacking.
 INPUTS = ("plain", "huge", "tiny", "zero", "nan", "inf")
 BLOCK_GEMMS = ("block gemm 1d store", "block gemm 1d add", "block gemm 2d store")
@@ -135,7 +145,8 @@ def check_copy(copy: Copy, kind: str, *, device: str = "cpu", times: int = 1) ->
     if kind != "plain":
         exact = replace(copy, output="exact")
         values = quantize(x, row=exact, col=exact, row_amax=amax[0], col_amax=amax[1])
-    bad = same_alone(x, copy, amax, made)
+    # in the interpreter, which is slow, of the copies between which the kernels differ in shape
+    bad = same_alone(x, copy, amax, made) if device == "cuda" or copy in ALONE else []
     for name, source, got, value in zip(("row", "col"), (x, x.t()), made, values, strict=True):
         if copy.rotation:
             source = numerics.rotate(
@@ -186,8 +197,8 @@ def check_one(
 def check_e4m3(spread: str, block: str = "1d", *, device: str = "cpu") -> list[str]:
     """MXFP4 under row factors: exact up to 2^14 under the row's largest block, else counted."""
     g = torch.Generator().manual_seed(1)
-    x = torch.randn(96, 128, generator=g)
-    exponents = torch.randint(0, 12 if spread == "near" else 40, (3, 4), generator=g).float()
+    x = torch.randn(64, 128, generator=g)
+    exponents = torch.randint(0, 12 if spread == "near" else 40, (2, 4), generator=g).float()
     x *= torch.exp2(-exponents).repeat_interleave(32, 0).repeat_interleave(32, 1)
     x = x.bfloat16().to(device)
     copy = Copy("mxfp4", block, scale="even", output="e4m3")
@@ -240,7 +251,7 @@ def check_drawn(name: str, *, device: str = "cpu") -> list[str]:
     noise = None if copy.noise is None else replace(copy.noise, key=copy.noise.key ^ 0x5A5A)
     drawn = copy.drawn(noise, signs, draw)
     unit = max(copy.rotation, copy.block_length, 16)
-    x = sample("plain", (3 * unit, 2 * unit), 7).to(device)
+    x = sample("plain", (unit, 2 * unit) if unit > 48 else (3 * unit, 2 * unit), 7).to(device)
     bad = []
     found = [amaxes(x, one) for one in (copy, drawn)]
     made = [
@@ -257,7 +268,7 @@ def check_drawn(name: str, *, device: str = "cpu") -> list[str]:
 
 def check_amaxes(row: str, col: str, *, device: str = "cpu") -> list[str]:
     """Amaxes of x rotated by ``row`` and of its transpose by ``col``: of the whole and of each line."""
-    x = sample("plain", (256, 384) if device == "cuda" else (128, 256), 5).to(device)
+    x = sample("plain", (256, 384) if device == "cuda" else (128, 128), 5).to(device)
     sizes = int(row), int(col)
     turns = tuple(Turn(size) for size in sizes)
     whole = amax_kernels.amax(x, row=turns[0], col=turns[1])
@@ -386,7 +397,7 @@ def check_registry(part: str) -> list[str]:
     in one clause. Generated from the table of formats: a new row is asked for here at once."""
     triton_backend._has_fp8_rows = lambda _: True  # as on Hopper
     g = torch.Generator().manual_seed(2)
-    x = (torch.randn(32, 128, generator=g) * 2).bfloat16()
+    x = (torch.randn(32, 64, generator=g) * 2).bfloat16()
     noise = numerics.Noise(3, 5, 32)
     bad = []
     for spec in numerics.every_spec()[int(part) :: 2]:
@@ -396,7 +407,9 @@ def check_registry(part: str) -> list[str]:
             continue
         cast = Cast(spec, multiple=16, noise=noise if spec.stochastic else None)
         (mine,), (want,) = (b.quantize(x, [cast]) for b in (TritonBackend(), ReferenceBackend()))
-        wrong = int((mine.dequantize() != want.dequantize()).sum())
+        # blocks of 128 may be padded further by one of the two
+        values, truth = (operand.dequantize()[:, : x.shape[1]] for operand in (mine, want))
+        wrong = int((values != truth).sum())
         bad += [f"{spec}: {wrong} values differ"] if wrong else []
     return bad
 
