@@ -45,4 +45,4 @@ def test_fused_and_plain_models_have_one_loss_and_one_gradient(case: str) -> Non
     # sums of FP32 in another order; norms over eight small channels enlarge what that does
     assert told["worst"][1] < 1e-4, told
     assert told["loss"] < 1e-6
-    assert told["modules"] == ["FusedMLP", "FusedNorm", "FusedSelfAttention"]
+    assert told["modules"] == ["FusedMLP", "FusedNorm", "FusedSelfAttention"], told
