@@ -162,7 +162,7 @@ def _reduce(dx_tk: Tensor, x_shape: torch.Size, call: LinearCall) -> tuple[Tenso
 
 
 def _weight_gradient(weight: Any, dy: Any, x: Any, call: LinearCall) -> Tensor | None:
-    """dw [n, k]: added to ``weight.main_grad`` (FP32) where megatron-core's DDP made one, and then a dummy."""
+    """dw [n, k]; a dummy where megatron-core's DDP made ``weight.main_grad`` (FP32), to which it is added."""
     product = partial(call.multiply, "wgrad", dy, x)
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:

@@ -1,8 +1,8 @@
 """Amaxes that a kernel took of a tensor while it wrote it, handed to the casts that read the tensor next.
 
-A cast under one scale a tensor reads its tensor twice: for the largest magnitude, then to quantize. Where a
-kernel of ours writes the tensor it can take the magnitude on the way (`fp4_kernels.spec.Leave`), and the first
-read is saved. A maximum is exact, so no bit depends on who took it.
+A cast under one scale a tensor reads its tensor twice: for the largest magnitude, then to quantize. Where
+a kernel of ours writes the tensor it can take the magnitude on the way (`fp4_kernels.spec.Leave`), which
+saves the first read. A maximum is exact, so no bit depends on who took it.
 
 What was handed counts for exactly the memory that was written, while that is alive and nothing has been
 written to it through PyTorch since (views share a version), and for the casts it was taken for. Anything else

@@ -28,8 +28,8 @@ WIDEST = 16384  # columns that a program can hold
 
 
 class NormCall(NamedTuple):
-    """``centered``: LayerNorm, otherwise RMSNorm. ``residual``: what is added to x before it is normed, and in
-    the backward pass the gradient of that sum that comes from elsewhere; [rows, N] in x's dtype or None.
+    """``centered``: LayerNorm, otherwise RMSNorm. ``residual``: what is added to x before it is normed, and
+    in the backward pass the gradient of that sum that comes from elsewhere; [rows, N] in x's dtype or None.
     ``leave``: amaxes of what is written (no turn)."""
 
     eps: float
@@ -141,7 +141,7 @@ def norm_shares_kernel(
     what is there."""
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     shares_ptr, out_ptr = dw_ptr, out_w_ptr
-    if db_ptr is not None:
+    if db_ptr is not None:  # noqa: SIM102 (the compiler's branch around a branch of the program)
         if tl.program_id(1) == 1:
             shares_ptr, out_ptr = db_ptr, out_b_ptr
     total = tl.zeros([P, BN], tl.float32)
