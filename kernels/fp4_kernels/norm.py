@@ -21,8 +21,10 @@ from torch import Tensor
 from fp4_kernels.arith import bits_of
 from fp4_kernels.spec import Leave
 
-_TILE = 4096  # elements of a program's tile, where a row is shorter
-_PROGRAMS = 2  # a multiprocessor, in the backward pass
+# Elements of a program's tile where a row is shorter, and warps at that size.
+TILE = (4096, 4)
+BACKWARD_TILE = (4096, 8)
+PROGRAMS = 2  # a multiprocessor, in the backward pass
 _SHARES = (64, 64)  # programs' shares and columns that are added at once
 WIDEST = 16384  # columns that a program can hold
 
@@ -155,11 +157,12 @@ def norm_shares_kernel(
     tl.store(out_ptr + column, found, mask=column < N)
 
 
-def _tile(columns: int) -> tuple[int, int, int]:
+def _tile(columns: int, tile: tuple[int, int]) -> tuple[int, int, int]:
     """Rows and columns of a program's tile, and its warps."""
+    elements, warps = tile
     block = triton.next_power_of_2(columns)
-    rows = max(1, _TILE // block)
-    return rows, block, 4 if rows * block <= 4096 else 8
+    rows = max(1, elements // block)
+    return rows, block, warps if rows * block <= elements else 8
 
 
 def norm(
@@ -171,7 +174,7 @@ def norm(
     total = None if call.residual is None else torch.empty_like(x)
     rows, n = x.shape
     if rows:
-        r, block, warps = _tile(n)
+        r, block, warps = _tile(n, TILE)
         norm_kernel[(triton.cdiv(rows, r),)](
             x, call.residual, weight, bias, total, out, call.leave and call.leave.out,
             rows, n, call.eps, call.centered, r, block, num_warps=warps,
@@ -185,11 +188,11 @@ def norm_backward(
     """dx [rows, N] of ``norm``; ``x`` is what was normed, x + residual where there was one."""
     dx = torch.empty_like(x)
     rows, n = x.shape
-    r, block, warps = _tile(n)
+    r, block, warps = _tile(n, BACKWARD_TILE)
     tiles = triton.cdiv(rows, r)
     most = 8
     if x.is_cuda:
-        most = _PROGRAMS * torch.cuda.get_device_properties(x.device).multi_processor_count
+        most = PROGRAMS * torch.cuda.get_device_properties(x.device).multi_processor_count
     programs = max(1, min(tiles, most))
     biased = gradients.bias is not None
     shares = torch.empty(1 + biased, programs, n, dtype=torch.float32, device=x.device)
