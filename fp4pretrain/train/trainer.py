@@ -188,7 +188,7 @@ def _graph_refused(config: RunConfig, plan: Plan, backend: Backend, world: World
     """Why steps are not captured, None where they are. Raises UserError where they should be and cannot."""
     if config.train.graph == "never":
         return "train.graph=never"
-    reason = why_not(config, plan, backend, device=world.device, ranks=world.size)
+    reason = why_not(config, plan, backend, device=world.device)
     if reason is not None and config.train.graph == "always":
         raise UserError(f"train.graph: {reason}; use train.graph=auto")
     return reason
