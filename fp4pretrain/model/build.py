@@ -21,6 +21,7 @@ from fp4pretrain.config import RunConfig, plan_of
 from fp4pretrain.model.engine import ENGINE, engine_fields, engine_spec
 from fp4pretrain.model.init import initialize
 from fp4pretrain.nn.clock import Clock
+from fp4pretrain.nn.embedding import fuse_embeddings
 from fp4pretrain.nn.fused import fuse_layers
 from fp4pretrain.nn.linear import Binding, ColumnParallelQuantLinear, QuantLinear
 from fp4pretrain.nn.loss import fused_cross_entropy
@@ -274,6 +275,8 @@ def _build_chunk(config: RunConfig, transformer: TransformerConfig, stage: int |
     )
     if fused and m.implementation != ENGINE:
         fuse_layers(chunk.decoder, m.activation)
+        if chunk.pre_process:
+            fuse_embeddings(chunk.embedding)
     return chunk.to(torch.cuda.current_device())
 
 

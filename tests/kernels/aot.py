@@ -6,6 +6,7 @@ from typing import Any
 
 import triton
 from fp4_kernels import activation, amax, block_gemm, cross_entropy, join, native, norm, unpack
+from fp4_kernels.embedding import embedding_backward_kernel
 from fp4_kernels.quantize_kernel import quantize_kernel
 from fp4_kernels.rope import rope_kernel
 from fp4_kernels.spec import Copy, Noise
@@ -193,6 +194,12 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
             for kind in activation.KINDS
             for back in ("", " backward")
         },
+        "embedding backward": (
+            embedding_backward_kernel,
+            dict.fromkeys(("token_ptr", "place_ptr"), "*i64")
+            | {"dy_ptr": "*bf16", "main_ptr": "*fp32", "T": "i32", "N": "i32"},
+            dict(P=8, BN=512),
+        ),
         "join": (
             join.join_kernel,
             dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr", "out_ptr"), "*bf16")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fp4_kernels.activation import activation, activation_backward
 from fp4_kernels.amax import amax
 from fp4_kernels.cross_entropy import token_gradients, token_statistics
+from fp4_kernels.embedding import embedding_backward
 from fp4_kernels.join import join
 from fp4_kernels.norm import NormCall, NormGradients, norm, norm_backward
 from fp4_kernels.rope import split_rotated, split_rotated_backward
@@ -33,6 +34,7 @@ FUSED_CASES = (
     "activation swiglu 13x1030",
     "join 1x24",
     "join 3x136",
+    "embedding",
     "left norm",
     "left gelu",
     "left swiglu",
@@ -97,6 +99,21 @@ def check_activation(kind: str, shape: str, *, device: str = "cpu") -> list[str]
     x, dy = x.to(device), dy.to(device)
     bad = far("y", activation(x, kind), want)
     return bad + far("dx", activation_backward(x, dy, kind), _grad(x64))
+
+
+def check_embedding(*, device: str = "cpu") -> list[str]:
+    """A token in many places, one in a single one and one in none; what stood in the gradient stays."""
+    tokens, words, n = 53, 7, 600
+    g = torch.Generator().manual_seed(1)
+    read = torch.randint(0, 5, (tokens,), generator=g)
+    read[read == 3] = 2
+    read[17] = 6
+    dy, main = torch.randn(tokens, n, generator=g), torch.randn(words, n, generator=g)
+    want = main.double().index_add(0, read, dy.double())
+    got = main.to(device)
+    embedding_backward(read.to(device), dy.to(device), got)
+    untouched = torch.equal(got[[3, 5]].cpu(), main[[3, 5]])
+    return far("gradient", got, want) + ([] if untouched else ["an unread row has changed"])
 
 
 def check_join(shape: str, *, device: str = "cpu") -> list[str]:
@@ -228,6 +245,7 @@ def check_fused(case: str, *, device: str = "cpu") -> list[str]:
     checks: dict[str, Any] = {
         "norm": check_norm,
         "activation": check_activation,
+        "embedding": check_embedding,
         "join": check_join,
         "left": check_left,
         "rope": check_rope,

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from fp4pretrain.config import compose
 from fp4pretrain.model import build
 from fp4pretrain.model.layout import check_layout
+from fp4pretrain.nn.embedding import FusedPositionEmbedding, FusedVocabEmbedding
 from fp4pretrain.nn.fused import FusedMLP, FusedNorm, FusedSelfAttention
 from fp4pretrain.ops import handed, reference
 from fp4pretrain.ops.triton_backend import TritonBackend
@@ -75,7 +76,8 @@ def gradients(overrides: list[str], *, fused: bool) -> dict[str, Any]:
     assert loss is not None
     named = trainer.chunks[0].named_parameters()
     found = {"loss": loss.clone(), **{n: p.main_grad.clone() for n, p in named}}
-    kinds = (FusedNorm, FusedMLP, FusedSelfAttention)
+    kinds: tuple[type, ...] = (FusedNorm, FusedMLP, FusedSelfAttention)
+    kinds += (FusedVocabEmbedding, FusedPositionEmbedding)
     modules = [type(m).__name__ for m in trainer.chunks[0].modules() if isinstance(m, kinds)]
     return {"found": found, "modules": sorted(set(modules))}
 
