@@ -183,15 +183,24 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
         "norm shares": (
             norm.norm_shares_kernel,
             shares | dict.fromkeys(("out_w_ptr", "out_b_ptr"), "*fp32") | {"programs": "i32", "N": "i32"},
-            dict(ADD=True, P=64, BN=64),
+            dict(ADD=True, P=64, BN=16),
         ),
         **{
             f"{kind}{back}": (
                 activation.activation_backward_kernel if back else activation.activation_kernel,
                 bf16 | left,
-                dict(KIND=kind, LEAVE=LEAVE, TB=2 if back else 4, BN=128, EVEN=True, FAST=fast),
+                dict(KIND=kind, LEAVE=LEAVE, TB=2, BN=64, EVEN=True, FAST=fast),
             )
             for kind in activation.KINDS
+            for back in ("", " backward")
+        },
+        **{
+            f"{kind} of rows{back}": (
+                activation.activation_row_backward_kernel if back else activation.activation_row_kernel,
+                bf16 | row,
+                dict(KIND=kind, BLOCK=1024),
+            )
+            for kind in ("squared_relu", "swiglu")
             for back in ("", " backward")
         },
         "embedding backward": (

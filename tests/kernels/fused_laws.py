@@ -97,8 +97,16 @@ def check_activation(kind: str, shape: str, *, device: str = "cpu") -> list[str]
     }[kind]()
     want.backward(dy.double())
     x, dy = x.to(device), dy.to(device)
-    bad = far("y", activation(x, kind), want)
-    return bad + far("dx", activation_backward(x, dy, kind), _grad(x64))
+    bad = []
+    for left in (False, True):  # other kernels
+        leave = [
+            Leave(True, None, torch.zeros(2, dtype=torch.int32, device=device)) if left else None
+            for _ in range(2)
+        ]
+        bad += far(f"y, {left}", activation(x, kind, leave=leave[0]), want)
+        dx = activation_backward(x, dy, kind, leave=leave[1])
+        bad += far(f"dx, {left}", dx, _grad(x64))
+    return bad
 
 
 def check_embedding(*, device: str = "cpu") -> list[str]:

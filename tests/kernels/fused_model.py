@@ -1,6 +1,6 @@
-"""A whole small model with fused kernels and without, in Triton's interpreter: what differs, as JSON.
+"""Whole small models with fused kernels and without, in Triton's interpreter: what differs, as JSON.
 
-usage: [torchrun --nproc-per-node 2 -m] fused_model key=value ...
+usage: [torchrun --nproc-per-node 2] fused_model.py '{"a case": ["key=value", ...], ...}'
 
 Both are built alike in FP32 on this many tensor-parallel ranks; loss and gradients of one step are compared.
 With a quantized recipe the fused model alone is run, and every amax that a kernel handed to a cast is held
@@ -60,9 +60,10 @@ class Asking(reference.ReferenceBackend):
 
 def handed_over(overrides: list[str]) -> dict[str, Any]:
     """What a step of the fused model handed to casts, by "linear GEMM operand", and what of it was wrong."""
-    backend = Asking()
+    backend, choose = Asking(), training.choose
     training.choose = lambda *_, **__: (backend, "asking")
     gradients(overrides, fused=True)
+    training.choose = choose
     return {"handed": backend.handed, "wrong": backend.wrong}
 
 
@@ -82,22 +83,24 @@ def gradients(overrides: list[str], *, fused: bool) -> dict[str, Any]:
     return {"found": found, "modules": sorted(set(modules))}
 
 
-def main() -> None:
-    if any(word.startswith("precision=") for word in sys.argv[1:]):
-        told = handed_over(sys.argv[1:])
-        if dist.get_rank() == 0:
-            print(json.dumps(told), flush=True)
-        leave()
-        return
-    plain = gradients(sys.argv[1:], fused=False)
-    mine = gradients(sys.argv[1:], fused=True)
+def compared(overrides: list[str]) -> dict[str, Any]:
+    """How far the fused model's loss and gradients are from the plain one's, relative to these."""
+    plain = gradients(overrides, fused=False)
+    mine = gradients(overrides, fused=True)
     errors = {
         name: float((mine["found"][name] - want).norm() / want.norm().clamp(min=1e-12))
         for name, want in plain["found"].items()
     }
+    worst = max(errors, key=lambda name: errors[name])
+    return {"worst": [worst, errors[worst]], "modules": mine["modules"], "loss": errors["loss"]}
+
+
+def main() -> None:
+    told = {}
+    for case, overrides in json.loads(sys.argv[1]).items():
+        quantized = any(word.startswith("precision=") for word in overrides)
+        told[case] = handed_over(overrides) if quantized else compared(overrides)
     if dist.get_rank() == 0:
-        worst = max(errors, key=lambda name: errors[name])
-        told = {"worst": [worst, errors[worst]], "modules": mine["modules"], "loss": errors["loss"]}
         print(json.dumps(told), flush=True)
     leave()
 
