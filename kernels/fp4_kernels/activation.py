@@ -20,11 +20,8 @@ from fp4_kernels.quantize_kernel import load_tile
 from fp4_kernels.spec import Leave
 
 KINDS = ("gelu", "squared_relu", "swiglu")
-TILE = (
-    2,
-    64,
-    2,
-)  # tokens / 16, columns, warps: the best of five measured on an H100, in both passes
+# Tokens / 16, columns, warps: the best of five measured on an H100, in both passes.
+TILE = (2, 64, 2)
 ROW_BLOCK = 1024
 _SIGNS = ("lo", "hi")
 _ROOT_HALF = tl.constexpr(0.7071067811865476)  # 1 / sqrt(2)
@@ -112,7 +109,7 @@ def activation_kernel(
     KIND: tl.constexpr, LEAVE: tl.constexpr,
     TB: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """out [R, C] of x [R, C], or for SwiGLU of x [R, 2 C], gate first. LEAVE: ``Leave.config``."""
+    """out [R, C] of x [R, C], or for SwiGLU of x [R, 2 C], gate first. LEAVE: as in ``leave_amaxes``."""
     n0 = tl.program_id(0) * BN
     m0 = tl.program_id(1) * (TB * 16)
     width = C

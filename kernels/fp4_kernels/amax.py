@@ -153,7 +153,7 @@ def leave_amaxes(amax_ptr, ys, lo, hi, LEAVE: tl.constexpr, FAST: tl.constexpr):
     """Raise amax_ptr[0] to the amax of sixteen tensors [TB, BN] as ``load_tile`` has them, and amax_ptr[1]
     to that of their rotated transpose: what ``amax_kernel`` would find in what was written.
 
-    LEAVE: ``Leave.config``, or None to do nothing.
+    LEAVE: the last of ``Leave.arguments``, or None to do nothing.
     """
     if LEAVE is not None:
         PLAIN: tl.constexpr = LEAVE[0]
