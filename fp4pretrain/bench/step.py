@@ -41,11 +41,14 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("loss", r"cross_entropy|log_softmax|nll_loss|token_statistics|token_gradients"),
     ("attention", r"flash|fmha|attention|sdpa"),
     ("GEMM", r"gemm|cutlass|xmma|nvjet|cublas|splitK|matmul"),
-    ("norm", r"norm_kernel|norm_backward|layer_norm|rms_norm|LayerNorm|RMSNorm|GammaBeta"),
-    ("activation", r"[Gg]elu|[Ss]ilu|swiglu|relu"),
+    (
+        "norm",
+        r"norm_kernel|norm_backward|norm_shares|layer_norm|rms_norm|LayerNorm|RMSNorm|GammaBeta",
+    ),
+    ("activation", r"[Gg]elu|[Ss]ilu|relu|activation"),
     ("optimizer", r"[Aa]dam|multi_tensor|lpnorm|LpNorm"),
     ("rope", r"rope|rotary"),
-    ("copies", r"Memcpy|Memset|copy|fill|Fill|CatArray"),
+    ("copies", r"Memcpy|Memset|copy|fill|Fill|CatArray|join_kernel"),
 )
 KINDS = (*(name for name, _ in _KINDS), "elementwise and other")
 

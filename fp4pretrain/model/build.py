@@ -21,7 +21,8 @@ from fp4pretrain.config import RunConfig, plan_of
 from fp4pretrain.model.engine import ENGINE, engine_fields, engine_spec
 from fp4pretrain.model.init import initialize
 from fp4pretrain.nn.clock import Clock
-from fp4pretrain.nn.fused import fuse_mlp
+from fp4pretrain.nn.embedding import fuse_embeddings
+from fp4pretrain.nn.fused import fuse_layers
 from fp4pretrain.nn.linear import Binding, ColumnParallelQuantLinear, QuantLinear
 from fp4pretrain.nn.loss import fused_cross_entropy
 from fp4pretrain.nn.spec import block_spec
@@ -273,8 +274,9 @@ def _build_chunk(config: RunConfig, transformer: TransformerConfig, stage: int |
         fused=fused,
     )
     if fused and m.implementation != ENGINE:
-        for layer in chunk.decoder.layers:
-            fuse_mlp(layer.mlp)
+        fuse_layers(chunk.decoder, m.activation)
+        if chunk.pre_process:
+            fuse_embeddings(chunk.embedding)
     return chunk.to(torch.cuda.current_device())
 
 

@@ -1,109 +1,256 @@
-"""Norm, activation and rotary embeddings as one kernel a pass each, and the modules that use them.
+"""Norm with the sum before it, activation, and the split of queries, keys and values: one kernel a pass each.
 
-They compute what `Norm`, megatron-core's MLP and its self-attention compute, in FP32 inside and rounded
-once, on GPUs with Triton; `fp4_kernels` has the kernels. Cross entropy is in `loss`.
+They compute what `Norm`, megatron-core's MLP, its self-attention and its residual additions compute, in FP32
+inside and rounded once, on GPUs with Triton; `fp4_kernels` has the kernels. Cross entropy is in `loss`.
+
+    written here                 read by             amaxes left for its casts (`ops.handed`)
+    a norm's output              fc1, qkv            plain
+    an activation's output       fc2                 plain, rotated
+    activation's gradient        fc1's dy            plain, rotated
+    a norm's gradient + sum's    proj's, fc2's dy    plain
+    gradients of q, k, v         qkv's dy            plain, rotated; with rotary embeddings none
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
+from fp4pretrain.nn.gemms import added_to_main_grad
+from fp4pretrain.nn.linear import QuantLinear
 from fp4pretrain.nn.norm import Norm
+from fp4pretrain.ops import handed
+
+if TYPE_CHECKING:
+    from fp4pretrain.ops.handed import Awaited
+
+
+@dataclass(frozen=True)
+class NormPass:
+    """What is fixed of one call: eps, LayerNorm or RMSNorm, and what the readers of its output and of its
+    gradient will ask of them."""
+
+    eps: float
+    centered: bool
+    awaited: Awaited | None
+    awaited_back: Awaited | None
+
+
+def _plain(awaited: Awaited | None) -> Awaited | None:
+    """What a kernel that sees whole rows at a time can leave: nothing rotated along the tokens."""
+    return None if awaited is None or awaited.turn is not None else awaited
 
 
 class FusedNormFunction(torch.autograd.Function):
-    """`fp4_kernels.norm` of x [..., n]."""
+    """(norm of t, t) of t = x [..., n] + residual, or (norm of x, None) without one, by `fp4_kernels.norm`.
+
+    The gradient of t that comes from elsewhere is added in the same pass.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, centered: bool
-    ) -> Tensor:
-        from fp4_kernels.norm import norm
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        how: NormPass,
+    ) -> tuple[Tensor, Tensor | None]:
+        from fp4_kernels.norm import NormCall, norm
 
         x_tn = x.reshape(-1, x.shape[-1]).contiguous()  # heads of a split matrix are not
-        ctx.save_for_backward(x_tn, weight)
-        ctx.eps, ctx.centered, ctx.has_bias = eps, centered, bias is not None
-        return norm(x_tn, weight, bias, eps=eps, centered=centered).view(x.shape)
+        added = None if residual is None else residual.reshape(x_tn.shape).contiguous()
+        leave = how.awaited and how.awaited.leave(x.device)
+        out_tn, total_tn = norm(x_tn, weight, bias, NormCall(how.eps, how.centered, added, leave))
+        ctx.save_for_backward(x_tn if total_tn is None else total_tn, weight, bias)
+        ctx.how, ctx.summed = how, total_tn is not None
+        ctx.set_materialize_grads(False)
+        # not views: megatron-core wants none between layers
+        out = torch.ops.aten._unsafe_view(out_tn, x.shape)
+        if how.awaited is not None and leave is not None:
+            handed.give(out, how.awaited, leave)
+        return out, None if total_tn is None else torch.ops.aten._unsafe_view(total_tn, x.shape)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]  # torch's is variadic
-        from fp4_kernels.norm import norm_backward
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple:  # type: ignore[override]  # torch's is variadic
+        from fp4_kernels.norm import NormCall, norm_backward
 
-        x_tn, weight = ctx.saved_tensors
-        dx, dw, db = norm_backward(
+        x_tn, weight, bias = ctx.saved_tensors
+        how: NormPass = ctx.how
+        if dy is None:
+            return dtotal, dtotal, None, None, None
+        added = None if dtotal is None else dtotal.reshape(x_tn.shape).contiguous()
+        leave = how.awaited_back and how.awaited_back.leave(dy.device)
+        gradients = _norm_gradients(weight, bias)
+        dx = norm_backward(
             x_tn,
             weight,
             dy.reshape(x_tn.shape).contiguous(),
-            eps=ctx.eps,
-            centered=ctx.centered,
-            has_bias=ctx.has_bias,
+            gradients,
+            NormCall(how.eps, how.centered, added, leave),
         )
-        return (
-            dx.view(dy.shape),
-            dw.to(weight.dtype),
-            None if db is None else db.to(weight.dtype),
-            None,
-            None,
+        if how.awaited_back is not None and leave is not None:
+            handed.give(dx, how.awaited_back, leave)
+        dx = dx.view(dy.shape)
+        dw, db = (
+            None if p is None else added_to_main_grad(p) if gradients.add else found.to(p.dtype)
+            for p, found in ((weight, gradients.weight), (bias, gradients.bias))
         )
+        return dx, dx if ctx.summed else None, dw, db, None
+
+
+def _norm_gradients(weight: Any, bias: Any) -> Any:
+    """Where a norm's weight gradients go: added to FP32 main gradients, or tensors of their own."""
+    from fp4_kernels.norm import NormGradients
+
+    mains = [getattr(p, "main_grad", None) for p in (weight, bias) if p is not None]
+    if all(main is not None and main.dtype == torch.float32 for main in mains):
+        return NormGradients(mains[0], None if bias is None else mains[1], add=True)
+    made = [torch.empty(weight.shape, dtype=torch.float32, device=weight.device) for _ in mains]
+    return NormGradients(made[0], None if bias is None else made[1], add=False)
 
 
 class FusedNorm(Norm):
-    """`Norm` by `fp4_kernels.norm`, up to the width that a program holds."""
+    """`Norm` by `fp4_kernels.norm`, up to the width that a program holds.
+
+    ``reader``: the linear that reads its output. ``writer``: the linear whose output ends in its input,
+    and that reads the gradient of it.
+    """
+
+    reader: tuple[QuantLinear, ...] = ()  # none or one: a module would become part of this one
+    _ahead: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        from fp4_kernels.norm import WIDEST
-
-        if x.shape[-1] > WIDEST:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] is x:
+            return ahead[1]
+        if not self.holds(x):
             return super().forward(x)
-        centered = self.bias is not None
-        found: Tensor = FusedNormFunction.apply(x, self.weight, self.bias, self.eps, centered)
+        found: Tensor = FusedNormFunction.apply(x, None, self.weight, self.bias, self._pass(None))[
+            0
+        ]
         return found
 
+    def holds(self, x: Tensor) -> bool:
+        """Whether a program holds a row of x."""
+        from fp4_kernels.norm import WIDEST
 
-class SwigluFunction(torch.autograd.Function):
-    """silu(gate) * up of x [..., 2 n], gate first."""
+        return x.shape[-1] <= WIDEST
+
+    def add(self, x: Tensor, residual: Tensor, writer: QuantLinear) -> Tensor:
+        """x + residual, normed in the same pass: the norm is kept for the call that asks for this sum's.
+
+        ``writer``: the linear that wrote x, and that reads the gradient of it.
+        """
+        out, total = FusedNormFunction.apply(
+            x, residual, self.weight, self.bias, self._pass(writer)
+        )
+        self._ahead = total, out
+        return total
+
+    def _pass(self, writer: QuantLinear | None) -> NormPass:
+        awaited = _plain(self.reader[0].awaits("x")) if self.reader else None
+        back = None if writer is None else _plain(writer.awaits("dy"))
+        return NormPass(self.eps, self.bias is not None, awaited, back)
+
+
+class AddThenNorm:
+    """megatron-core's bias-dropout-add, whose sum the ``norm`` that comes next makes.
+
+    With dropout it is megatron-core's. ``writer``: the linear whose output is added.
+    """
+
+    def __init__(self, norm: FusedNorm, writer: QuantLinear) -> None:
+        self.norm, self.writer = norm, writer
+
+    def __call__(self, training: bool, fused: bool) -> Any:
+        """The function of (x and bias, residual, dropout) that megatron-core asks for."""
+
+        def add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+            x, bias = x_with_bias
+            drops = training and prob > 0
+            if drops or residual.dtype != x.dtype or not self.norm.holds(x):
+                found: Tensor = get_bias_dropout_add(training, fused)(x_with_bias, residual, prob)
+                return found
+            return self.norm.add(x if bias is None else x + bias, residual, self.writer)
+
+        return add
+
+
+class ActivationFunction(torch.autograd.Function):
+    """`fp4_kernels.activation` of x [..., n] (swiglu: [..., 2 n], gate first).
+
+    ``awaited``: what the readers of the output and of the gradient will ask of them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        from fp4_kernels.swiglu import swiglu
+    def forward(
+        ctx: Any, x: Tensor, kind: str, awaited: tuple[Awaited | None, Awaited | None]
+    ) -> Tensor:
+        from fp4_kernels.activation import activation
 
         x_tn = x.reshape(-1, x.shape[-1]).contiguous()
         ctx.save_for_backward(x_tn)
-        return swiglu(x_tn).view(*x.shape[:-1], -1)
+        ctx.kind, ctx.awaited = kind, awaited[1]
+        leave = awaited[0] and awaited[0].leave(x.device)
+        y = activation(x_tn, kind, leave=leave)
+        if awaited[0] is not None and leave is not None:
+            handed.give(y, awaited[0], leave)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]  # torch's is variadic
-        from fp4_kernels.swiglu import swiglu_backward
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # torch's is variadic
+        from fp4_kernels.activation import activation_backward
 
         (x_tn,) = ctx.saved_tensors
         dy_tn = dy.reshape(x_tn.shape[0], -1).contiguous()
-        return swiglu_backward(x_tn, dy_tn).view(*dy.shape[:-1], -1)
+        leave = ctx.awaited and ctx.awaited.leave(dy.device)
+        dx = activation_backward(x_tn, dy_tn, ctx.kind, leave=leave)
+        if leave is not None:
+            handed.give(dx, ctx.awaited, leave)
+        return dx.view(*dy.shape[:-1], -1), None, None
 
 
 class FusedMLP(MLP):
-    """megatron-core's MLP whose SwiGLU is one kernel."""
+    """megatron-core's MLP whose activation is one kernel."""
+
+    kind: str | None = None  # one of `fp4_kernels.activation.KINDS`
 
     def forward(self, hidden_states: Tensor, per_token_scale: Any = None, **kwargs: Any) -> Any:
         """Input and output [s, b, hidden_size], and the bias that is left to add (None)."""
-        c = self.config
-        swiglu = c.gated_linear_unit and c.activation_func == torch.nn.functional.silu
-        if not swiglu or per_token_scale is not None or c.add_bias_linear:
+        if self.kind is None or per_token_scale is not None or self.config.add_bias_linear:
             return super().forward(hidden_states, per_token_scale=per_token_scale, **kwargs)
-        gate_up, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(SwigluFunction.apply(gate_up))
+        x, _ = self.linear_fc1(hidden_states)
+        awaited = self.linear_fc2.awaits("x"), self.linear_fc1.awaits("dy")
+        return self.linear_fc2(ActivationFunction.apply(x, self.kind, awaited))
 
 
-def fuse_mlp(module: Any) -> None:
-    """Make megatron-core's MLP a `FusedMLP`: its layer knows the classes that it builds by name."""
-    if type(module) is MLP:
-        module.__class__ = FusedMLP
+def fuse_layers(decoder: Any, activation: str) -> None:
+    """Let a decoder's layers use what is here: megatron-core knows some classes that it builds by name.
+
+    ``activation``: the model's, one of `fp4_kernels.activation.KINDS`. The sum at a layer's end is made by
+    the norm that begins the next one, unless each layer is recomputed by itself.
+    """
+    alone = decoder.config.recompute_granularity == "full"
+    nexts = [layer.input_layernorm for layer in decoder.layers[1:]] + [decoder.final_layernorm]
+    for layer, following in zip(decoder.layers, nexts, strict=True):
+        attention, mlp = layer.self_attention, layer.mlp
+        if type(mlp) is MLP:
+            mlp.__class__ = FusedMLP
+            mlp.kind = activation
+        layer.input_layernorm.reader = (attention.linear_qkv,)
+        layer.pre_mlp_layernorm.reader = (mlp.linear_fc1,)
+        layer.self_attn_bda = AddThenNorm(layer.pre_mlp_layernorm, attention.linear_proj)
+        if isinstance(following, FusedNorm) and not alone:
+            layer.mlp_bda = AddThenNorm(following, mlp.linear_fc2)
 
 
 class SplitRotatedFunction(torch.autograd.Function):
@@ -124,38 +271,63 @@ class SplitRotatedFunction(torch.autograd.Function):
         return split_rotated_backward(dq, dk, dv, angles), None
 
 
-class FusedSelfAttention(SelfAttention):
-    """megatron-core's self-attention that splits and rotates queries and keys in one kernel.
+class SplitFunction(torch.autograd.Function):
+    """q, k, v as views of qkv [s, b, groups, heads + 2, d] (q a copy where heads share keys), whose gradients
+    are joined by `fp4_kernels.join`. ``awaited``: what the reader of that gradient will ask of it."""
 
-    It does so where it trains or evaluates with rotary embeddings. With a cache of keys, or norms of
-    queries and keys between the split and the rotation, it is megatron-core's.
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, awaited: Awaited | None) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.awaited = awaited
+        s, b, groups, heads, d = qkv.shape
+        q = qkv[..., : heads - 2, :].reshape(s, b, groups * (heads - 2), d)
+        return q, qkv[..., heads - 2, :], qkv[..., heads - 1, :]
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch's is variadic
+        from fp4_kernels.join import join
+
+        leave = ctx.awaited and ctx.awaited.leave(dq.device)
+        dqkv = join(dq, dk, dv, leave=leave)
+        if leave is not None:
+            handed.give(dqkv.view(*dqkv.shape[:2], -1), ctx.awaited, leave)
+        return dqkv, None
+
+
+class FusedSelfAttention(SelfAttention):
+    """megatron-core's self-attention that splits queries, keys and values in one kernel a pass, and rotates
+    queries and keys meanwhile where there are rotary embeddings.
+
+    With a cache of keys, norms of queries and keys, or output gates it is megatron-core's.
     """
 
     _angles: Tensor | None = None
+    _splits = False
 
     def forward(self, hidden_states: Tensor, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
         """megatron-core's signature."""
         angles: Any = kwargs.get("rotary_pos_emb")
         caches = any(kwargs.get(k) is not None for k in ("inference_context", "inference_params"))
-        usable = (
+        usable = angles is None or (
             isinstance(angles, Tensor) and angles.shape[-1] == self.hidden_size_per_attention_head
         )
         normed = not isinstance(self.q_layernorm, IdentityOp | NoneType)
         if args or caches or not usable or normed:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        self._angles = angles.squeeze(2)
+        self._angles, self._splits = None if angles is None else angles.squeeze(2), True
         try:
             return super().forward(
                 hidden_states, attention_mask, **{**kwargs, "rotary_pos_emb": None}
             )
         finally:
-            self._angles = None
+            self._angles, self._splits = None, False
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(q [s, b, heads, d], k and v [s, b, groups, d]), rotated already inside ``forward``."""
-        if self._angles is None:
+        if not self._splits:
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         mixed, _ = self.linear_qkv(hidden_states)
         groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         qkv = mixed.view(*mixed.shape[:2], groups, -1, d)
+        if self._angles is None:
+            return SplitFunction.apply(qkv, self.linear_qkv.awaits("dy"))
         return SplitRotatedFunction.apply(qkv, self._angles)

@@ -162,11 +162,7 @@ def _reduce(dx_tk: Tensor, x_shape: torch.Size, call: LinearCall) -> tuple[Tenso
 
 
 def _weight_gradient(weight: Any, dy: Any, x: Any, call: LinearCall) -> Tensor | None:
-    """dw [n, k]: added to ``weight.main_grad`` (FP32) where megatron-core's DDP made one.
-
-    Then the returned gradient is a dummy that DDP knows not to add (``grad_added_to_main_grad``);
-    autograd needs one to fire the hooks that start the gradient's reduction.
-    """
+    """dw [n, k]; a dummy where megatron-core's DDP made ``weight.main_grad`` (FP32), to which it is added."""
     product = partial(call.multiply, "wgrad", dy, x)
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
@@ -175,6 +171,15 @@ def _weight_gradient(weight: Any, dy: Any, x: Any, call: LinearCall) -> Tensor |
         product(out_dtype=torch.float32, accumulate_into=main_grad)
     else:
         main_grad.add_(product(out_dtype=main_grad.dtype))
-    weight.grad_added_to_main_grad = True
-    make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
-    return make(weight)
+    return added_to_main_grad(weight)
+
+
+def added_to_main_grad(parameter: Any) -> Tensor:
+    """What autograd is given for a parameter whose gradient stands in ``main_grad`` already.
+
+    A dummy that DDP knows not to add (``grad_added_to_main_grad``); autograd needs one to fire the hooks that
+    start the gradient's reduction.
+    """
+    parameter.grad_added_to_main_grad = True
+    make = torch.zeros_like if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like
+    return make(parameter)

@@ -8,7 +8,7 @@ recipes of this one class, so runs that are compared differ in the recipe alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -16,9 +16,23 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.nn.gemms import LinearCall, QuantLinearFunction
 from fp4pretrain.nn.weights import WeightCache
-from fp4pretrain.ops import Backend, Cast, LinearCasts, Shard, SiteState, linear_casts
+from fp4pretrain.ops import (
+    Backend,
+    Cast,
+    LinearCasts,
+    Shard,
+    SiteState,
+    lasting_casts,
+    linear_casts,
+)
 from fp4pretrain.ops.backend import Caster
 from fp4pretrain.precision import BF16, Recipe
+
+if TYPE_CHECKING:
+    from fp4pretrain.ops.handed import Awaited
+
+# The casts of a linear's input and of its output's gradient.
+_READ = {"x": ("fprop_x", "wgrad_x"), "dy": ("dgrad_dy", "wgrad_dy")}
 
 
 @dataclass
@@ -41,12 +55,16 @@ class QuantLinear:
     tp_group: Any  # megatron-core's linear sets it
     weight: Any  # and this one: [n, k], None for a tied head
     binding: Binding | None = None
+    sequence_parallel: bool  # and this
     _cache: WeightCache
+    _awaited: dict[str, tuple[Recipe, Awaited | None]]
+    gathered: str  # which of _READ sequence parallelism gathers from other ranks
 
     def bind(self, binding: Binding) -> None:
         """Attach recipe, backend and clock. Recipes may be swapped at any step after that."""
         self.binding = binding
         self._cache = WeightCache()
+        self._awaited = {}
 
     @property
     def bound(self) -> Binding:
@@ -93,6 +111,35 @@ class QuantLinear:
             global_amax=binding.global_amax,
         )
 
+    def awaits(self, tensor: str) -> Awaited | None:
+        """What this linear will ask of the tensor that it is given: its input ("x") or its output's
+        gradient ("dy"), by the recipe of now; whoever writes that tensor may measure it (`ops.handed`).
+
+        None: nothing, or what no kernel measures, or the linear reads a copy that ranks gather.
+        """
+        if self.binding is None or (self.sequence_parallel and tensor == self.gathered):
+            return None
+        recipe = self.binding.recipe
+        found = self._awaited.get(tensor)
+        if found is None or found[0] is not recipe:
+            found = self._awaited[tensor] = recipe, self._asked(_READ[tensor])
+        return found[1]
+
+    def _asked(self, names: tuple[str, ...]) -> Awaited | None:
+        binding = self.bound
+        casts, redrawn = lasting_casts(
+            binding.recipe,
+            binding.clock.moment,
+            self._shard(),
+            layer=binding.layer,
+            linear=binding.linear,
+            global_amax=binding.global_amax,
+        )
+        read = [n for n in names if getattr(casts, n).spec.source != "forward"]
+        if redrawn.intersection(read):
+            return None
+        return binding.backend.awaits([getattr(casts, n) for n in read], self.weight.device)
+
     def weight_cast(self) -> Cast:
         """How fprop's GEMM takes the weight by the recipe of now."""
         return self._casts().fprop_w
@@ -117,6 +164,7 @@ class ColumnParallelQuantLinear(QuantLinear, ColumnParallelLinear):
     """Y = X A, A sharded along its output features."""
 
     parallel = "column"
+    gathered = "x"
 
     def _shard(self) -> Shard:
         split = self.tp_group.size() > 1
@@ -133,6 +181,7 @@ class RowParallelQuantLinear(QuantLinear, RowParallelLinear):
     """Y = X A, A sharded along its input features."""
 
     parallel = "row"
+    gathered = "dy"
 
     def _shard(self) -> Shard:
         offset = self.tp_group.rank() * self.input_size_per_partition

@@ -7,7 +7,7 @@ reference           any device, plain torch   element x block scale, exact
 """
 
 from fp4pretrain.ops.backend import Backend, cast_operands, multiply
-from fp4pretrain.ops.casts import Cast, LinearCasts, Shard, linear_casts
+from fp4pretrain.ops.casts import Cast, LinearCasts, Shard, lasting_casts, linear_casts
 from fp4pretrain.ops.choice import choose
 from fp4pretrain.ops.draws import Draws
 from fp4pretrain.ops.keys import Moment, Site
@@ -26,6 +26,7 @@ __all__ = [
     "SiteState",
     "cast_operands",
     "choose",
+    "lasting_casts",
     "linear_casts",
     "multiply",
     "sites_of",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,9 @@ from fp4pretrain.ops.operand import Operand
 from fp4pretrain.ops.site_state import SiteState
 from fp4pretrain.ops.split import SumOperand, pairs, split_operand
 from fp4pretrain.precision import Gemm, Recipe
+
+if TYPE_CHECKING:
+    from fp4pretrain.ops.handed import Awaited
 
 # Given amaxes (scalars or vectors, fp32) of which other ranks hold a part, returns the whole's.
 ReduceAmax = Callable[[Sequence[Any]], Sequence[Any]]
@@ -56,6 +59,13 @@ class Backend(Protocol):
         one scale a tensor, [rows] for one a row) of the casts that ask (``Cast.asks``), in order, and
         returns what to use in their place: tensor parallelism all-reduces them there, and amaxes of
         earlier steps replace them.
+        """
+
+    def awaits(self, casts: Sequence[Cast], device: torch.device) -> Awaited | None:
+        """What ``quantize`` of a tensor by these casts will ask of it, so that the kernel that writes the
+        tensor can measure it (`handed`); None: nothing, or what no kernel measures on the way.
+
+        ``casts`` whose signs are redrawn are not asked about.
         """
 
     def gemm(

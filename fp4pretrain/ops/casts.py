@@ -171,16 +171,9 @@ def linear_casts(
         linear: which linear of that layer, as in ``Site``.
         global_amax: scale shards by the largest magnitude of the whole tensor.
     """
-    key = id(recipe), moment.seed, layer, linear, shard, global_amax
-    prepared = _PREPARED.get(key)
-    if prepared is None:
-        prepared = _prepare(recipe, moment, shard, (layer, linear), global_amax=global_amax)
-        if len(_PREPARED) >= _MOST_PREPARED:
-            _PREPARED.clear()
-        _PREPARED[key] = prepared
-        if moment.draws is None:
-            return prepared.casts
-    if not prepared.drawn:
+    place = layer, linear
+    prepared, first = _prepared(recipe, moment, shard, place, global_amax=global_amax)
+    if not prepared.drawn or (first and moment.draws is None):
         return prepared.casts
     casts = object.__new__(LinearCasts)
     casts.__dict__.update(prepared.casts.__dict__)
@@ -198,6 +191,40 @@ def linear_casts(
             draw = moment.draws.row(moment, site, rotation if signs is not None else None)
         casts.__dict__[attribute] = cast.drawn(noise, signs, draw)
     return casts
+
+
+def lasting_casts(
+    recipe: Recipe,
+    moment: Moment,
+    shard: Shard,
+    *,
+    layer: int = 0,
+    linear: int = 0,
+    global_amax: bool = True,
+) -> tuple[LinearCasts, frozenset[str]]:
+    """(``linear_casts`` but for noise and redrawn signs, which cast of them ("wgrad_x") has such signs).
+
+    Nothing is drawn: what the casts ask of a tensor before anybody casts it.
+    """
+    place = layer, linear
+    prepared, _ = _prepared(recipe, moment, shard, place, global_amax=global_amax)
+    redrawn = frozenset(name for _, name, _, resampled in prepared.drawn if resampled)
+    return prepared.casts, redrawn
+
+
+def _prepared(
+    recipe: Recipe, moment: Moment, shard: Shard, place: tuple[int, int], *, global_amax: bool
+) -> tuple[_Prepared, bool]:
+    """What is known of a linear's casts, and whether it was made just now, with this moment's draws."""
+    key = id(recipe), moment.seed, *place, shard, global_amax
+    prepared = _PREPARED.get(key)
+    if prepared is not None:
+        return prepared, False
+    prepared = _prepare(recipe, moment, shard, place, global_amax=global_amax)
+    if len(_PREPARED) >= _MOST_PREPARED:
+        _PREPARED.clear()
+    _PREPARED[key] = prepared
+    return prepared, True
 
 
 def _prepare(

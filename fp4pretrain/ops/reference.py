@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from fp4pretrain.ops.backend import ReduceAmax
 from fp4pretrain.ops.casts import Cast
 from fp4pretrain.ops.operand import Operand, dequantized
 from fp4pretrain.precision import Gemm, Recipe
+
+if TYPE_CHECKING:
+    from fp4pretrain.ops.handed import Awaited
 
 
 @dataclass
@@ -75,6 +78,10 @@ class ReferenceBackend:
             for i, amax in zip(asking, reduce_amax([amaxes[i] for i in asking]), strict=True):
                 amaxes[i] = amax
         return [_emulated(o, cast, a) for o, cast, a in zip(turned, casts, amaxes, strict=True)]
+
+    def awaits(self, casts: Sequence[Cast], device: torch.device) -> Awaited | None:
+        """None: every cast measures for itself."""
+        return None
 
     def gemm(
         self,

@@ -31,13 +31,15 @@ from fp4_kernels import spec as kernel_spec
 from fp4_kernels.amax import amax as tensor_amaxes
 from fp4_kernels.amax import line_amax
 from fp4_kernels.quantize import Quantized, quantize
-from fp4_kernels.spec import Copy, Noise
+from fp4_kernels.spec import LEFT_TURN, Copy, Noise
 from torch import Tensor
 
 from fp4pretrain import numerics
 from fp4pretrain.numerics import QuantSpec
+from fp4pretrain.ops import handed
 from fp4pretrain.ops.backend import ReduceAmax
 from fp4pretrain.ops.casts import Cast
+from fp4pretrain.ops.handed import Awaited
 from fp4pretrain.ops.selfcheck import blocks_by_cublaslt
 from fp4pretrain.ops.triton_operand import TritonOperand, multiply, operand_of
 from fp4pretrain.precision import Gemm, Recipe
@@ -146,12 +148,29 @@ class TritonBackend:
         pairs: Iterator[Any] = zip_longest(*sides)
         jobs = [_Job(x, pair, (0, 0)) for pair in pairs]
         jobs += [_padded_job(x, casts[i], i) for i in padded]
-        amaxes = [_amaxes(job, copies) for job in jobs]
+        given = handed.take(x, casts)
+        amaxes = [_amaxes(job, copies, given if job.x is x else {}) for job in jobs]
         if reduce_amax is not None:
             _reduce(amaxes, casts, reduce_amax)
         for job, found in zip(jobs, amaxes, strict=True):
             self._cast_pair(job, casts, copies, found, made)
         return made
+
+    def awaits(self, casts: Sequence[Cast], device: torch.device) -> Awaited | None:
+        """What ``quantize`` will ask of a tensor cast so; see ``Backend.awaits``."""
+        turns = []
+        for cast in casts:
+            if not cast.spec.quantized:
+                continue
+            copy = self._copy_of(cast, device)
+            turn = copy.turn
+            left = not turn.size or (turn.size == LEFT_TURN and cast.transpose)
+            whole = copy.amax == "tensor" and cast.spec.split == "none"
+            if not (left and whole) or cast.site is None:
+                return None
+            turns.append((cast.site, turn))
+        alike = len({turn for _, turn in turns if turn.size}) < 2
+        return handed.Awaited(tuple(turns)) if turns and alike else None
 
     def _cast_pair(
         self,
@@ -314,9 +333,11 @@ def _uncast(x: Tensor, cast: Cast) -> TritonOperand:
     return TritonOperand(v, (v.shape[0], v.shape[1]))
 
 
-def _amaxes(job: _Job, copies: dict[int, Copy]) -> dict[int, Tensor]:
-    """Amaxes by cast: one launch for each kind."""
-    found: dict[int, Tensor] = {}
+def _amaxes(job: _Job, copies: dict[int, Copy], given: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Amaxes by cast: those that were handed with the tensor, else one launch for each kind."""
+    found = {i: given[i] for i in job.pair if i in given}
+    if len(found) == sum(i is not None and copies[i].amax != "none" for i in job.pair):
+        return found
     kinds = ["none" if i is None else copies[i].amax for i in job.pair]
     for kind in dict.fromkeys(kinds):
         if kind == "none":

@@ -142,9 +142,8 @@ def multiply(
         return finished(target, out_dtype, out)
     a, b = a.expanded(), b.expanded()
     av, bv = a.data, b.data
-    alpha = product(a.alpha, b.alpha)
-    plain = alpha is None and a.factors is None and b.factors is None
-    if plain and out is None and av.dtype == torch.bfloat16:
+    scalars = (a.alpha, b.alpha, a.factors, b.factors)
+    if all(s is None for s in scalars) and out is None and av.dtype == torch.bfloat16:
         if out_dtype == torch.float32:
             return torch.mm(av, bv.t(), out_dtype=torch.float32)
         return torch.mm(av, bv.t()).to(out_dtype)

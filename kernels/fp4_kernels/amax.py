@@ -148,6 +148,31 @@ def _finish_bits(bits, ROTATION: tl.constexpr, BF16: tl.constexpr):
     return a
 
 
+@triton.jit
+def leave_amaxes(amax_ptr, ys, lo, hi, LEAVE: tl.constexpr, FAST: tl.constexpr):
+    """Raise amax_ptr[0] to the amax of sixteen tensors [TB, BN] as ``load_tile`` has them, and amax_ptr[1]
+    to that of their rotated transpose: what ``amax_kernel`` would find in what was written.
+
+    LEAVE: the last of ``Leave.arguments``, or None to do nothing.
+    """
+    if LEAVE is not None:
+        PLAIN: tl.constexpr = LEAVE[0]
+        ROTATION: tl.constexpr = LEAVE[1]
+        SIGNS: tl.constexpr = LEAVE[2]
+        BF16: tl.constexpr = LEAVE[3]
+        if PLAIN:
+            peak = _first(ys, 0, FAST)
+            for i in tl.static_range(16):
+                peak = _larger(peak, ys[i], FAST)
+            largest = tl.max(tl.max(_magnitude(peak), axis=1), axis=0)
+            tl.atomic_max(amax_ptr, largest, sem="relaxed")
+        if ROTATION > 0:
+            peak_c = _column_peak(ys, lo, hi, ROTATION, SIGNS, False, FAST)
+            largest = tl.max(tl.max(_magnitude(peak_c), axis=1), axis=0)
+            found = bits_of(_finish_bits(largest, ROTATION, BF16))
+            tl.atomic_max(amax_ptr + 1, found, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=_SIGNS, do_not_specialize_on_alignment=_SIGNS)
 def amax_kernel(
     x_ptr, stride, R, C, work_ptr, out_ptr, programs, row_draw, col_draw,

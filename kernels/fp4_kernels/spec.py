@@ -86,6 +86,33 @@ class Turn(NamedTuple):
 
 
 NO_TURN = Turn()
+LEFT_TURN = 16  # the size of rotation along tokens whose amax a kernel can leave
+
+
+@dataclass(frozen=True)
+class Leave:
+    """The amaxes that a kernel leaves of the matrix that it writes, for casts that come.
+
+    Attributes:
+        plain: the largest magnitude.
+        turn: that of the transpose rotated by 16 along the matrix's rows, with signs that are the same in
+            every step; None to leave it out.
+        out: int32 [2] of zeros, which become the bits of the two as fp32.
+    """
+
+    plain: bool
+    turn: Turn | None
+    out: torch.Tensor
+
+    @property
+    def amaxes(self) -> torch.Tensor:
+        """fp32 [2], once the kernel has run."""
+        return self.out.view(torch.float32)
+
+    def arguments(self) -> tuple[torch.Tensor, tuple[int, int], tuple]:
+        """(out, words of sign bits, compile-time constants of ``leave_amaxes``)."""
+        size, signs, fp32, _ = self.turn or NO_TURN
+        return self.out, sign_words(signs), (self.plain, size, signs is not None, not fp32)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import triton
-from fp4_kernels import amax, block_gemm, cross_entropy, native, norm, swiglu, unpack
+from fp4_kernels import activation, amax, block_gemm, cross_entropy, join, native, norm, unpack
+from fp4_kernels.embedding import embedding_backward_kernel
 from fp4_kernels.quantize_kernel import quantize_kernel
 from fp4_kernels.rope import rope_kernel
 from fp4_kernels.spec import Copy, Noise
@@ -39,6 +40,8 @@ PAIRS: dict[str, tuple[Copy | None, Copy | None]] = {
     "mxfp4, column alone": (None, Copy("mxfp4", scale="even", output="e4m3", rotation=16)),
     "fp8, row alone": (Copy("fp8_e4m3", "row"), None),
 }
+# Integers that are multiples of sixteen in a real launch.
+ALIGNED = ("stride", "R", "C", "K", "N", "D", *(f"{p}_{axis}" for p in "qkv" for axis in "sbh"))
 _AMAX = dict(ROW=True, ROW_ROTATION=0, ROW_SIGNS=False, ROW_BF16=True)
 _NOT_DRAWN = dict(row_draw=None, col_draw=None)
 _AMAX |= _NOT_DRAWN | dict(COL=True, COL_ROTATION=16, COL_SIGNS=True, COL_BF16=True)
@@ -48,7 +51,7 @@ def compile_kernel(name: str, target: str) -> str:
     """Assembly (PTX or AMDGCN) of one kernel by the names of ``kernels()``."""
     fn, types, constants, options = kernels(target)[name]
     names = fn.arg_names
-    aligned = [n for n, t in types.items() if t.startswith("*") or n in ("stride", "R", "C", "K")]
+    aligned = [n for n, t in types.items() if t.startswith("*") or n in ALIGNED]
     source = ASTSource(
         fn=fn,
         signature={n: types.get(n, "constexpr") for n in names},
@@ -112,7 +115,7 @@ def kernels(target: str) -> dict[str, tuple[Any, dict[str, str], dict[str, Any],
     found["quantize nvfp4, drawn"] = _quantize(
         "nvfp4", target != "gfx950", tile, options, draws=True
     )
-    found |= _fused(options)
+    found |= _fused(options, fast=target != "gfx950")
     for pair in PAIRS:
         # blocks of 128 tokens need a tile that tall; tiles differ in config alone, so once is enough
         if (pair in ("mxfp4 2d", "fp8 blocks") or "alone" in pair) and target != "sm_90":
@@ -157,25 +160,61 @@ def _quantize(pair: str, fast: bool, tile: dict, options: dict, *, draws: bool =
     return quantize_kernel, types, constants, options
 
 
-def _fused(options: dict) -> dict[str, tuple]:
-    """Norm, SwiGLU, rotary split and cross entropy, forward and backward."""
-    bf16 = dict.fromkeys(
-        ("x_ptr", "weight_ptr", "bias_ptr", "out_ptr", "dy_ptr", "dx_ptr"), "*bf16"
-    )
+LEAVE = (True, 16, True, True)  # both amaxes, with signs, rounded to bfloat16
+
+
+def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
+    """Norm, activations, splits and cross entropy, forward and backward, with the amaxes they leave."""
+    names = ("x_ptr", "residual_ptr", "total_ptr", "weight_ptr", "bias_ptr", "out_ptr", "dy_ptr")
+    bf16 = dict.fromkeys((*names, "dx_ptr", "dtotal_ptr"), "*bf16") | {"amax_ptr": "*i32"}
     row = {"rows": "i32", "N": "i32", "eps": "fp32"}
     shares = dict.fromkeys(("dw_ptr", "db_ptr"), "*fp32")
     tile = dict(CENTERED=True, R=2, BLOCK=2048)
     places = [f"{part}_{axis}" for part in "qkv" for axis in "sbh"]
     rope = dict.fromkeys(("qkv_ptr", "q_ptr", "k_ptr", "v_ptr"), "*bf16") | {"angles_ptr": "*fp32"}
     rope |= dict.fromkeys(("T", "batch", "groups", "H", "angle_s", "angle_b", *places), "i32")
+    left = {"R": "i32", "C": "i32", "lo": "i64", "hi": "i64"}
     token = {"x_ptr": "*bf16", "labels_ptr": "*i64", "V": "i32", "start": "i32"}
     kernels: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
         "norm": (norm.norm_kernel, bf16 | row, tile),
         "norm backward": (
             norm.norm_backward_kernel, bf16 | row | shares | {"steps": "i32"}, tile,
         ),
-        "swiglu": (swiglu.swiglu_kernel, bf16 | row, dict(BLOCK=1024)),
-        "swiglu backward": (swiglu.swiglu_backward_kernel, bf16 | row, dict(BLOCK=1024)),
+        "norm shares": (
+            norm.norm_shares_kernel,
+            shares | dict.fromkeys(("out_w_ptr", "out_b_ptr"), "*fp32") | {"programs": "i32", "N": "i32"},
+            dict(ADD=True, P=64, BN=16),
+        ),
+        **{
+            f"{kind}{back}": (
+                activation.activation_backward_kernel if back else activation.activation_kernel,
+                bf16 | left,
+                dict(KIND=kind, LEAVE=LEAVE, TB=2, BN=64, EVEN=True, FAST=fast),
+            )
+            for kind in activation.KINDS
+            for back in ("", " backward")
+        },
+        **{
+            f"{kind} of rows{back}": (
+                activation.activation_row_backward_kernel if back else activation.activation_row_kernel,
+                bf16 | row,
+                dict(KIND=kind, BLOCK=1024),
+            )
+            for kind in ("squared_relu", "swiglu")
+            for back in ("", " backward")
+        },
+        "embedding backward": (
+            embedding_backward_kernel,
+            dict.fromkeys(("token_ptr", "place_ptr"), "*i64")
+            | {"dy_ptr": "*bf16", "main_ptr": "*fp32", "T": "i32", "N": "i32"},
+            dict(P=8, BN=512),
+        ),
+        "join": (
+            join.join_kernel,
+            dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr", "out_ptr"), "*bf16")
+            | left | {"amax_ptr": "*i32"} | dict.fromkeys(("T", "batch", "D", *places), "i32"),
+            dict(HEADS=4, LEAVE=LEAVE, TB=4, BD=128, FAST=fast),
+        ),
         "rope": (rope_kernel, rope, dict(HEADS=4, BACKWARD=False, TOKENS=16, HALF=64)),
         "rope backward": (rope_kernel, rope, dict(HEADS=4, BACKWARD=True, TOKENS=16, HALF=64)),
         "token statistics": (

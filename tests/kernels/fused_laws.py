@@ -1,4 +1,5 @@
-"""Norm, SwiGLU, rotary split and cross entropy against float64: every check returns what is wrong.
+"""Norm, activations, splits and cross entropy against float64, the amaxes that they leave against `amax`:
+every check returns what is wrong.
 
 An FP32 kernel is off by its own rounding alone: sums of n terms by n * 2^-24 of their magnitudes, an
 elementwise result by a few ulps.
@@ -6,22 +7,38 @@ elementwise result by a few ulps.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fp4_kernels.activation import activation, activation_backward
+from fp4_kernels.amax import amax
 from fp4_kernels.cross_entropy import token_gradients, token_statistics
-from fp4_kernels.norm import norm, norm_backward
+from fp4_kernels.embedding import embedding_backward
+from fp4_kernels.join import join
+from fp4_kernels.norm import NormCall, NormGradients, norm, norm_backward
 from fp4_kernels.rope import split_rotated, split_rotated_backward
-from fp4_kernels.swiglu import swiglu, swiglu_backward
+from fp4_kernels.spec import NO_TURN, Leave, Turn
 from torch import Tensor
 
 FUSED_CASES = (
     "norm layer 37x96",
     "norm rms 37x96",
     "norm rms 5x4999",
-    "swiglu 13x1030",
+    "norm layer 37x96 sum",
+    "norm rms 37x96 sum",
+    "activation gelu",
+    "activation squared_relu",
+    "activation swiglu",
+    "join 1x24",
+    "join 3x136",
+    "embedding",
+    "left norm",
+    "left gelu",
+    "left swiglu",
+    "left join",
     "rope whole",
     "rope positions",
     "cross_entropy whole",
@@ -35,32 +52,139 @@ def far(name: str, got: Tensor, want: Tensor, *, limit: float = 2e-5) -> list[st
     return [] if error <= limit else [f"{name}: {error:.1e} from float64"]
 
 
-def check_norm(kind: str, shape: str, *, device: str = "cpu") -> list[str]:
+def check_norm(kind: str, shape: str, summed: str = "", *, device: str = "cpu") -> list[str]:
+    """Of x, or of the sum of x and a residual, whose gradient comes from another reader too; weight gradients
+    written the first time and added the second."""
     rows, n = map(int, shape.split("x"))
     g = torch.Generator().manual_seed(n)
     x = torch.randn(rows, n, generator=g) * 2 + 0.5
+    residual = torch.randn(rows, n, generator=g) if summed else torch.zeros(rows, n)
     weight, bias = torch.randn(n, generator=g), torch.randn(n, generator=g)
-    dy = torch.randn(rows, n, generator=g)
+    dy, dtotal = torch.randn(rows, n, generator=g), torch.randn(rows, n, generator=g)
     x64, w64, b64 = (t.double().requires_grad_() for t in (x, weight, bias))
     centered = kind == "layer"
-    want = F.layer_norm(x64, (n,), w64, b64, 1e-5) if centered else F.rms_norm(x64, (n,), w64, 1e-5)
-    want.backward(dy.double())
-    x, weight, bias, dy = (t.to(device) for t in (x, weight, bias, dy))
-    got = norm(x, weight, bias if centered else None, eps=1e-5, centered=centered)
-    dx, dw, db = norm_backward(x, weight, dy, eps=1e-5, centered=centered, has_bias=centered)
-    bad = far("y", got, want) + far("dx", dx, _grad(x64)) + far("dw", dw, _grad(w64))
-    return bad + (far("db", db, _grad(b64)) if db is not None else [])
+    t64 = x64 + residual
+    want = F.layer_norm(t64, (n,), w64, b64, 1e-5) if centered else F.rms_norm(t64, (n,), w64, 1e-5)
+    ((want * dy).sum() + ((t64 * dtotal).sum() if summed else 0)).backward()
+    x, residual, weight, bias, dy, dtotal = (
+        t.to(device) for t in (x, residual, weight, bias, dy, dtotal)
+    )
+    call = NormCall(1e-5, centered, residual if summed else None)
+    got, total = norm(x, weight, bias if centered else None, call)
+    bad = far("total", total, t64) if total is not None else []
+    seen = x if total is None else total
+    call = NormCall(1e-5, centered, dtotal if summed else None)
+    for times in (1, 2):
+        if times == 1:
+            dw, db = torch.full((2, n), torch.nan, device=device)
+        found = NormGradients(dw, db if centered else None, add=times == 2)
+        dx = norm_backward(seen, weight, dy, found, call)
+        bad += far(f"dw {times}", dw, _grad(w64) * times)
+        bad += far(f"db {times}", db, _grad(b64) * times) if centered else []
+    return bad + far("y", got, want) + far("dx", dx, _grad(x64))
 
 
-def check_swiglu(shape: str, *, device: str = "cpu") -> list[str]:
-    rows, n = map(int, shape.split("x"))
-    g = torch.Generator().manual_seed(n)
-    x, dy = torch.randn(rows, 2 * n, generator=g), torch.randn(rows, n, generator=g)
-    x64 = x.double().requires_grad_()
-    want = F.silu(x64[:, :n]) * x64[:, n:]
-    want.backward(dy.double())
-    x, dy = x.to(device), dy.to(device)
-    return far("y", swiglu(x), want) + far("dx", swiglu_backward(x, dy), _grad(x64))
+def check_activation(kind: str, *, device: str = "cpu") -> list[str]:
+    """By the kernels that leave nothing, and by those that leave an amax; both with an edge."""
+    bad = []
+    for n, left in ((1030, False), (70, True)):
+        g = torch.Generator().manual_seed(n)
+        x = torch.randn(13, 2 * n if kind == "swiglu" else n, generator=g) * 2
+        dy = torch.randn(13, n, generator=g)
+        x64 = x.double().requires_grad_()
+        want = {
+            "gelu": F.gelu,
+            "squared_relu": lambda x: F.relu(x).square(),
+            "swiglu": lambda x: F.silu(x[:, : x.shape[1] // 2]) * x[:, x.shape[1] // 2 :],
+        }[kind](x64)
+        want.backward(dy.double())
+        x, dy = x.to(device), dy.to(device)
+        out = torch.zeros(2, dtype=torch.int32, device=device)
+        leave = Leave(True, None, out) if left else None
+        bad += far(f"y, {left}", activation(x, kind, leave=leave), want)
+        bad += far(f"dx, {left}", activation_backward(x, dy, kind, leave=leave), _grad(x64))
+    return bad
+
+
+def check_embedding(*, device: str = "cpu") -> list[str]:
+    """A token in many places, one in a single one and one in none; what stood in the gradient stays."""
+    tokens, words, n = 53, 7, 600
+    g = torch.Generator().manual_seed(1)
+    read = torch.randint(0, 5, (tokens,), generator=g)
+    read[read == 3] = 2
+    read[17] = 6
+    dy, main = torch.randn(tokens, n, generator=g), torch.randn(words, n, generator=g)
+    want = main.double().index_add(0, read, dy.double())
+    got = main.to(device)
+    embedding_backward(read.to(device), dy.to(device), got)
+    untouched = torch.equal(got[[3, 5]].cpu(), main[[3, 5]])
+    return far("gradient", got, want) + ([] if untouched else ["an unread row has changed"])
+
+
+def check_join(shape: str, *, device: str = "cpu") -> list[str]:
+    """Gradients as attention returns them, heads outside of positions; no element is another's."""
+    heads, d = map(int, shape.split("x"))
+    parts = _parts(heads, d, torch.float32, device)
+    s, b, groups, _ = parts[1].shape
+    want = [p.reshape(s, b, groups, -1, d) for p in parts]
+    joined = join(*parts)
+    return [] if torch.equal(joined, torch.cat(want, dim=3)) else ["the parts are mixed up"]
+
+
+def _parts(heads: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    s, b, groups = 10, 8, 2
+    g = torch.Generator().manual_seed(d)
+    made = [torch.randn(b, h * groups, s, d, generator=g) for h in (heads, 1, 1)]
+    q, k, v = (t.to(dtype).to(device).permute(2, 0, 1, 3) for t in made)
+    return q, k, v
+
+
+def check_left(kernel: str, *, device: str = "cpu") -> list[str]:
+    """The amaxes that a kernel leaves are, bit for bit, those that a pass over what it wrote finds: with
+    edges that hang over tiles, a NaN, signs and none, a rotation that stays in FP32."""
+    bad = []
+    cases = (
+        (Turn(16, (1, -1, -1, 1) * 4), None),
+        (Turn(16, None, True), torch.nan),
+        (None, torch.inf),
+    )
+    for turn, special in cases:
+        turn = None if kernel == "norm" else turn
+        leaves = [Leave(True, turn, torch.zeros(2, dtype=torch.int32, device=device))] * 2
+        leaves[1] = replace(leaves[0], out=leaves[0].out.clone())
+        for name, y, leave in _written(kernel, special, leaves, device):
+            want = amax(y, row=NO_TURN, col=turn)[: 1 if turn is None else 2]
+            found = leave.amaxes[: len(want)]
+            same = found.isnan().equal(want.isnan()) and found.nan_to_num().equal(want.nan_to_num())
+            bad += [] if same else [f"{name}, {turn}, {special}: {found} is not {want}"]
+    return bad
+
+
+def _written(
+    kernel: str, special: float | None, leaves: list[Leave], device: str
+) -> list[tuple[str, Tensor, Leave]]:
+    """(name, matrix that was written, what was left) of the kernel's two passes, in bfloat16."""
+    g = torch.Generator().manual_seed(5)
+    x, dy = (torch.randn(48, 40, generator=g).bfloat16().to(device) for _ in range(2))
+    if special is not None:
+        x[17, 36] = dy[35, 3] = special
+    if kernel == "norm":
+        weight = torch.randn(40, generator=g).bfloat16().to(device)
+        y, total = norm(x, weight, weight, NormCall(1e-5, True, dy, leaves[0]))
+        assert total is not None
+        found = NormGradients(*torch.zeros(2, 40, device=device), add=False)
+        dx = norm_backward(total, weight, dy, found, NormCall(1e-5, True, x, leaves[1]))
+        return [("y", y, leaves[0]), ("dx", dx, leaves[1])]
+    if kernel == "join":
+        parts = tuple(p[:4] for p in _parts(1, 24, torch.bfloat16, device))
+        if special is not None:
+            parts[0][3, 7, 1, 23] = special
+        dqkv = join(*parts, leave=leaves[0])
+        return [("dqkv", dqkv.view(32, -1), leaves[0])]
+    dy = dy[:, :20].contiguous() if kernel == "swiglu" else dy
+    y = activation(x, kernel, leave=leaves[0])
+    dx = activation_backward(x, dy, kernel, leave=leaves[1])
+    return [("y", y, leaves[0]), ("dx", dx, leaves[1])]
 
 
 def check_rope(kind: str, *, device: str = "cpu") -> list[str]:
@@ -125,7 +249,10 @@ def check_fused(case: str, *, device: str = "cpu") -> list[str]:
     name, *words = case.split()
     checks: dict[str, Any] = {
         "norm": check_norm,
-        "swiglu": check_swiglu,
+        "activation": check_activation,
+        "embedding": check_embedding,
+        "join": check_join,
+        "left": check_left,
         "rope": check_rope,
         "cross_entropy": check_cross_entropy,
     }

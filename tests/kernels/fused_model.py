@@ -1,14 +1,17 @@
-"""A whole small model with fused kernels and without, in Triton's interpreter: what differs, as JSON.
+"""Whole small models with fused kernels and without, in Triton's interpreter: what differs, as JSON.
 
-usage: [torchrun --nproc-per-node 2 -m] fused_model key=value ...
+usage: [torchrun --nproc-per-node 2] fused_model.py '{"a case": ["key=value", ...], ...}'
 
 Both are built alike in FP32 on this many tensor-parallel ranks; loss and gradients of one step are compared.
+With a quantized recipe the fused model alone is run, and every amax that a kernel handed to a cast is held
+against the one that the reference backend measures, bit for bit.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from typing import Any
 
 import torch
@@ -17,8 +20,12 @@ import torch.distributed as dist
 from fp4pretrain.config import compose
 from fp4pretrain.model import build
 from fp4pretrain.model.layout import check_layout
+from fp4pretrain.nn.embedding import FusedPositionEmbedding, FusedVocabEmbedding
 from fp4pretrain.nn.fused import FusedMLP, FusedNorm, FusedSelfAttention
+from fp4pretrain.ops import handed, reference
+from fp4pretrain.ops.triton_backend import TritonBackend
 from fp4pretrain.parallel.groups import join, leave, world_size
+from fp4pretrain.train import trainer as training
 from fp4pretrain.train.step import forward_backward
 from fp4pretrain.train.trainer import build_trainer
 
@@ -28,6 +35,36 @@ SMALL = [
     "train.micro_batch=2", "train.global_batch=2", "data.valid_tokens=64", "precision=bf16",
     "optim.params_dtype=fp32", "parallel.device=cpu", "parallel.distributed_optimizer=false",
 ]  # fmt: skip
+
+
+class Asking(reference.ReferenceBackend):
+    """The reference, which awaits what the Triton backend does and holds it against what it measures."""
+
+    def __init__(self) -> None:
+        self.handed: Counter[str] = Counter()
+        self.wrong: list[str] = []
+
+    def awaits(self, casts: Any, device: Any) -> Any:
+        return TritonBackend().awaits(casts, device)
+
+    def quantize(self, x: Any, casts: Any, reduce_amax: Any = None) -> Any:
+        for i, amax in handed.take(x, casts).items():
+            oriented = reference.oriented(x, casts[i])
+            want = reference.spanning_amax(oriented, casts[i].spec)
+            name = f"{casts[i].site.linear} {casts[i].site.gemm} {casts[i].site.operand}"
+            self.handed[name] += 1
+            if float(amax) != float(want):
+                self.wrong.append(f"{name}: {float(amax)}, not {float(want)}")
+        return super().quantize(x, casts, reduce_amax)
+
+
+def handed_over(overrides: list[str]) -> dict[str, Any]:
+    """What a step of the fused model handed to casts, by "linear GEMM operand", and what of it was wrong."""
+    backend, choose = Asking(), training.choose
+    training.choose = lambda *_, **__: (backend, "asking")
+    gradients(overrides, fused=True)
+    training.choose = choose
+    return {"handed": backend.handed, "wrong": backend.wrong}
 
 
 def gradients(overrides: list[str], *, fused: bool) -> dict[str, Any]:
@@ -40,21 +77,30 @@ def gradients(overrides: list[str], *, fused: bool) -> dict[str, Any]:
     assert loss is not None
     named = trainer.chunks[0].named_parameters()
     found = {"loss": loss.clone(), **{n: p.main_grad.clone() for n, p in named}}
-    kinds = (FusedNorm, FusedMLP, FusedSelfAttention)
+    kinds: tuple[type, ...] = (FusedNorm, FusedMLP, FusedSelfAttention)
+    kinds += (FusedVocabEmbedding, FusedPositionEmbedding)
     modules = [type(m).__name__ for m in trainer.chunks[0].modules() if isinstance(m, kinds)]
     return {"found": found, "modules": sorted(set(modules))}
 
 
-def main() -> None:
-    plain = gradients(sys.argv[1:], fused=False)
-    mine = gradients(sys.argv[1:], fused=True)
+def compared(overrides: list[str]) -> dict[str, Any]:
+    """How far the fused model's loss and gradients are from the plain one's, relative to these."""
+    plain = gradients(overrides, fused=False)
+    mine = gradients(overrides, fused=True)
     errors = {
         name: float((mine["found"][name] - want).norm() / want.norm().clamp(min=1e-12))
         for name, want in plain["found"].items()
     }
+    worst = max(errors, key=lambda name: errors[name])
+    return {"worst": [worst, errors[worst]], "modules": mine["modules"], "loss": errors["loss"]}
+
+
+def main() -> None:
+    told = {}
+    for case, overrides in json.loads(sys.argv[1]).items():
+        quantized = any(word.startswith("precision=") for word in overrides)
+        told[case] = handed_over(overrides) if quantized else compared(overrides)
     if dist.get_rank() == 0:
-        worst = max(errors, key=lambda name: errors[name])
-        told = {"worst": [worst, errors[worst]], "modules": mine["modules"], "loss": errors["loss"]}
         print(json.dumps(told), flush=True)
     leave()
 

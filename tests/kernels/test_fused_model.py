@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+# All cases of one count of ranks come from one launch: they stay in one worker.
+pytestmark = pytest.mark.xdist_group("fused models")
 ROOT = Path(__file__).parents[2]
 LLAMA = [
     "model.num_query_groups=2", "model.bias=false", "model.tie_embeddings=false",
@@ -26,23 +29,55 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_fused_and_plain_models_have_one_loss_and_one_gradient(case: str) -> None:
-    ranks, overrides = CASES[case]
+# Of one layer: the linears (0 qkv, 1 proj, 2 fc1, 3 fc2) whose input, and whose output's gradient, come with
+# their amaxes. What a norm writes is not rotated, what sequence parallelism gathers is measured anew.
+HANDED = {
+    "gpt2, nvfp4": (1, [*GPT2, "precision=nvfp4"], "3", "02"),
+    "gpt2, fp8": (1, [*GPT2, "precision=fp8"], "023", "0123"),
+    "llama, fp8 on TP 2": (2, [*LLAMA, "precision=fp8"], "023", "123"),
+    "gpt2, fp8 on TP 2 + SP": (2, [*GPT2, "precision=fp8", "parallel.sequence=true"], "3", "02"),
+}
+WHOLE = [
+    "precision.keep.first_blocks=0", "precision.keep.last_blocks=0", "model.num_layers=1",
+    "model.bias=false",
+]  # fmt: skip
+
+
+@cache
+def told_by(ranks: int) -> dict[str, dict]:
+    """What all cases of so many ranks tell: one process a rank, whose start takes as long as a case."""
+    cases = {name: overrides for name, (n, overrides) in CASES.items() if n == ranks}
+    cases |= {name: [*case[1], *WHOLE] for name, case in HANDED.items() if case[0] == ranks}
     paths = [str(ROOT), str(ROOT / "kernels")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = str(Path(__file__).with_name("fused_model.py"))
     done = subprocess.run(
-        [sys.executable, *(launch if ranks > 1 else []), script, *overrides],
+        [sys.executable, *(launch if ranks > 1 else []), script, json.dumps(cases)],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    told: dict[str, dict] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fused_and_plain_models_have_one_loss_and_one_gradient(case: str) -> None:
+    told = told_by(CASES[case][0])[case]
     # sums of FP32 in another order; norms over eight small channels enlarge what that does
     assert told["worst"][1] < 1e-4, told
     assert told["loss"] < 1e-6
-    assert told["modules"] == ["FusedMLP", "FusedNorm", "FusedSelfAttention"]
+    modules = ["FusedMLP", "FusedNorm", "FusedSelfAttention", "FusedVocabEmbedding"]
+    learned = "model.position=learned" in CASES[case][1]
+    assert told["modules"] == sorted([*modules, *["FusedPositionEmbedding"] * learned]), told
+
+
+@pytest.mark.parametrize("case", HANDED)
+def test_an_amax_that_comes_with_a_tensor_is_the_one_that_is_measured(case: str) -> None:
+    ranks, _, inputs, gradients = HANDED[case]
+    wanted = {f"{n} {cast}" for n in inputs for cast in ("fprop x", "wgrad x")}
+    wanted |= {f"{n} {cast}" for n in gradients for cast in ("dgrad dy", "wgrad dy")}
+    assert told_by(ranks)[case] == {"handed": dict.fromkeys(wanted, 1), "wrong": []}
