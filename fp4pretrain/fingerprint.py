@@ -44,6 +44,7 @@ HARMLESS = {
     "train.tokens": "turned into train.steps",
     "train.log_interval": "over how many steps a row's mean is taken",
     "train.graph": "a captured step computes the same bits",
+    "train.deterministic": "adds in a fixed order where the order is anyone's",
     "train.fusion": "rounds once where several kernels round between them",
     "train.eval_interval": "evaluation changes no state",
     "train.eval_bf16": "evaluation changes no state",

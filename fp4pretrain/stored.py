@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from yaml import YAMLError
 
 from fp4pretrain.config import RunConfig, completed, compose, schema_keys
 from fp4pretrain.errors import UserError, first_line
+from fp4pretrain.naming import flat
 from fp4pretrain.overrides import key_and_value, one_line, refuse_unknown
 from fp4pretrain.presets import groups
 
@@ -71,6 +73,14 @@ def config_from(tree: Any, where: str) -> RunConfig:
         raise _unreadable(where, error) from None
     assert isinstance(config, RunConfig)
     return config
+
+
+@cache
+def defaults() -> dict[str, Any]:
+    """Key -> value that a config has where it does not say the key, in the words of YAML."""
+    tree = OmegaConf.to_container(OmegaConf.structured(RunConfig))
+    assert isinstance(tree, dict)
+    return flat(tree)
 
 
 def _unreadable(where: str, error: Exception) -> UserError:

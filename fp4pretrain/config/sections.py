@@ -120,7 +120,8 @@ class TrainConfig:
     every microbatch rotated by n: the same sums in another order, to see what rounding alone does.
     ``graph``: whether steps are captured as a CUDA graph and replayed: auto (where they can be), always (or
     an error) or never. ``fusion``: auto, norms, SwiGLU, rotary embeddings and cross entropy by fused kernels
-    where there is a GPU for them, or never.
+    where there is a GPU for them, or never. ``deterministic``: kernels of GPUs that add in a fixed order, so
+    that two runs of one config, or a run and its restart, are the same bits; they are slower. CPUs always do.
     """
 
     steps: int = 200
@@ -133,6 +134,7 @@ class TrainConfig:
     sum_order: int = 0
     graph: str = "auto"
     fusion: str = "auto"
+    deterministic: bool = False
 
 
 @dataclass

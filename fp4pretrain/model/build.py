@@ -113,6 +113,7 @@ class PlanBinding:
     """All quantized linears of this rank's chunks, the plan they follow, what their casts leave behind.
 
     ``followed``: every recipe that a linear was given for a step, by (global layer or None, name).
+    ``switches``: how often the plan has switched any linear of the whole model, the same on every rank.
     """
 
     plan: Plan
@@ -120,6 +121,7 @@ class PlanBinding:
     sites: SiteState
     progress: Progress = field(default_factory=Progress)
     followed: dict[tuple[int | None, str], set[Recipe]] = field(default_factory=dict)
+    switches: int = 0
 
     def recipes(self) -> list[Recipe]:
         """The recipe of each linear now, in the order of ``linears``."""
@@ -133,6 +135,7 @@ class PlanBinding:
     def apply(self, progress: Progress) -> bool:
         """Give every linear its recipe for the next step; True if any of the model has another now."""
         switched = self.plan.switches(self.progress, progress)
+        self.switches += switched
         self.progress = progress
         recipes = [self.plan.at(layer, name, progress) for layer, name, _ in self.linears]
         self.set_recipes(recipes)
@@ -200,6 +203,8 @@ def model_config(config: RunConfig) -> TransformerConfig:
         # only megatron-core's unbatched sends, on two groups, keep those messages apart.
         overlap_p2p_comm=p.virtual_pipeline is not None,
         batch_p2p_comm=p.virtual_pipeline is None,
+        # a wait for the whole device after each exchange, for PyTorch of years ago; none may be captured
+        batch_p2p_sync=False,
         # gloo reads a sent tensor until the send is done; NCCL's streams keep the order.
         deallocate_pipeline_outputs=dist.get_backend() == "nccl",
         **recompute,

@@ -11,10 +11,11 @@ import gc
 import os
 import signal
 import sys
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,22 @@ from fp4pretrain.parallel.launch import check_address, launched
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MEETING = timedelta(minutes=10)  # for all ranks to come, before a config is known
+
+
+class Holder(Protocol):
+    """Who holds captured CUDA graphs with collectives of the groups in them."""
+
+    def forget(self) -> None:
+        """Let go of every graph."""
+
+
+_holders: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def let_go_before_leaving(holder: Holder) -> None:
+    """Have ``leave`` call ``holder.forget`` first: as long as a captured graph with its collectives is left,
+    NCCL does not end a communicator, and waits."""
+    _holders.add(holder)
 
 
 @dataclass(frozen=True)
@@ -83,8 +100,6 @@ def join(
     them are of the kind that a CUDA graph may be captured around.
     The layout must fit ``world_size()``: that is checked while composing.
     """
-    # steps of several ranks are not captured (fp4pretrain.train.replay): they change nothing for that
-    alone = world_size() == 1
     gc.collect()  # what is left of an earlier run in this process holds its groups, and their threads
     if device.type == "cpu":
         from fp4pretrain.parallel.bridge import run_on_cpu
@@ -92,7 +107,7 @@ def join(
         run_on_cpu()
     else:
         torch.cuda.set_device(device)
-        if alone and torch.cuda.current_stream() == torch.cuda.default_stream():
+        if torch.cuda.current_stream() == torch.cuda.default_stream():
             # Nothing can be captured on the default stream, and what a captured backward pass
             # accumulates into must have been made on the stream that it is captured on.
             torch.cuda.set_stream(torch.cuda.Stream(device))
@@ -125,7 +140,7 @@ def join(
     # rounding noise) is keyed by names and global coordinates, not by rank.
     model_parallel_cuda_manual_seed(
         seed,
-        use_cudagraphable_rng=device.type == "cuda" and alone and not dropout,
+        use_cudagraphable_rng=device.type == "cuda" and not dropout,
         force_reset_rng=True,
     )
     return World(
@@ -191,6 +206,8 @@ def leave(*, destroy: bool = False) -> None:
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
+    for holder in list(_holders):
+        holder.forget()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()

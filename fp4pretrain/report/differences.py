@@ -16,6 +16,7 @@ from fp4pretrain.errors import UserError
 from fp4pretrain.fingerprint import BY_CONTENT, HARMLESS, ORDER, VALIDATION, within
 from fp4pretrain.naming import flat
 from fp4pretrain.report.load import Run
+from fp4pretrain.stored import defaults
 
 SEEDS = ("seed", "data.seed", "train.sum_order")
 RATE = "optim.lr"
@@ -38,8 +39,9 @@ class Difference:
 
 
 def settings(run: Run) -> dict[str, str]:
-    """Key -> value, as text, of all that shapes a run's curve but its seeds."""
-    leaves = flat(run.config)
+    """Key -> value, as text, of all that shapes a run's curve but its seeds. Keys that came after the run
+    have their defaults, as where its config is read to go on."""
+    leaves = defaults() | flat(run.config)
     if run.fingerprint is not None:
         by_content = {key for keys in BY_CONTENT.values() for key in keys}
         leaves = {key: value for key, value in leaves.items() if not within(key, by_content)}

@@ -8,6 +8,10 @@ What changes between steps lies on the device: batches, noise keys, redrawn sign
 the update is written. So a replayed step computes the bits of a plain one. A switch of recipes, and a
 loaded checkpoint, begin with a rehearsal again; a step that somebody watches (observers) runs as ever.
 Where a run cannot be captured, ``why_not`` says it in one clause, and every step runs as ever.
+
+Several ranks capture their collectives too, so in every step all of them replay or none: what decides is the
+same on each (config, plan, step), and whether a capture worked is asked of all. PyTorch counts no time in
+replayed collectives; a rank that is gone is noticed by ``guard.hang_timeout``.
 """
 
 from __future__ import annotations
@@ -17,12 +21,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from fp4pretrain.config import RunConfig
 from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.ops import Backend, Draws, watching
 from fp4pretrain.ops.choice import ENGINE, TRITON_BACKENDS
+from fp4pretrain.parallel.groups import World, let_go_before_leaving
 from fp4pretrain.precision import Plan
 from fp4pretrain.train.step import Outcome, forward_backward, update
 
@@ -34,15 +40,11 @@ if TYPE_CHECKING:
     Batches = list[list[Batch] | None]
 
 
-def why_not(
-    config: RunConfig, plan: Plan, backend: Backend, *, device: torch.device, ranks: int
-) -> str | None:
+def why_not(config: RunConfig, plan: Plan, backend: Backend, *, device: torch.device) -> str | None:
     """None where a run's steps can be captured, otherwise the reason in one clause."""
     m = config.model
     if device.type != "cuda" or torch.version.hip is not None:
         return "CUDA graphs need an NVIDIA GPU"
-    if ranks > 1:
-        return "captured steps of several ranks have hung on four GPUs"
     if m.implementation != "fp4pretrain":
         return f"modules of {m.implementation} were never captured here"
     if backend.name == ENGINE:
@@ -72,6 +74,7 @@ class Replays:
         self._captured: _Captured | None = None
         self._rehearsed: tuple[tuple[int, ...], Draws, _Inputs] | None = None
         self._ahead: tuple[Iterators, Batches] | None = None
+        let_go_before_leaving(self)
 
     def step(self, trainer: Trainer, iterators: Iterators) -> Outcome:
         """One step: gradients and update."""
@@ -80,7 +83,9 @@ class Replays:
         batches = self._next(trainer, iterators)
         if watching.attached is not None:
             return _plain(trainer, _iterators(batches))
-        recipes = tuple(map(id, trainer.binding.recipes()))
+        binding = trainer.binding
+        # switches of the whole model, since another rank's linears may switch alone
+        recipes = (binding.switches, *map(id, binding.recipes()))
         if self._captured is not None and self._captured.recipes != recipes:
             self.forget()
         if self._captured is None:
@@ -99,6 +104,8 @@ class Replays:
 
     def forget(self) -> None:
         """Let go of what was captured: recipes, or the memory that a step reads, are other ones now."""
+        if self._captured is not None:
+            self._captured.release()
         self._captured = self._rehearsed = None
 
     def _capture(self, trainer: Trainer, batches: Batches) -> bool:
@@ -109,15 +116,21 @@ class Replays:
         assert self._rehearsed is not None
         self._rehearsed[2].copy(batches)
         rehearsed, self._rehearsed = self._rehearsed, None
+        captured, reason = None, None
         try:
-            self._captured = _Captured(trainer, *rehearsed)
+            captured = _Captured(trainer, *rehearsed)
         except RuntimeError as error:  # torch's for what may not be captured, and for memory
-            self.reason = first_line(error)
+            reason = first_line(error)
+        if not _everywhere(captured is not None, trainer.world):
+            self.reason = reason or "another rank could not capture them"
+            if captured is not None:
+                captured.release()
             if trainer.config.train.graph == "always":
                 raise UserError(f"train.graph: {self.reason}; use train.graph=never") from None
             if trainer.world.is_main:
                 print(f"warning: steps are not captured as a CUDA graph: {self.reason}", flush=True)
             return False
+        self._captured = captured
         return True
 
     def _next(self, trainer: Trainer, iterators: Iterators) -> Batches:
@@ -136,6 +149,15 @@ class Replays:
             trainer.clock.draws = None
         self._rehearsed = recipes, draws, inputs
         return outcome
+
+
+def _everywhere(mine: bool, world: World) -> bool:
+    """Whether it is so on every rank. Collective."""
+    if world.size == 1:
+        return mine
+    all_ranks = torch.tensor(int(mine), device=world.device)
+    dist.all_reduce(all_ranks, op=dist.ReduceOp.MIN)
+    return bool(all_ranks)
 
 
 def _read(iterators: Iterators, microbatches: int) -> Batches:
@@ -215,6 +237,10 @@ class _Captured:
             self._cast: Counter[Any] = sites.cast - cast
             self._multiplied: Counter[Any] = sites.multiplied - multiplied
             sites.cast, sites.multiplied = cast, multiplied
+
+    def release(self) -> None:
+        """End the graph at once, whoever still holds this object. Its last replay has been read."""
+        self._graph.reset()
 
     def prepare(self, seed: int, step: int) -> None:
         """Work out a later step's draws while this one runs."""

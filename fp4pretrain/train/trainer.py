@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,8 +134,11 @@ def unwrapped(chunk: Any) -> Any:
 def join_run(config: RunConfig) -> World:
     """Form the groups of a checked config's layout, on its device, with its seed."""
     p, m = config.parallel, config.model
+    device = pick_device(p.device)
+    if device.type == "cuda":
+        _fix_order(config.train.deterministic)
     return join(
-        device=pick_device(p.device),
+        device=device,
         tensor=p.tensor,
         pipeline=p.pipeline,
         virtual_pipeline=p.virtual_pipeline,
@@ -142,6 +146,14 @@ def join_run(config: RunConfig) -> World:
         timeout_minutes=p.timeout_minutes,
         dropout=m.attention_dropout > 0 or m.hidden_dropout > 0,
     )
+
+
+def _fix_order(deterministic: bool) -> None:
+    """Have PyTorch's and cuBLAS's kernels add in a fixed order, or not. Before the first product."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every new tensor
 
 
 def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
@@ -188,7 +200,7 @@ def _graph_refused(config: RunConfig, plan: Plan, backend: Backend, world: World
     """Why steps are not captured, None where they are. Raises UserError where they should be and cannot."""
     if config.train.graph == "never":
         return "train.graph=never"
-    reason = why_not(config, plan, backend, device=world.device, ranks=world.size)
+    reason = why_not(config, plan, backend, device=world.device)
     if reason is not None and config.train.graph == "always":
         raise UserError(f"train.graph: {reason}; use train.graph=auto")
     return reason

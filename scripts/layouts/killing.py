@@ -16,7 +16,10 @@ MOMENTS = ("step", "write")  # between two saves, and within one
 # As many steps as the kills leave time for: a GPU makes one in about 30 ms.
 LENGTH = {
     "cpu": (24, ["train.eval_interval=8", "checkpoint.interval=2"]),
-    "cuda": (240, ["train.eval_interval=80", "checkpoint.interval=10"]),
+    "cuda": (
+        240,
+        ["train.eval_interval=80", "checkpoint.interval=10", "train.deterministic=true"],
+    ),
 }
 
 

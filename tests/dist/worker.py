@@ -13,9 +13,11 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 warnings.filterwarnings("ignore")
 
@@ -27,13 +29,14 @@ from started import started
 from fp4pretrain.config import compose
 from fp4pretrain.errors import UserError
 from fp4pretrain.parallel.groups import leave
+from fp4pretrain.train.guard.update import StepHealth
 from fp4pretrain.train.main import train
 from fp4pretrain.train.step import evaluate, train_step
 from fp4pretrain.train.trainer import Trainer, unwrapped
 
 
 def first_steps(overrides: list[str], out: str, *, steps: int, device: str) -> dict[str, Any]:
-    """Loss and grad norm of the first steps; whole gradients of each step go to ``out``."""
+    """Loss and grad norm of the first steps; the whole gradients of the first go to ``out``."""
     trainer = started(overrides, device)
     return steps_from(trainer, out, steps=steps)
 
@@ -62,26 +65,32 @@ def nudged_steps(overrides: list[str], out: str, *, steps: int, device: str) -> 
 
 
 def steps_from(trainer: Trainer, out: str, *, steps: int) -> dict[str, Any]:
-    """Rows of the next steps; whole gradients go to ``out``."""
-    update = trainer.optimizer.step
-    gradients: dict[str, torch.Tensor] = {}
-
-    def capture_then_update() -> Any:
-        gradients.clear()
-        gradients.update(whole_gradients(trainer))
-        return update()
-
-    trainer.optimizer.step = capture_then_update
+    """Rows of the next steps; the whole gradients of the first go to ``out``."""
     iterators = trainer.batches(0)
     rows = []
     for step in range(steps):
         trainer.binding.apply(trainer.progress)
-        rows.append(train_step(trainer, iterators))
+        found: dict[str, torch.Tensor] = {}
+        with _gradients_into(found, trainer) if step == 0 else nullcontext():
+            rows.append(train_step(trainer, iterators))
         tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-        if tensor_rank == 0 and trainer.world.data_rank == 0:
+        if found and tensor_rank == 0 and trainer.world.data_rank == 0:
             stage = parallel_state.get_pipeline_model_parallel_rank()
-            torch.save(dict(gradients), Path(out) / f"step{step}_stage{stage}.pt")
+            torch.save(found, Path(out) / f"gradients_stage{stage}.pt")
     return {"rows": rows}
+
+
+@contextmanager
+def _gradients_into(found: dict[str, torch.Tensor], trainer: Trainer) -> Iterator[None]:
+    """Copy the whole gradients of a step before its update; not around a step that is captured."""
+    update = trainer.optimizer.update
+
+    def copy_then_update(health: StepHealth) -> torch.Tensor:
+        found.update(whole_gradients(trainer))
+        return update(health)
+
+    with patch.object(trainer.optimizer, "update", copy_then_update):
+        yield
 
 
 def whole_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 RUN = [
     "data.mock=true", "train.steps=10", "train.micro_batch=4", "train.global_batch=8",
     "train.eval_interval=4", "data.valid_tokens=2048", "logging=quiet", "model.seq_length=128",
-    "checkpoint.at_end=false",
+    "checkpoint.at_end=false", "train.deterministic=true",
 ]  # fmt: skip
 RECIPES = {
     "bf16": ["precision=bf16"],
@@ -34,15 +33,6 @@ RECIPES = {
     "recompute": ["precision=nvfp4", "parallel.recompute=full"],
     "observed": ["precision=nvfp4", "observe.interval=3"],
 }
-
-
-@pytest.fixture(autouse=True)
-def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Attention and the embedding's gradient add in a fixed order."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def rows(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:

@@ -8,10 +8,9 @@ ranks know it, so asking there costs no second pass. Two things it does not hold
   tensor parallelism, a tied head): their own ranks look at them.
 - The loss. It is reduced together with what those ranks found, in one collective, before the update.
 
-Where PyTorch's Adam runs on one GPU, the norm, the clipping and the decision stay on the device, as inputs of
+Where PyTorch's Adam runs on GPUs, the norm, the clipping and the decision stay on the device, as inputs of
 one fused kernel: the host waits once a step, for the row's numbers, and the update may be captured in a
-CUDA graph. Elsewhere (CPU, several ranks, apex, Transformer Engine) the host decides, by megatron-core's own
-functions.
+CUDA graph. Elsewhere (CPU, apex, Transformer Engine) the host decides, by megatron-core's own functions.
 
 A skipped step changes neither weights nor optimizer state; the step count, the schedule, the data
 position and the tokens go on, as in Megatron-LM.
@@ -99,9 +98,7 @@ class GuardedOptimizer(ChainedOptimizer):
         self._may_write: Callable[[float], bool] = math.isfinite
         self._grad_norm: float = 0.0
         self._inner = [part.optimizer for part in self.chained_optimizers if part.optimizer]
-        # several ranks: as they were seen to work, see fp4pretrain.train.replay
-        alone = dist.get_world_size() == 1
-        self.on_device = alone and all(_fuses(inner) for inner in self._inner)
+        self.on_device = all(_fuses(inner) for inner in self._inner)
         self._rates: list[torch.Tensor] = []
         if self.on_device:
             device = torch.cuda.current_device()

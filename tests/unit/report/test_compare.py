@@ -169,7 +169,7 @@ def test_a_run_that_rose_again_is_flagged(
     [
         {"seed": 2},
         {"optim": {"eps": 1e-5, "lr": 1e-3}},
-        {"optim": {"lr": 1e-3}},
+        {"optim": {"lr": 1e-3, "beta2": 0.9}},
         {"data": {"path": "elsewhere"}},
         {"train": {"micro_batch": 2}},
         {"precisions": {"name": "not the recipe, whatever its prefix"}},
@@ -183,6 +183,16 @@ def test_a_baseline_that_differs_in_more_than_the_recipe_is_refused(
         compare(runs, out=tmp_path / "out")
     assert "--force" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_key_that_came_after_a_run_counts_as_its_default(make_run: Any, tmp_path: Path) -> None:
+    later = {"implementation": "fp4pretrain"}
+    compare([make_run("bf16"), make_run("nvfp4", model=later)], out=tmp_path / "out")
+    other = make_run("other", model={"implementation": "transformer_engine"})
+    with pytest.raises(
+        UserError, match=r"model.implementation \(transformer_engine against fp4pretrain\)"
+    ):
+        compare([make_run("before"), other], out=tmp_path / "out")
 
 
 def test_a_forced_comparison_says_what_differs(make_run: Any, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from fp4pretrain.config import compose, plan_of
 from fp4pretrain.errors import UserError
 from fp4pretrain.ops import watching
 from fp4pretrain.ops.reference import ReferenceBackend
+from fp4pretrain.parallel import groups
+from fp4pretrain.parallel.groups import leave
 from fp4pretrain.train import replay
 from fp4pretrain.train.replay import Replays, why_not
 
@@ -24,31 +26,28 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("overrides", "ranks", "reason"),
+    ("overrides", "reason"),
     [
-        ([], 1, None),
-        ([], 2, "several ranks"),
-        (["model.hidden_dropout=0.1"], 1, "dropout"),
-        (["data.document_mask=true"], 1, "document_mask"),
-        (["precision.fprop.x.amax=held", "precision.fprop.x.amax_steps=4"], 1, "amax=held"),
-        (["precision=averis", "precision.dgrad.dy.rounding=stochastic"], 1, "split"),
+        ([], None),
+        (["model.hidden_dropout=0.1"], "dropout"),
+        (["data.document_mask=true"], "document_mask"),
+        (["precision.fprop.x.amax=held", "precision.fprop.x.amax_steps=4"], "amax=held"),
+        (["precision=averis", "precision.dgrad.dy.rounding=stochastic"], "split"),
     ],
 )
-def test_what_cannot_be_captured_is_said(
-    overrides: list[str], ranks: int, reason: str | None
-) -> None:
+def test_what_cannot_be_captured_is_said(overrides: list[str], reason: str | None) -> None:
     config = compose(overrides)
     backend: Any = SimpleNamespace(name="triton")
-    found = why_not(config, plan_of(config), backend, device=CUDA, ranks=ranks)
+    found = why_not(config, plan_of(config), backend, device=CUDA)
     assert found is None if reason is None else reason in str(found)
 
 
 def test_neither_a_cpu_nor_the_reference_backend_captures() -> None:
     config = compose([])
     plan, backend = plan_of(config), ReferenceBackend()
-    assert "reference" in str(why_not(config, plan, backend, device=CUDA, ranks=1))
+    assert "reference" in str(why_not(config, plan, backend, device=CUDA))
     cpu = torch.device("cpu")
-    assert "NVIDIA GPU" in str(why_not(config, plan, backend, device=cpu, ranks=1))
+    assert "NVIDIA GPU" in str(why_not(config, plan, backend, device=cpu))
 
 
 class Lab:
@@ -57,15 +56,16 @@ class Lab:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, steps: int = 100) -> None:
         self.did: list[tuple[str, list[int]]] = []
         self.captures = 0
+        self.released = 0
         self.problem: Exception | None = None
         self.recipes = [object()]
         self.trainer: Any = SimpleNamespace(
             step=0,
             config=SimpleNamespace(train=SimpleNamespace(steps=steps, graph="auto")),
             layout=SimpleNamespace(microbatches=2),
-            world=SimpleNamespace(device=torch.device("cpu"), is_main=True),
+            world=SimpleNamespace(device=torch.device("cpu"), is_main=True, size=1),
             clock=SimpleNamespace(seed=1, step=0, draws=None),
-            binding=SimpleNamespace(recipes=lambda: self.recipes),
+            binding=SimpleNamespace(recipes=lambda: self.recipes, switches=0),
             optimizer=SimpleNamespace(fill_learning_rates=lambda: None),
         )
         lab = self
@@ -81,6 +81,9 @@ class Lab:
                 lab.captures += 1
                 self.recipes, self.inputs = recipes, inputs
                 self.prepared: list[int] = []
+
+            def release(self) -> None:
+                lab.released += 1
 
             def prepare(self, seed: int, step: int) -> None:
                 self.prepared.append(step)
@@ -169,6 +172,37 @@ def test_a_capture_that_fails_is_said_once_and_the_run_goes_on(
     lab.run(replays, counted(), 1)
     with pytest.raises(UserError, match="train.graph: CUDA out of memory"):
         replays.step(lab.trainer, counted(2))
+
+
+def test_a_capture_that_failed_on_another_rank_is_given_up_here_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab, replays = Lab(monkeypatch), Replays(None)
+    monkeypatch.setattr(replay, "_everywhere", lambda mine, world: False)
+    lab.run(replays, counted(), 3)
+    assert [how for how, _ in lab.did] == ["rehearsed", "plain", "plain"]
+    assert (lab.captures, lab.released) == (1, 1)
+    assert "another rank" in capsys.readouterr().out
+
+
+def test_a_switch_of_another_ranks_linears_begins_with_a_rehearsal_here_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lab, replays, iterators = Lab(monkeypatch), Replays(None), counted()
+    lab.run(replays, iterators, 2)
+    lab.trainer.binding.switches += 1
+    lab.run(replays, iterators, 2)
+    assert [how for how, _ in lab.did] == ["rehearsed", "replayed"] * 2
+
+
+def test_leaving_the_groups_ends_captured_graphs_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, replays = Lab(monkeypatch), Replays(None)
+    lab.run(replays, counted(), 2)
+    monkeypatch.setattr(
+        groups, "_destroy_subgroups", lambda: lab.did.append((f"{lab.released} released", []))
+    )
+    leave()
+    assert lab.did[-1] == ("1 released", [])
 
 
 def test_nothing_is_read_past_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
