@@ -181,11 +181,13 @@ def test_a_gemm_is_a_bt_and_may_be_added_to_what_is_there(
 def test_what_needs_no_triton_runs_without_it(
     tmp_path: Path, package: str | None, reason: str
 ) -> None:
-    """`auto` on a CPU, doctor's table, and a named backend's line, in a process that cannot import it."""
+    """`auto` on a CPU, doctor's table, and a named backend's line, in a process that cannot import it; nor
+    what draws a report, which no run needs."""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text(package or "")
     code = (
         "import sys\n"
+        "sys.modules['plotly'] = sys.modules['matplotlib'] = None\n"
         + ("sys.modules['triton'] = None\n" if package is None else "")
         + "import torch\n"
         "from fp4pretrain import cli\n"
