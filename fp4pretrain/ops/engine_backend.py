@@ -87,11 +87,10 @@ class EngineBackend:
 
     def instruction(self, gemm: Gemm, device: torch.device) -> str:
         """The library that multiplies, and whose noise it is."""
-        kind = _kind(gemm.specs[0])
-        family = "bf16" if kind == "bf16" else gemm.specs[0].format
-        fast = ", fast accumulation" if gemm.fast_accum and kind == "tensor" else ""
+        first = gemm.specs[0]
+        fast = ", fast accumulation" if gemm.fast_accum and _kind(first) == "tensor" else ""
         noise = "; its own noise" if any(s.stochastic for s in gemm.specs) else ""
-        return f"{family}{fast} (Transformer Engine, cuBLASLt{noise})"
+        return f"{first.format}{fast} (Transformer Engine, cuBLASLt{noise})"
 
     def quantize(
         self, x: Tensor, casts: Sequence[Cast], reduce_amax: ReduceAmax | None = None
@@ -291,6 +290,7 @@ def _by_amax(spec: QuantSpec, amax: Tensor, *, row: bool, col: bool) -> Any:
     """A quantizer of FP8 by one given scale, as current scaling makes it from an amax."""
     import transformer_engine.pytorch as te
 
+    # A tensor: torch turns a number into a product with the reciprocal, which rounds twice
     largest = torch.tensor(FORMATS[spec.format].element.max, device=amax.device)
     scale = (largest / amax.to(torch.float32)).clamp(max=torch.finfo(torch.float32).max)
     if spec.scale == "pow2":

@@ -14,6 +14,7 @@ from fp4pretrain.errors import first_line
 from fp4pretrain.numerics import FORMATS, Noise, QuantSpec, quantize, signs_te
 from fp4pretrain.ops.backend import Backend
 from fp4pretrain.ops.casts import Cast
+from fp4pretrain.ops.operand import Operand
 from fp4pretrain.ops.reference import ReferenceBackend, oriented
 from fp4pretrain.precision import OPERANDS, Gemm, Wgrad
 
@@ -89,7 +90,7 @@ def _differs(theirs: Tensor, x: Tensor, cast: Cast) -> str | None:
     error = (got - want) / step
     if (error.abs() > 1.001).any():
         return "its stochastic rounding leaves the two neighbours"
-    # Where between its neighbours a value lies must not decide where it goes on average: nearest fails that
+    # Where a value lies between its neighbours must not move it on average: nearest rounding fails that
     middle = (magnitude / step).frac() - 0.5
     inside = magnitude < FORMATS[cast.spec.format].element.max
     drift = (error * torch.sign(want) * middle)[inside]
@@ -99,9 +100,9 @@ def _differs(theirs: Tensor, x: Tensor, cast: Cast) -> str | None:
     return None
 
 
-def _product_is_off(backend: Backend, a: object, b: object, gemm: Gemm) -> str | None:
+def _product_is_off(backend: Backend, a: Operand, b: Operand, gemm: Gemm) -> str | None:
     """Products in BF16 and added in FP32, against float64 ones of the same operands."""
-    av, bv = (v.dequantize().double() for v in (a, b))  # type: ignore[attr-defined]
+    av, bv = a.dequantize().double(), b.dequantize().double()
     want, magnitude = av @ bv.t(), av.abs() @ bv.abs().t()
     start = torch.ones(want.shape, device=av.device)
     fast = gemm.fast_accum

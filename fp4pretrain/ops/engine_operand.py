@@ -55,11 +55,9 @@ class EngineOperand(Operand):
 
     def dequantize(self) -> Tensor:
         """fp32 [rows, k]; see ``Operand.dequantize``."""
-        values = self.data.to(torch.float32)
-        if self.scale is not None:
-            values = self._values() * self._factors()
+        values = self.data if self.scale is None else self._values() * self._factors()
         outer = None
-        if self.amax is not None:
+        if self.amax is not None:  # by a tensor: torch multiplies by the reciprocal of a number
             outer = self.amax.reshape(()) / torch.tensor(_NVFP4_OUTER, device=self.data.device)
         turned = values.t() if self.columns else values
         return dequantized(turned[: self.shape[0]], outer)
