@@ -171,7 +171,6 @@ REFUSED = [
     ("nvfp4", HOPPER, "nvfp4 on Blackwell alone"),
     ("nvfp4", BLACKWELL, None),
     ("nvfp4_mxfp8_bwd", BLACKWELL, None),
-    ("mxfp4_h16", BLACKWELL, "no cast for format=mxfp4"),
     ("quartet2", BLACKWELL, "rotation: Transformer Engine rotates wgrad"),
 ]  # fmt: skip
 
