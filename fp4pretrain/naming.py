@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -88,6 +88,16 @@ def shortened(name: str) -> str:
     if len(name) <= _LONGEST:
         return name
     return f"{name[: _LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def shared_beginning(names: Sequence[str]) -> str:
+    """What all names begin with, up to a -, / or _."""
+    first, last = min(names), max(names)  # what these two share, all share
+    length = next(
+        (i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), 0
+    )
+    shared = first[:length]
+    return shared[: max(shared.rfind(mark) for mark in "-/_") + 1]
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -78,7 +78,7 @@ def config_from(tree: Any, where: str) -> RunConfig:
 @cache
 def defaults() -> dict[str, Any]:
     """Key -> value that a config has where it does not say the key, in the words of YAML."""
-    tree = OmegaConf.to_container(OmegaConf.structured(RunConfig))
+    tree: Any = OmegaConf.to_container(OmegaConf.structured(RunConfig))
     assert isinstance(tree, dict)
     return flat(tree)
 

@@ -11,12 +11,13 @@ import torch.distributed as dist
 
 from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.ops.backend import Backend
+from fp4pretrain.ops.engine_backend import EngineBackend
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.precision import GEMMS, OPERANDS, Plan, Recipe
 
 
 def available(*, mxfp4_emulation: str = "fp8") -> dict[str, Backend]:
-    """All backends by name, fastest first: the order in which ``auto`` tries them.
+    """All backends by name, fastest first: the order in which ``auto`` tries them, but for ``ENGINE``.
 
     ``mxfp4_emulation``: fp8 or bf16; see ``TritonBackend``.
     """
@@ -29,8 +30,11 @@ def available(*, mxfp4_emulation: str = "fp8") -> dict[str, Backend]:
             NativeBackend(mxfp4_emulation=mxfp4_emulation),
             TritonBackend(mxfp4_emulation=mxfp4_emulation),
         ]
-    return {b.name: b for b in (*found, ReferenceBackend())}
+    return {b.name: b for b in (*found, EngineBackend(), ReferenceBackend())}
 
+
+# Another project's arithmetic: a run gets it where its config names it.
+ENGINE = EngineBackend.name
 
 # The backends whose kernels are written in Triton.
 TRITON_BACKENDS = ("native", "triton")
@@ -87,8 +91,8 @@ def choose(
 ) -> tuple[Backend, str]:
     """The backend for every recipe of a plan on a device, and one line that says why, and what multiplies.
 
-    A named backend that cannot run raises UserError; ``auto`` takes the first that can. Nothing
-    falls back silently. ``group``: the ranks that decide together; what one refuses, all do.
+    A named backend that cannot run raises UserError; ``auto`` takes the first that can, never ``ENGINE``.
+    Nothing falls back silently. ``group``: the ranks that decide together; what one refuses, all do.
     """
     backends = available(mxfp4_emulation=mxfp4_emulation)
     missing = without_triton()
@@ -98,7 +102,7 @@ def choose(
         raise UserError(
             f"precision.backend: {name!r} is not here; choose auto, {', '.join(backends)}"
         )
-    wanted = list(backends) if name == "auto" else [name]
+    wanted = [n for n in backends if n != ENGINE] if name == "auto" else [name]
     recipes = plan.recipes()
     refused = _agreed({n: refusals(backends[n], recipes, device) for n in wanted}, group)
     passed = [] if missing is None else [f"{name} ({missing})" for name in TRITON_BACKENDS]

@@ -28,8 +28,6 @@ from fp4pretrain.report.endpoint import Noise, Pair, curve_of, diverged, measure
 from fp4pretrain.report.equal_loss import equal_loss
 from fp4pretrain.report.gap import match, smoothing_window, steady_rate, trailing_mean
 from fp4pretrain.report.load import Curve, FloatArray, Run, load_run, short_names
-from fp4pretrain.report.page import write_page
-from fp4pretrain.report.picture import draw
 from fp4pretrain.report.seeds import Pool
 from fp4pretrain.report.student import quantile
 from fp4pretrain.report.tuning import tuned
@@ -105,10 +103,20 @@ def compare(
         page=picture.with_suffix(".html") if options.html else None,
     )
     picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(comparison, picture)
-    if comparison.page is not None:
-        write_page(comparison, comparison.page)
+    _write(comparison)
     return comparison
+
+
+def _write(comparison: Comparison) -> None:
+    """The picture, and the page if there is one. A training run imports this module but draws nothing, so
+    matplotlib and plotly are imported here."""
+    from fp4pretrain.report.picture import draw
+
+    draw(comparison, comparison.picture)
+    if comparison.page is not None:
+        from fp4pretrain.report.page import write_page
+
+        write_page(comparison, comparison.page)
 
 
 def _load(runs: Sequence[Path], baseline: Path | None) -> tuple[list[Run], list[str]]:

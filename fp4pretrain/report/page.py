@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from fp4pretrain.files import write_text
+from fp4pretrain.naming import shared_beginning
 from fp4pretrain.report import charts, side_by_side
 from fp4pretrain.report.comparison import Comparison, Result, gap_text
 from fp4pretrain.report.endpoint import UNDECIDED
@@ -183,16 +184,6 @@ def _shortened(comparison: Comparison) -> tuple[str, Comparison]:
         for result in comparison.results
     )
     return f"{begin}*{end}", replace(comparison, results=results)
-
-
-def shared_beginning(names: Sequence[str]) -> str:
-    """What all names begin with, up to a -, / or _."""
-    first, last = min(names), max(names)  # what these two share, all share
-    length = next(
-        (i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), 0
-    )
-    shared = first[:length]
-    return shared[: max(shared.rfind(mark) for mark in "-/_") + 1]
 
 
 def _asset(name: str) -> str:

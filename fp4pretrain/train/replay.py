@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from fp4pretrain.config import RunConfig
 from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.ops import Backend, Draws, watching
-from fp4pretrain.ops.choice import TRITON_BACKENDS
+from fp4pretrain.ops.choice import ENGINE, TRITON_BACKENDS
 from fp4pretrain.parallel.groups import World, let_go_before_leaving
 from fp4pretrain.precision import Plan
 from fp4pretrain.train.step import Outcome, forward_backward, update
@@ -47,6 +47,8 @@ def why_not(config: RunConfig, plan: Plan, backend: Backend, *, device: torch.de
         return "CUDA graphs need an NVIDIA GPU"
     if m.implementation != "fp4pretrain":
         return f"modules of {m.implementation} were never captured here"
+    if backend.name == ENGINE:
+        return f"casts of precision.backend={ENGINE} were never captured here"
     if backend.name not in TRITON_BACKENDS:
         return f"precision.backend={backend.name} draws its noise on the host"
     if m.attention_dropout or m.hidden_dropout:

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from fp4pretrain.config import RunConfig
-from fp4pretrain.report.page import shared_beginning
+from fp4pretrain.naming import shared_beginning
 from fp4pretrain.train.run_dir import run_path
 
 BASELINE, TRAIN = "baseline", "train"

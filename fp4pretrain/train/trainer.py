@@ -153,7 +153,8 @@ def _fix_order(deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every new tensor
+    # Off: a pass over every new tensor. mypy does not see a property of a module
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:

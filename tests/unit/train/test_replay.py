@@ -16,6 +16,7 @@ import torch
 from fp4pretrain.config import compose, plan_of
 from fp4pretrain.errors import UserError
 from fp4pretrain.ops import watching
+from fp4pretrain.ops.engine_backend import EngineBackend
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.parallel import groups
 from fp4pretrain.parallel.groups import leave
@@ -42,10 +43,11 @@ def test_what_cannot_be_captured_is_said(overrides: list[str], reason: str | Non
     assert found is None if reason is None else reason in str(found)
 
 
-def test_neither_a_cpu_nor_the_reference_backend_captures() -> None:
+def test_neither_a_cpu_nor_backends_that_draw_otherwise_capture() -> None:
     config = compose([])
     plan, backend = plan_of(config), ReferenceBackend()
     assert "reference" in str(why_not(config, plan, backend, device=CUDA))
+    assert "never captured" in str(why_not(config, plan, EngineBackend(), device=CUDA))
     cpu = torch.device("cpu")
     assert "NVIDIA GPU" in str(why_not(config, plan, backend, device=cpu))
 
