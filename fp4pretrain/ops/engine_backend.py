@@ -173,6 +173,10 @@ class EngineBackend:
             self._quantizers[key] = made
         return self._quantizers[key]
 
+    def awaits(self, casts: Sequence[Cast], device: torch.device) -> None:
+        """None: its casts measure for themselves."""
+        return None
+
     def gemm(
         self,
         a: EngineOperand,
