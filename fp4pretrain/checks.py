@@ -131,6 +131,7 @@ def check(config: RunConfig) -> None:
     require(BELOW_ONE, 0, 1, "a number from 0 to below 1")
     require(("parallel.timeout_minutes",), 0.1, 10_001, "minutes from 0.1 to 10000 (a week)")
     require(("observe.draws",), 2, 1025, "a number from 2 to 1024")
+    require(("data.workers",), 0, 129, "a whole number from 0 to 128")
     require(("seed", "data.seed"), 0, _SEEDS, "a whole number from 0 to 2^32 - 1")
     for key in NOT_EMPTY:
         if value(key) == "":

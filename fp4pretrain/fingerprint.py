@@ -49,6 +49,7 @@ HARMLESS = {
     "train.eval_interval": "evaluation changes no state",
     "train.eval_bf16": "evaluation changes no state",
     "data.cache_dir": "where copies lie",
+    "data.workers": "who reads the same",
     "precision.name": "the plan decides what a recipe is",
     "precision.backend": "who computes the same recipe",
 }

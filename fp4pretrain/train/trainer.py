@@ -103,6 +103,7 @@ class Trainer:
                 dp_rank=self.world.data_rank,
                 dp_size=self.world.data_size,
                 rotate=self.config.train.sum_order,
+                num_workers=self.config.data.workers,
             )
 
         return [iterator() if self._reads(chunk) else None for chunk in self.chunks]
