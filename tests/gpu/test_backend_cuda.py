@@ -7,7 +7,7 @@ import torch
 from backend_laws import RECIPES, check_recipe, plain_values, sums_error
 from fp4_kernels import cublaslt
 from fp4_kernels.block_gemm import block_matmul
-from interpreted import BLOCK_GEMMS, check_block_gemm
+from gemm_laws import BLOCK_GEMMS, check_block_gemm
 
 from fp4pretrain.bench.linear import casts_of
 from fp4pretrain.numerics import QuantSpec, quantize

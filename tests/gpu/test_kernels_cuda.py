@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from inputs import INPUTS
 from interpreted import (
     AMAX_CASES,
     COPIES,
     E4M3_CASES,
-    INPUTS,
     LINE_CASES,
     check_amaxes,
     check_copy,
