@@ -55,8 +55,8 @@ class DataConfig:
     ``val_loss``. ``valid_tokens``: so many tokens of a validation set are read (null: all).
     ``seed`` decides the order of the training data; null is the run's ``seed``. ``document_mask``:
     attention stops at the token that ends a document; ``reset_positions``: positions begin again behind
-    it; ``eod_mask_loss``: what follows it is not predicted. ``workers``: processes of each rank that read ahead
-    of the steps (0: the rank reads, on GPUs while a captured step runs).
+    it; ``eod_mask_loss``: what follows it is not predicted. ``workers``: processes of each rank that read
+    ahead of the steps (0: the rank reads, on GPUs while a captured step runs).
     """
 
     path: Any = None
