@@ -72,7 +72,7 @@ def _line(rng: random.Random) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "lines", [24, pytest.param(400, marks=pytest.mark.long)], ids="{} lines".format
+    "lines", [16, pytest.param(400, marks=pytest.mark.long)], ids="{} lines".format
 )
 def test_a_random_run_ends_well_or_is_refused_in_one_line(
     ranks, tmp_path: Path, lines: int

@@ -81,11 +81,18 @@ def begun(ranks, layout: str, extra: list[str]) -> dict:
     return _begun[key]
 
 
-@pytest.mark.parametrize(
-    ("source", "target", "extra"),
+# A layout each way and the mixed ones; the others, whose parts are among these, with the long tests.
+LONG = [("DP 2", "TP 2 + SP"), ("1", "TP 2 x DP 2"), ("DP 2, plain optimizer", "DP 2")]
+TRIPS = (
     [(*pair, []) for pair in PAIRS]
     + [(*pair, BF16) for pair in PAIRS_BF16]
-    + [(*pair, SWINGING) for pair in PAIRS_SWINGING],
+    + [(*pair, SWINGING) for pair in PAIRS_SWINGING]
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "extra"),
+    [pytest.param(*trip, marks=[pytest.mark.long] * (trip[:2] in LONG)) for trip in TRIPS],
     ids=lambda value: value if isinstance(value, str) else ",".join(value) or "fp32",
 )
 def test_another_layout_goes_on(ranks, source: str, target: str, extra: list[str]) -> None:

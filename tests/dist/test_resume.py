@@ -61,7 +61,7 @@ def test_resumed_equals_uninterrupted(ranks, tmp_path: Path, layout: list[str], 
     assert not different
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_saves_and_the_run_goes_on(ranks, tmp_path: Path, number: int) -> None:
     """As Slurm ends a job: status 0, a checkpoint of the step it was in, the same curve afterwards."""
     run = [
