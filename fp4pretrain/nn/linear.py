@@ -7,8 +7,9 @@ recipes of this one class, so runs that are compared differ in the recipe alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -31,6 +32,7 @@ from fp4pretrain.precision import BF16, Recipe
 if TYPE_CHECKING:
     from fp4pretrain.ops.handed import Awaited
 
+_T = TypeVar("_T")
 # The casts of a linear's input and of its output's gradient.
 _READ = {"x": ("fprop_x", "wgrad_x"), "dy": ("dgrad_dy", "wgrad_dy")}
 
@@ -101,8 +103,12 @@ class QuantLinear:
 
     def _casts(self) -> LinearCasts:
         """The six casts of this moment."""
+        return self._prepared(linear_casts)
+
+    def _prepared(self, make: Callable[..., _T]) -> _T:
+        """What ``linear_casts`` or ``lasting_casts`` makes of this linear, its recipe and its clock."""
         binding = self.bound
-        return linear_casts(
+        return make(
             binding.recipe,
             binding.clock.moment,
             self._shard(),
@@ -126,19 +132,11 @@ class QuantLinear:
         return found[1]
 
     def _asked(self, names: tuple[str, ...]) -> Awaited | None:
-        binding = self.bound
-        casts, redrawn = lasting_casts(
-            binding.recipe,
-            binding.clock.moment,
-            self._shard(),
-            layer=binding.layer,
-            linear=binding.linear,
-            global_amax=binding.global_amax,
-        )
+        casts, redrawn = self._prepared(lasting_casts)
         read = [n for n in names if getattr(casts, n).spec.source != "forward"]
         if redrawn.intersection(read):
             return None
-        return binding.backend.awaits([getattr(casts, n) for n in read], self.weight.device)
+        return self.bound.backend.awaits([getattr(casts, n) for n in read], self.weight.device)
 
     def weight_cast(self) -> Cast:
         """How fprop's GEMM takes the weight by the recipe of now."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from records import curve
 
 from fp4pretrain.config import compose
 from fp4pretrain.train.main import train
@@ -38,13 +38,7 @@ RECIPES = {
 def rows(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
     """What a run logs of steps and evaluations that is no time."""
     train(compose([*RUN, *overrides, f"run_dir={folder}"]))
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    kept = ("event", "step", "loss", "grad_norm", "val_loss", "lr")
-    return [
-        {key: row[key] for key in kept if key in row}
-        for row in map(json.loads, lines)
-        if row["event"] in ("train", "eval")
-    ]
+    return [row for row in curve(folder) if row["event"] in ("train", "eval")]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -6,18 +6,12 @@ are those of Transformer Engine 2.7 and later, read in its own tests.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from started import losses_alone
 
-from fp4pretrain.config import compose
-from fp4pretrain.model.layout import check_layout
 from fp4pretrain.numerics import QuantSpec, quantize
 from fp4pretrain.nvidia import why_no_engine
-from fp4pretrain.parallel.groups import leave
-from fp4pretrain.train.step import train_step
-from fp4pretrain.train.trainer import build_trainer, join_run
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -113,18 +107,13 @@ def test_nvfp4(block: str) -> None:
 def test_a_step_of_its_modules_is_a_step_of_ours(precision: str, tolerance: float) -> None:
     """The same initial weights: three losses within what the order of sums, and FP8's two ways of
     holding sums, make of them."""
-    losses: dict[str, list[Any]] = {}
-    try:
-        for name in ("fp4pretrain", "transformer_engine"):
-            overrides = [*ENGINE_RUN, f"precision={precision}", f"model.implementation={name}"]
-            config = compose(overrides)
-            trainer = build_trainer(config, join_run(config), check_layout(config, 1))
-            losses[name] = []
-            for _ in range(3):
-                trainer.binding.apply(trainer.progress)
-                iterators = trainer.batches(trainer.consumed_samples)
-                losses[name].append(train_step(trainer, iterators)["loss"])
-    finally:
-        leave()
-    ours, theirs = losses.values()
-    assert all(abs(a / b - 1) < tolerance for a, b in zip(theirs, ours, strict=True)), losses
+    ours, theirs = (
+        losses_alone(
+            [*ENGINE_RUN, f"precision={precision}", f"model.implementation={name}"], steps=3
+        )
+        for name in ("fp4pretrain", "transformer_engine")
+    )
+    assert all(abs(a / b - 1) < tolerance for a, b in zip(theirs, ours, strict=True)), (
+        ours,
+        theirs,
+    )
