@@ -19,6 +19,8 @@ or measure what casts lose (no GPU needed): a table and JSON.
   fp4pretrain bench error                          mean squared errors on N(0, 1), cosine, bias
   fp4pretrain bench linear --precision nvfp4,mxfp4_h16,fp8
   fp4pretrain bench linear --precision fp8 precision.fprop.fast_accum=false     keys of every recipe
+  fp4pretrain bench linear --width 1024,2048,4096,8192    what quantization costs at each width
+  fp4pretrain bench linear --width 4096 --precision all   and of every recipe
   fp4pretrain bench step --precision fp8,nvfp4 model=gpt_1_3b data.mock=true train.micro_batch=4
 """
 
@@ -43,7 +45,12 @@ def add(verbs: Any) -> None:
     bench = add_verb(verbs, "bench", "time kernels and linears, measure casts", BENCH_HELP, _bench)
     bench.add_argument("what", choices=("kernels", "linear", "step", "error"))
     add_overrides(bench)
-    bench.add_argument("--precision", default="nvfp4,mxfp4_h16,fp8", metavar="RECIPE,...")
+    bench.add_argument(
+        "--precision", default="nvfp4,mxfp4_h16,fp8", metavar="RECIPE,...", help="linear: or all"
+    )
+    bench.add_argument(
+        "--width", type=_widths, metavar="D,...", help="linear: an MLP's first, at each hidden size"
+    )
     bench.add_argument("--steps", type=int, default=6, metavar="N", help="step: timed steps")
     bench.add_argument(
         "--peer", metavar="TEXT", help="step: a figure of another run to print below"
@@ -54,6 +61,14 @@ def add(verbs: Any) -> None:
     bench.add_argument("--out", type=path, default=Path("runs/bench"), metavar="DIR")
     bench.add_argument("--all", action="store_true", help="error: every cast that the tables offer")
     bench.add_argument("--json", action="store_true", help="error: print JSON and nothing else")
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    """Comma-separated hidden sizes. Raises ArgumentTypeError."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give hidden sizes, such as 1024,4096")
+    return tuple(int(part) for part in parts)
 
 
 # What Transformer Engine's modules are timed in: its recipes that a Hopper GPU has.
@@ -94,6 +109,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     from fp4pretrain.config import compose, plan_of
     from fp4pretrain.ops import choose
     from fp4pretrain.parallel.launch import launched
+    from fp4pretrain.presets import groups
 
     if arguments.what not in ("linear", "step") and arguments.overrides:
         raise UserError(
@@ -120,14 +136,19 @@ def _bench(arguments: argparse.Namespace) -> None:
         shown = kernels.table(found)
     else:
         device = timing.require_gpu()
+        every = arguments.precision == "all"
         recipes = {}
-        for name in arguments.precision.split(","):
+        for name in groups()["precision"] if every else arguments.precision.split(","):
             config = compose([f"precision={name}", *arguments.overrides])
             p, plan = config.precision, plan_of(config)
             backend, _ = choose(p.backend, plan, device, mxfp4_emulation=p.mxfp4_emulation)
             recipes[name] = backend, plan.recipe
-        found = linear.bench_linear(recipes)
-        shown = linear.table(found)
+        if arguments.width:
+            found = linear.bench_linear(recipes, linear.of_widths(arguments.width))
+            shown = linear.width_table(found)
+        else:
+            found = linear.bench_linear(recipes)
+            shown = linear.table(found)
     Console(highlight=False).print(shown)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{arguments.what}.json"
