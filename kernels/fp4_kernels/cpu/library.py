@@ -121,10 +121,13 @@ def _alone(lock: Path) -> Iterator[None]:
     """One process at a time, where the disk can lock; elsewhere each compiles for itself."""
     import fcntl
 
-    with lock.open("w", encoding="utf-8") as file:
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
         with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)
 
 
 def _compile(command: list[str], path: Path) -> None:
