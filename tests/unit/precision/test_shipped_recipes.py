@@ -226,6 +226,14 @@ def test_a_recipe_keeps_what_its_paper_keeps_and_nothing_switches_late(name: str
     assert (blocks, plan.keep.modules) == KEPT.get(name, ([], ()))
 
 
+def test_queries_and_keys_follow_another_recipe_than_values() -> None:
+    plan = shipped("nvfp4_qk_mxfp8")
+    qkv = "self_attention.linear_qkv"
+    assert plan.parts(0) == (f"{qkv}.qk", f"{qkv}.v")
+    assert plan.at(0, f"{qkv}.qk", Progress()) == shipped("mxfp8").recipe
+    assert plan.at(0, f"{qkv}.v", Progress()) == shipped("nvfp4").recipe
+
+
 def test_knobs_that_belong_together_move_together() -> None:
     """Transformer Engine's vector has 16 signs that are never redrawn: any other rotation has its own."""
     for override in ("size=32", "resample=gemm", "kind=hadamard", "kind=none"):
