@@ -106,7 +106,8 @@ TRUTH |= {
     "four_over_six_all": (NV_46, NV_46_2D, NONE, NV_SR, NV_46_2D, NONE, NV_SR, NV_46, RHT_TE),
     # arXiv:2601.22813: 4/6 forward without 2D, MS-EDEN at d = 128 with fresh signs backward
     "quartet2": (NV_46, NV_46, NONE, *(EDEN, EDEN, RHT128) * 2),
-    # arXiv:2510.27527: SR on all four backward operands, rotation in dgrad and wgrad
+    # arXiv:2510.27527: SR on all four backward operands, rotation in dgrad and wgrad, both of w and x from
+    # the forward's copies (``backward_double_quant`` of its authors' configs)
     "tetrajet2": (DOUBLE, DOUBLE, NONE, *(DOUBLE_SR, DOUBLE_SR, RHT16) * 2),
     # arXiv:2603.10444 and 2602.02047: paper A's casts, split
     "averis": (*A_FORWARD, NV_SR, NV_2D, NONE, NV_SR, NV_1D, NONE),
@@ -135,7 +136,10 @@ TRUTH |= {
 }  # fmt: skip
 # What a cast is made of, beside its table: operands, and the field that is not the default.
 ELSE = {
-    "quartet2": {("dgrad", "w"): {"source": "forward"}, ("wgrad", "x"): {"source": "forward"}},
+    **dict.fromkeys(
+        ("quartet2", "tetrajet2"),
+        {("dgrad", "w"): {"source": "forward"}, ("wgrad", "x"): {"source": "forward"}},
+    ),
     "averis": {
         place: {"split": "mean"}
         for place in (("fprop", "x"), ("dgrad", "dy"), ("wgrad", "dy"), ("wgrad", "x"))
