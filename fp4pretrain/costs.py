@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from fp4pretrain.config import ModelConfig
 from fp4pretrain.numerics.formats import FORMATS
 from fp4pretrain.precision import GEMMS, Plan
-from fp4pretrain.precision.rules import HEAD
+from fp4pretrain.precision.rules import HEAD, QKV, QKV_PARTS, qkv_rows
 
 _BF16 = 16
 
@@ -42,13 +42,15 @@ def flop_shares(
 
 
 def _shape(linear: str, model: ModelConfig, *, head_size: int) -> tuple[int, int]:
-    """(output, input) features of a linear by its global name."""
+    """(output, input) features of a linear, or of a part of one, by its global name."""
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    groups = model.num_query_groups or model.num_attention_heads
+    heads = model.num_attention_heads
+    if linear == QKV or linear in QKV_PARTS:
+        groups = model.num_query_groups or heads
+        return qkv_rows(linear, heads=heads, groups=groups, head_size=head_size), hidden
     gate = 2 if model.activation == "swiglu" else 1
-    width = model.num_attention_heads * head_size
+    width = heads * head_size
     shapes = {
-        "self_attention.linear_qkv": (width + 2 * groups * head_size, hidden),
         "self_attention.linear_proj": (hidden, width),
         "mlp.linear_fc1": (gate * ffn, hidden),
         "mlp.linear_fc2": (hidden, ffn),

@@ -46,10 +46,10 @@ class RuleConfig:
 
     ``recipe``: a file of ``configs/precision`` that the GEMMs come from; or give ``fprop``, ``dgrad``,
     ``wgrad`` themselves (they win over the file's). ``gemms``: default all three of a file, or those
-    given. ``blocks``: global blocks as in Python (3, '0:2', '-4:'), null for all. ``linears``: qkv,
-    proj, fc1, fc2, head. ``modules``: patterns on global names. ``start``, ``stop``: a fraction of the
-    run, '500 steps' or '2B tokens'; null: from the first step, to the last. ``trigger``: the rule holds
-    once a measured quantity meets this, 'gap > 0.02 for 3'; ``release`` ends that.
+    given. ``blocks``: global blocks as in Python (3, '0:2', '-4:'), null for all. ``linears``: qkv, proj,
+    fc1, fc2, head; q, k or v for their rows of qkv alone. ``modules``: patterns on global names. ``start``,
+    ``stop``: a fraction of the run, '500 steps' or '2B tokens'; null: from the first step, to the last.
+    ``trigger``: the rule holds once a measured quantity meets this ("gap > 0.02 for 3"); ``release`` ends it.
     """
 
     recipe: str | None = None

@@ -32,6 +32,7 @@ from fp4pretrain.model.families import Family, Linear
 from fp4pretrain.numerics import QuantizedTensor, QuantSpec, quantize
 from fp4pretrain.numerics.scaling import mx_stretch
 from fp4pretrain.precision import Plan, Progress
+from fp4pretrain.precision.rules import QKV_PARTS
 
 LAYOUTS = ("compressed-tensors", "modelopt")
 # (global layer, our linear's name) -> the largest magnitude of its input over a text
@@ -68,6 +69,11 @@ class Packer:
             fprop = plan.at(layer, name, progress).fprop
             if layer is None or fprop.w.format not in _FORMATS:
                 continue
+            if name in QKV_PARTS:
+                raise UserError(
+                    f"--quantize: rules give q, k and v of block {layer} different recipes, and their "
+                    "weights are packed as one matrix; export without --quantize"
+                )
             if fprop.rotation.active:
                 raise UserError(
                     f"--quantize: precision.fprop.rotation: {name} of block {layer} multiplies rotated "

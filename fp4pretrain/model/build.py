@@ -23,14 +23,14 @@ from fp4pretrain.model.init import initialize
 from fp4pretrain.nn.clock import Clock
 from fp4pretrain.nn.embedding import fuse_embeddings
 from fp4pretrain.nn.fused import fuse_layers
-from fp4pretrain.nn.linear import Binding, ColumnParallelQuantLinear, QuantLinear
+from fp4pretrain.nn.linear import Binding, Bound, ColumnParallelQuantLinear
 from fp4pretrain.nn.loss import fused_cross_entropy
 from fp4pretrain.nn.spec import block_spec
 from fp4pretrain.ops import Backend, Site, SiteState, sites_of
 from fp4pretrain.ops.choice import without_triton
 from fp4pretrain.ops.keys import place_of
 from fp4pretrain.precision import Plan, Progress, Recipe
-from fp4pretrain.precision.rules import HEAD, LINEARS
+from fp4pretrain.precision.rules import HEAD, LINEARS, QKV, short_name
 
 # The vocabulary is padded to a multiple of this and of the tensor-parallel ranks.
 _VOCAB_MULTIPLE = 128
@@ -113,12 +113,14 @@ def log_denominator(logits: torch.Tensor) -> torch.Tensor:
 class PlanBinding:
     """All quantized linears of this rank's chunks, the plan they follow, what their casts leave behind.
 
+    ``linears``: (global layer or None for the head, name in the plan, what follows its recipe): a linear, or
+    a part of one where the plan divides it.
     ``followed``: every recipe that a linear was given for a step, by (global layer or None, name).
     ``switches``: how often the plan has switched any linear of the whole model, the same on every rank.
     """
 
     plan: Plan
-    linears: list[tuple[int | None, str, QuantLinear]]
+    linears: list[tuple[int | None, str, Bound]]
     sites: SiteState
     progress: Progress = field(default_factory=Progress)
     followed: dict[tuple[int | None, str], set[Recipe]] = field(default_factory=dict)
@@ -224,7 +226,7 @@ def build_model(
     """This rank's model chunks (several with an interleaved pipeline), initialized and bound."""
     chunks_here = config.parallel.virtual_pipeline or 1
     chunks: list[GPT] = []
-    linears: list[tuple[int | None, str, QuantLinear]] = []
+    linears: list[tuple[int | None, str, Bound]] = []
     sites = SiteState(remembering_sites(plan), torch.device(torch.cuda.current_device()))
     global_amax = config.precision.amax == "tensor_parallel"
     for index in range(chunks_here):
@@ -237,7 +239,7 @@ def build_model(
             num_layers=config.model.num_layers,
         )
         bind = partial(Binding, backend, clock, global_amax=global_amax, sites=sites)
-        linears += _bind(chunk, bind, blocks=config.model.implementation != ENGINE)
+        linears += _bind(chunk, bind, plan, blocks=config.model.implementation != ENGINE)
         chunks.append(chunk)
     binding = PlanBinding(plan, linears, sites)
     binding.apply(Progress())
@@ -281,20 +283,49 @@ def _build_chunk(config: RunConfig, transformer: TransformerConfig, stage: int |
 
 
 def _bind(
-    chunk: GPT, bind: Callable[..., Binding], *, blocks: bool
-) -> list[tuple[int | None, str, QuantLinear]]:
-    """Bind every linear of a chunk, of its ``blocks`` too where they are ours; returns them as (global
-    layer or None for the head, name, linear)."""
-    found: list[tuple[int | None, str, QuantLinear]] = []
-    for layer in chunk.decoder.layers if blocks else ():
+    chunk: GPT, bind: Callable[..., Binding], plan: Plan, *, blocks: bool
+) -> list[tuple[int | None, str, Bound]]:
+    """Bind every linear of a chunk, of its ``blocks`` too where they are ours; returns them as in
+    ``PlanBinding.linears``."""
+    found: list[tuple[int | None, str, Bound]] = []
+
+    def binding(layer: int | None, name: str) -> Binding:
+        number, index = place_of(layer, name)
+        return bind(layer=number, linear=index)
+
+    for block in chunk.decoder.layers if blocks else ():
+        layer = block.layer_number - 1
         for name in LINEARS:
-            found.append((layer.layer_number - 1, name, layer.get_submodule(name)))
+            linear = block.get_submodule(name)
+            parts = plan.parts(layer)
+            if name != QKV or parts == (QKV,):
+                linear.bind(binding(layer, name))
+                found.append((layer, name, linear))
+                continue
+            rows = [
+                (_part_rows(part, block.self_attention), binding(layer, part)) for part in parts
+            ]
+            bound = linear.divide(rows)
+            found += [(layer, part, one) for part, one in zip(parts, bound, strict=True)]
     if chunk.post_process:
+        chunk.output_layer.bind(binding(None, HEAD))
         found.append((None, HEAD, chunk.output_layer))
-    for block, name, linear in found:
-        number, index = place_of(block, name)
-        linear.bind(bind(layer=number, linear=index))
     return found
+
+
+def _part_rows(part: str, attention: Any) -> torch.Tensor:
+    """Which rows of a rank's projection matrix are those of a part: int64, in their order.
+
+    megatron-core lays the matrix out by query groups: the queries of a group, its key, its value.
+    """
+    groups, head_size = (
+        attention.num_query_groups_per_partition,
+        attention.hidden_size_per_attention_head,
+    )
+    queries = attention.num_attention_heads_per_partition // groups * head_size
+    letters = "q" * queries + "k" * head_size + "v" * head_size
+    mine = [row for row, letter in enumerate(letters * groups) if letter in short_name(part)]
+    return torch.tensor(mine, device=attention.linear_qkv.weight.device)
 
 
 def remembering_sites(plan: Plan) -> dict[Site, int]:

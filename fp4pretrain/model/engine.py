@@ -28,7 +28,6 @@ from fp4pretrain.numerics import QuantSpec
 from fp4pretrain.nvidia import why_no_engine
 from fp4pretrain.precision import BF16, Plan, Recipe
 from fp4pretrain.precision.recipe import Rotation
-from fp4pretrain.precision.rules import LINEARS
 
 ENGINE = "transformer_engine"
 _KEY = "model.implementation"
@@ -79,7 +78,8 @@ def engine_fields(plan: Plan) -> dict[str, Any]:
     """
     blocks = []
     for layer in range(plan.num_layers):
-        found = {recipe for name in LINEARS for recipe in plan.recipes_of(layer, name)}
+        names = [name for at, name in plan.linears() if at == layer]
+        found = {recipe for name in names for recipe in plan.recipes_of(layer, name)}
         if len(found) > 1:
             raise _refused(f"block {layer} has linears or moments of different recipes")
         blocks.append(_fields(found.pop()))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fp4pretrain.config import RunConfig, plan_of
 from fp4pretrain.errors import UserError
-from fp4pretrain.precision.rules import LINEARS
+from fp4pretrain.precision.rules import LINEARS, QKV, QKV_PARTS, qkv_rows
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ def _check_blocks(config: RunConfig) -> None:
     heads, groups = m.num_attention_heads, m.num_query_groups or m.num_attention_heads
     head_size = m.kv_channels or m.hidden_size // heads
     up = m.ffn_hidden_size // tensor
-    plan.check_shards(LINEARS[0], n=((heads + 2 * groups) * head_size // tensor,), k=None)
+    for name in (QKV, *QKV_PARTS):
+        rows = qkv_rows(name, heads=heads, groups=groups, head_size=head_size)
+        plan.check_shards(name, n=(rows // tensor,), k=None)
     plan.check_shards(LINEARS[1], n=(), k=heads * head_size // tensor)
     # the gate's and the up projection's halves are blocks apart in the whole matrix: each is a part
     plan.check_shards(LINEARS[2], n=(up,), k=None)

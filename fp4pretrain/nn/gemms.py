@@ -9,6 +9,10 @@ with wgrad, accumulation into the FP32 main gradient, frozen weights.
 
 Everything that waits for the backward pass is saved through autograd, so saved-tensor hooks
 (offloading) see it, an in-place change of it is an error, and it is freed after its last use.
+
+Where a plan divides attention's projections, a linear is several calls, each with some rows of the weight
+and a recipe: x is gathered once and cast once for each recipe, every call makes its rows of y and of dw,
+and dx is the sum of the calls' products, in FP32.
 """
 
 from __future__ import annotations
@@ -29,7 +33,11 @@ from fp4pretrain.parallel.bridge import plain_torch
 
 @dataclass(frozen=True)
 class LinearCall:
-    """Everything but the tensors of one call: casts by recipe, backend, groups."""
+    """Everything but the tensors of one call: casts by recipe, backend, groups.
+
+    ``rows``: int64, the rows of the weight (and so the columns of y) that the call is about; None: all.
+    Calls of one linear differ in casts, weights and rows.
+    """
 
     casts: LinearCasts
     backend: Backend
@@ -40,6 +48,11 @@ class LinearCall:
     allreduce_dgrad: bool
     training: bool
     sites: SiteState | None = None  # what casts leave behind
+    rows: Tensor | None = None
+
+    def of(self, x: Tensor, dim: int) -> Tensor:
+        """The part of x that the call is about, where ``dim`` counts output features."""
+        return x if self.rows is None else x.index_select(dim, self.rows)
 
     def cast(self, x: Tensor, casts: Sequence[Cast]) -> list[Operand]:
         """Operands of x; scales that other ranks' elements take part in are reduced over them."""
@@ -73,71 +86,117 @@ class LinearCall:
 
 
 class QuantLinearFunction(torch.autograd.Function):
-    """y [..., n] = x [..., k] @ weight [n, k].T (+ bias [n]), and both gradients, by a recipe."""
+    """y [..., n] = x [..., k] @ weight [n, k].T (+ bias [n]), and both gradients, by recipes.
+
+    ``calls``: one, or those whose rows make up the weight.
+    """
 
     @staticmethod
     @plain_torch
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: LinearCall
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, calls: Sequence[LinearCall]
     ) -> Tensor:
-        casts = call.casts
-        total = _gather(x, call.tp_group)[0] if call.gather else x
+        first = calls[0]
+        total = _gather(x, first.tp_group)[0] if first.gather else x
         x_tk = total.reshape(-1, total.shape[-1])
-        save = call.training and weight.requires_grad
-        save_operand = save and not call.gather
-        from_forward = casts.wgrad_x.spec.source == "forward"
-        x_casts = [casts.fprop_x] + ([casts.wgrad_x] if save_operand and not from_forward else [])
-        x_operands = call.cast(x_tk, x_casts)
-        w_operand = call.weights.forward(
-            weight, casts, call.weights_version, call.cast, backward_too=call.training
-        )
-        y_tn = call.multiply("fprop", x_operands[0], w_operand, out_dtype=x.dtype)
+        save = first.training and weight.requires_grad
+        save_operand = save and not first.gather
+        y_tn, kept = None, []
+        for call in calls:
+            y_part, x_operand = _forward(call, x_tk, weight, save=save_operand)
+            kept.append(x_operand)
+            if call.rows is None:
+                y_tn = y_part
+            else:
+                y_tn = x_tk.new_empty(len(x_tk), len(weight)) if y_tn is None else y_tn
+                y_tn.index_copy_(1, call.rows, y_part)
+        assert y_tn is not None
         if bias is not None:
             y_tn += bias
-        ctx.call, ctx.use_bias, ctx.x_shape = call, bias is not None, x.shape
+        ctx.calls, ctx.use_bias, ctx.x_shape = calls, bias is not None, x.shape
         ctx.x_dtype = x.dtype
         # x itself is saved only where it must be gathered again (its shard is smaller than a cast
         # of the whole); weight for dgrad's cast of it and its main gradient.
-        ctx.saved_x = x_operands[-1].hollow() if save_operand else None
-        operand = x_operands[-1].tensors() if save_operand else ()
-        ctx.save_for_backward(weight, x if save and call.gather else None, *operand)
+        ctx.saved_x = [operand.hollow() for operand in kept] if save_operand else None
+        operands = [t for operand in kept for t in operand.tensors()] if save_operand else ()
+        ctx.save_for_backward(weight, x if save and first.gather else None, *operands)
         # Not a view: megatron-core's cross entropy works on FP32 logits in place.
         return torch.ops.aten._unsafe_view(y_tn, [*total.shape[:-1], y_tn.shape[-1]])
 
     @staticmethod
     @plain_torch
     def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]
-        call: LinearCall = ctx.call
-        casts = call.casts
-        weight, x, *operand = ctx.saved_tensors
+        calls: Sequence[LinearCall] = ctx.calls
+        first = calls[0]
+        weight, x, *saved = ctx.saved_tensors
         need_dx, need_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         dy_tn = dy.reshape(-1, dy.shape[-1])
 
         # dy's amaxes are reduced over the group that gathers x. They go first: behind the gather
         # they would wait for all of it.
-        dy_casts = [casts.dgrad_dy] * need_dx + [casts.wgrad_dy] * need_dw
-        dy_operands = call.cast(dy_tn, dy_casts)
-        gathering = _gather(x, call.tp_group, wait=False) if x is not None and need_dw else None
+        dy_operands = []
+        for call in calls:
+            casts = [call.casts.dgrad_dy] * need_dx + [call.casts.wgrad_dy] * need_dw
+            dy_operands.append(call.cast(call.of(dy_tn, 1), casts))
+        gathering = _gather(x, first.tp_group, wait=False) if x is not None and need_dw else None
         dx = dw = None
         reducing = None
         if need_dx:
-            w_operand = call.weights.backward(weight, casts, call.weights_version, call.cast)
-            dx_tk = call.multiply("dgrad", dy_operands[0], w_operand, out_dtype=ctx.x_dtype)
-            dx, reducing = _reduce(dx_tk, ctx.x_shape, call)
+            dx_tk = _input_gradient(weight, calls, [one[0] for one in dy_operands], ctx.x_dtype)
+            dx, reducing = _reduce(dx_tk, ctx.x_shape, first)
         if need_dw:
+            total = None
             if gathering is not None:
                 total, handle = gathering
                 handle.wait()
-                wgrad_x = call.wgrad_x(total.reshape(-1, total.shape[-1]))
-            else:
-                wgrad_x = ctx.saved_x.filled(tuple(operand))
-                if casts.wgrad_x.spec.source == "forward":
-                    wgrad_x = call.wgrad_x_from(wgrad_x, ctx.x_shape[-1])
-            dw = _weight_gradient(weight, dy_operands[-1], wgrad_x, call)
+                total = total.reshape(-1, total.shape[-1])
+            for number, call in enumerate(calls):
+                if total is not None:
+                    wgrad_x = call.wgrad_x(total)
+                else:
+                    hollow = ctx.saved_x[number]
+                    count = len(hollow.tensors())
+                    wgrad_x, saved = hollow.filled(tuple(saved[:count])), saved[count:]
+                    if call.casts.wgrad_x.spec.source == "forward":
+                        wgrad_x = call.wgrad_x_from(wgrad_x, ctx.x_shape[-1])
+                dw = _weight_gradient(weight, dy_operands[number][-1], wgrad_x, call, dw)
         db = dy_tn.sum(dim=0) if ctx.use_bias else None
         if reducing is not None:
             reducing.wait()
         return dx, dw, db, None
+
+
+def _forward(
+    call: LinearCall, x_tk: Tensor, weight: Tensor, *, save: bool
+) -> tuple[Tensor, Operand]:
+    """One call's y [t, n], and the operand of x that waits for the backward pass if ``save``."""
+    casts = call.casts
+    from_forward = casts.wgrad_x.spec.source == "forward"
+    x_casts = [casts.fprop_x] + ([casts.wgrad_x] if save and not from_forward else [])
+    x_operands = call.cast(x_tk, x_casts)
+    w_operand = call.weights.forward(
+        weight, casts, call.weights_version, call.cast, backward_too=call.training
+    )
+    return call.multiply("fprop", x_operands[0], w_operand, out_dtype=x_tk.dtype), x_operands[-1]
+
+
+def _input_gradient(
+    weight: Tensor, calls: Sequence[LinearCall], dy: Sequence[Operand], dtype: torch.dtype
+) -> Tensor:
+    """dx [t, k]: the product of dy and w, or the sum of those of all calls."""
+    alone = len(calls) == 1
+    dx_tk = None
+    for call, dy_operand in zip(calls, dy, strict=True):
+        w_operand = call.weights.backward(weight, call.casts, call.weights_version, call.cast)
+        dx_tk = call.multiply(
+            "dgrad",
+            dy_operand,
+            w_operand,
+            out_dtype=dtype if alone else torch.float32,
+            accumulate_into=dx_tk,
+        )
+    assert dx_tk is not None
+    return dx_tk.to(dtype)
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup, *, wait: bool = True) -> tuple[Tensor, Any]:
@@ -161,17 +220,29 @@ def _reduce(dx_tk: Tensor, x_shape: torch.Size, call: LinearCall) -> tuple[Tenso
     return dx_tk.view(x_shape), handle
 
 
-def _weight_gradient(weight: Any, dy: Any, x: Any, call: LinearCall) -> Tensor | None:
-    """dw [n, k]; a dummy where megatron-core's DDP made ``weight.main_grad`` (FP32), to which it is added."""
+def _weight_gradient(
+    weight: Any, dy: Any, x: Any, call: LinearCall, earlier: Tensor | None
+) -> Tensor | None:
+    """dw [n, k]; a dummy where megatron-core's DDP made ``weight.main_grad`` (FP32), to which it is added.
+
+    ``earlier``: what the linear's calls before this one returned, whose rows this one leaves alone.
+    """
     product = partial(call.multiply, "wgrad", dy, x)
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
-        return product(out_dtype=weight.dtype)
+        found = product(out_dtype=weight.dtype)
+        if call.rows is None:
+            return found
+        dw = torch.empty_like(weight) if earlier is None else earlier
+        return dw.index_copy_(0, call.rows, found)
     if main_grad.dtype == torch.float32:
-        product(out_dtype=torch.float32, accumulate_into=main_grad)
+        rows = call.of(main_grad, 0)
+        product(out_dtype=torch.float32, accumulate_into=rows)
     else:
-        main_grad.add_(product(out_dtype=main_grad.dtype))
-    return added_to_main_grad(weight)
+        rows = call.of(main_grad, 0).add_(product(out_dtype=main_grad.dtype))
+    if call.rows is not None:
+        main_grad.index_copy_(0, call.rows, rows)
+    return added_to_main_grad(weight) if earlier is None else earlier
 
 
 def added_to_main_grad(parameter: Any) -> Tensor:

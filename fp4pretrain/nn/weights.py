@@ -13,7 +13,7 @@ Make = Callable[[Tensor, Sequence[Cast]], list[Operand]]
 
 
 class WeightCache:
-    """Operands of one weight [n, k]: fprop's, and dgrad's of its transpose.
+    """Operands of one weight [n, k], or of some of its ``rows``: fprop's, and dgrad's of the transpose.
 
     Stale is impossible by three keys: the clock's ``weights_version``, which the trainer advances after
     each optimizer step and load; the weight's memory and PyTorch's own version of it, which any
@@ -25,7 +25,8 @@ class WeightCache:
     not held: microbatches in flight would each hold their own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: Tensor | None = None) -> None:
+        self._rows = rows
         self._moment: tuple[int, int, int] | None = None
         self._held: dict[Cast, Operand] = {}
 
@@ -50,15 +51,21 @@ class WeightCache:
                 casts.dgrad_w
             ]
         if casts.w_redrawn:
-            return make(weight.detach(), [casts.dgrad_w])[0]
+            return make(self._cast_rows(weight), [casts.dgrad_w])[0]
         if casts.w_shared:
             fprop = self._get(weight, casts, version, make, [casts.fprop_w])[casts.fprop_w]
             # padding lies along the other axis of a transpose, so only whole blocks are shared
-            if fprop.shape == tuple(weight.shape) and not casts.dgrad_w.padding(weight.shape[0]):
+            n = len(weight if self._rows is None else self._rows)
+            if fprop.shape == (n, weight.shape[1]) and not casts.dgrad_w.padding(n):
                 turned = fprop.transposed()
                 if turned is not None:
                     return turned
         return self._get(weight, casts, version, make, [casts.dgrad_w])[casts.dgrad_w]
+
+    def _cast_rows(self, weight: Tensor) -> Tensor:
+        """What is cast of a weight."""
+        whole = weight.detach()
+        return whole if self._rows is None else whole.index_select(0, self._rows)
 
     def _get(
         self,
@@ -77,7 +84,7 @@ class WeightCache:
         found = self._held
         missing = [cast for cast in dict.fromkeys(wanted) if cast not in found]
         if missing:
-            made = make(weight.detach() if of is None else of, missing)
+            made = make(self._cast_rows(weight) if of is None else of, missing)
             found = found | dict(zip(missing, made, strict=True))
             current = casts.fprop_w, casts.dgrad_w
             self._held = {c: o for c, o in found.items() if c in current and c.spec.quantized}

@@ -10,7 +10,6 @@ from fp4pretrain.errors import UserError
 from fp4pretrain.observe.statistics import STATISTICS
 from fp4pretrain.ops.keys import Site, site_of
 from fp4pretrain.precision import BF16, OPERANDS, Plan, Rule
-from fp4pretrain.precision.rules import BLOCK_LINEARS
 
 _ALL_OPERANDS = ("x", "w", "dy")
 
@@ -89,9 +88,8 @@ def selection_of(section: Any) -> Selection:
 
 
 def label(site: Site) -> str:
-    """``3.fc2.wgrad.dy``, ``head.fprop.x``."""
-    short = tuple(BLOCK_LINEARS)
-    where = "head" if site.layer < 0 else f"{site.layer}.{short[site.linear]}"
+    """``3.fc2.wgrad.dy``, ``3.qk.fprop.x``, ``head.fprop.x``."""
+    where = site.short if site.layer < 0 else f"{site.layer}.{site.short}"
     return f"{where}.{site.gemm}.{site.operand}"
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fp4pretrain.numerics import Noise, derive_key, random_signs, signs_te
 from fp4pretrain.precision import GEMMS, OPERANDS, Rotation
-from fp4pretrain.precision.rules import LINEARS
+from fp4pretrain.precision.rules import HEAD, LINEARS, QKV_PARTS, short_name
 
 if TYPE_CHECKING:
     from fp4pretrain.ops.draws import Draws
@@ -25,6 +25,8 @@ NOISE_STREAM, SIGNS_STREAM = 1, 2
 _GEMM_INDEX = {name: i for i, name in enumerate(GEMMS)}
 # Weights are cast once a step, whichever microbatch comes first.
 _NO_MICROBATCH = -1
+# What ``Site.linear`` counts: parts of a divided linear come after the head.
+_PLACES = (*LINEARS, HEAD, *QKV_PARTS)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Site:
     """The name of one cast: which operand of which GEMM of which linear.
 
     ``layer`` counts globally from 0 (-1: the head), ``linear`` is its place among the linears of a
-    block.
+    block (the head's and those of parts of attention's projections come after them).
     """
 
     layer: int
@@ -46,6 +48,11 @@ class Site:
         index = OPERANDS[self.gemm].index(self.operand)
         return self.layer, self.linear, _GEMM_INDEX[self.gemm], index
 
+    @property
+    def short(self) -> str:
+        """The short name of the linear: ``fc2``, ``head``, ``qk``."""
+        return short_name(_PLACES[self.linear])
+
 
 def site_of(layer: int | None, linear: str, gemm: str, operand: str) -> Site:
     """The site of an operand of a linear by its global name; ``layer`` None: the head."""
@@ -54,7 +61,7 @@ def site_of(layer: int | None, linear: str, gemm: str, operand: str) -> Site:
 
 def place_of(layer: int | None, linear: str) -> tuple[int, int]:
     """(layer, linear) as in ``Site`` of a linear by its global name; ``layer`` None: the head."""
-    return (-1, len(LINEARS)) if layer is None else (layer, LINEARS.index(linear))
+    return -1 if layer is None else layer, _PLACES.index(linear)
 
 
 @lru_cache(maxsize=4096)

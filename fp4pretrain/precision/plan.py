@@ -4,6 +4,9 @@ A plan is one recipe for the linears of all blocks, BF16 for the head, and an or
 For each GEMM of a linear the last rule that covers it and is active wins. The order is: ``keep``, the
 rules of the YAML in their order, ``tail``. Layers are counted globally (0 is the model's first block
 on every pipeline layout), so a plan is the same text on one process and on a thousand.
+
+Attention's projections are one linear, until rules name parts of it (q, k, v): in a layer whose parts ever
+follow different recipes, each part is a linear of the plan.
 """
 
 from __future__ import annotations
@@ -20,9 +23,12 @@ from fp4pretrain.precision.rules import (
     BLOCK_LINEARS,
     HEAD,
     LINEARS,
+    QKV,
+    QKV_PARTS,
     Keep,
     Rule,
     Tail,
+    short_name,
 )
 from fp4pretrain.precision.when import Progress
 
@@ -43,18 +49,25 @@ class Plan:
     deoscillation: Deoscillation = field(default_factory=Deoscillation)
     ordered: tuple[Rule, ...] = field(init=False, compare=False, repr=False)
     _resolved: dict = field(default_factory=dict, init=False, compare=False, repr=False)
+    _places: tuple = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recipe", self.recipe.interned())
         ordered = *self.keep.rules(self.num_layers), *self.rules, *self.tail.rules()
         object.__setattr__(self, "ordered", ordered)
         for rule in self.ordered:
-            if not any(rule.covers(*place, self.num_layers) for place in self.linears()):
+            if not any(rule.covers(*place, self.num_layers) for place in self._single()):
                 raise UserError(
                     f"{rule.key}: it matches no linear ({rule.where_and_when()}); names look like "
                     f"layers.0.{LINEARS[0]} (layers 0 to {self.num_layers - 1}) and {HEAD}"
                 )
+        object.__setattr__(self, "_places", tuple(self._divided()))
         self.deoscillation.check(self.recipe)
+        if self.deoscillation and any(linear in QKV_PARTS for _, linear in self.linears()):
+            raise UserError(
+                "precision.deoscillation.period: it follows whole weight matrices, and rules divide that "
+                "of attention's projections (q, k, v); name qkv in them, or set period to 0"
+            )
         if self.recipe.quantized and not self.ever_quantized:
             raise UserError(
                 f"precision.keep: it keeps all {self.num_layers} blocks in BF16, so nothing is "
@@ -62,10 +75,41 @@ class Plan:
             )
 
     def linears(self) -> Iterator[tuple[int | None, str]]:
-        """(global layer, linear) of every linear the plan governs; the head last, without a layer."""
+        """(global layer, linear) of every linear the plan governs; the head last, without a layer.
+
+        Where rules divide attention's projections, each part is one (``self_attention.linear_qkv.qk``).
+        """
+        yield from self._places
+
+    def parts(self, layer: int) -> tuple[str, ...]:
+        """The parts of a layer's attention projections; the linear itself where they are not divided."""
+        here = [linear for at, linear in self._places if at == layer]
+        return tuple(linear for linear in here if linear == QKV or linear in QKV_PARTS)
+
+    def _single(self) -> Iterator[tuple[int | None, str]]:
+        """(global layer, linear) with each of attention's projections alone."""
         for layer in range(self.num_layers):
-            for linear in LINEARS:
-                yield layer, linear
+            for linear in (*(f"{QKV}.{letter}" for letter in "qkv"), *LINEARS):
+                if linear != QKV:
+                    yield layer, linear
+        yield None, HEAD
+
+    def _divided(self) -> Iterator[tuple[int | None, str]]:
+        """The places of ``linears``: projections that always follow one recipe stay together."""
+        projections = tuple(f"{QKV}.{letter}" for letter in "qkv")
+        moments = list(product(*((False, True) if r.timed else (True,) for r in self.ordered)))
+        for layer in range(self.num_layers):
+            told_apart = any(
+                len({rule.covers(layer, one, self.num_layers) for one in projections}) > 1
+                for rule in self.ordered
+            )
+            together: dict[tuple[Recipe, ...], str] = {}
+            for one in projections:
+                always = [self._with(layer, one, now) for now in moments if told_apart]
+                together[tuple(always)] = together.get(tuple(always), "") + short_name(one)
+            for letters in together.values():
+                yield layer, QKV if letters == "qkv" else f"{QKV}.{letters}"
+            yield from ((layer, linear) for linear in LINEARS if linear != QKV)
         yield None, HEAD
 
     def at(self, layer: int | None, linear: str, progress: Progress) -> Recipe:
@@ -136,7 +180,7 @@ class Plan:
         Raises:
             UserError: naming the key and the cure.
         """
-        for layer in range(self.num_layers):
+        for layer in (at for at, name in self.linears() if name == linear):
             for recipe in self.recipes_of(layer, linear):
                 for length in n:
                     _check_shard(recipe, linear, length, contracted="dgrad", tiled="fprop")
@@ -147,10 +191,17 @@ class Plan:
         start = self._active(Progress())
         rows = []
         for layer in range(self.num_layers):
-            cells = [self._label(self._with(layer, name, start)) for name in LINEARS]
-            rows.append((str(layer), *cells))
+            qkv = [
+                (name, self._label(self._with(layer, name, start))) for name in self.parts(layer)
+            ]
+            cells = [self._label(self._with(layer, name, start)) for name in LINEARS if name != QKV]
+            if len(qkv) > 1:
+                told = ", ".join(f"{short_name(name)} {label}" for name, label in qkv)
+            else:
+                told = qkv[0][1]
+            rows.append((str(layer), told, *cells))
         quantized = sum(self._with(i, n, start).quantized for i, n in self.linears())
-        lines = [str(self.recipe), "", f"{quantized} of {self.num_layers * len(LINEARS)} linears "]
+        lines = [str(self.recipe), "", f"{quantized} of {len(self._places) - 1} linears "]
         lines[-1] += (
             "of the blocks are quantized at the start; embedding, norms and attention products "
             f"never are; head: {self._label(self._with(None, HEAD, start))}"

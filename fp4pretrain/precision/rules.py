@@ -21,7 +21,32 @@ BLOCK_LINEARS = {
 }
 LINEARS = tuple(BLOCK_LINEARS.values())
 HEAD = "output_layer"
-_SHORT = {**BLOCK_LINEARS, "head": HEAD}
+# Attention's projections are one matrix, of which rules may name parts. Parts that follow the same recipes
+# for a whole run stay together, so a part of a plan is one of them or two.
+QKV = BLOCK_LINEARS["qkv"]
+QKV_PARTS = tuple(f"{QKV}.{letters}" for letters in ("q", "k", "v", "qk", "qv", "kv"))
+_SHORT = {**BLOCK_LINEARS, "head": HEAD, **{letter: f"{QKV}.{letter}" for letter in "qkv"}}
+
+
+def short_name(linear: str) -> str:
+    """The short name of a linear, or of a part of one: ``fc2``, ``head``, ``qk``."""
+    if linear in QKV_PARTS:
+        return linear.removeprefix(f"{QKV}.")
+    return next(short for short, name in _SHORT.items() if name == linear)
+
+
+def qkv_rows(linear: str, *, heads: int, groups: int, head_size: int) -> int:
+    """Output features of the projections, or of the part of them that ``linear`` names."""
+    each = {"q": heads, "k": groups, "v": groups}
+    letters = short_name(linear)
+    return sum(each[letter] for letter in letters) * head_size
+
+
+def _single_parts(linear: str) -> tuple[str, ...]:
+    """The projections that a linear or a part stands for, each alone; any other linear itself."""
+    if linear != QKV and linear not in QKV_PARTS:
+        return (linear,)
+    return tuple(f"{QKV}.{letter}" for letter in short_name(linear))
 
 
 def linear_name(layer: int | None, linear: str) -> str:
@@ -38,7 +63,7 @@ class Rule:
         recipe: where the GEMMs' casts and rotations come from.
         gemms: fprop, dgrad, wgrad: those that the rule replaces.
         blocks: global blocks as a Python slice or index (``0:2``, ``-4:``, ``3``); None for all.
-        linears: qkv, proj, fc1, fc2, head.
+        linears: qkv, proj, fc1, fc2, head; or q, k, v, rows of qkv's matrix.
         modules: shell patterns on global names (``*.linear_qkv``); none for every linear named above.
         start: the moment from which the rule holds; None: from the beginning.
         stop: the moment at which it ends; None: it holds to the end.
@@ -86,15 +111,24 @@ class Rule:
         return f"precision.{self.name}" if short else f"precision.rules.{self.name}"
 
     def covers(self, layer: int | None, linear: str, num_layers: int) -> bool:
-        """Whether the rule is about this linear (``layer`` None: the head)."""
-        if linear not in (_SHORT[short] for short in self.linears):
+        """Whether the rule is about this linear, or all of this part of one (``layer`` None: the head)."""
+        return all(
+            self._covers(layer, single, num_layers=num_layers) for single in _single_parts(linear)
+        )
+
+    def _covers(self, layer: int | None, linear: str, *, num_layers: int) -> bool:
+        """Whether the rule is about a linear that is not divided, or a single part."""
+        whole = QKV if linear in QKV_PARTS else linear
+        if not {whole, linear}.intersection(_SHORT[short] for short in self.linears):
             return False
         if self.blocks is not None:
             blocks = _block_range(f"{self.key}.blocks", self.blocks, num_layers)
             if layer is None or layer not in blocks:
                 return False
-        name = linear_name(layer, linear)
-        return not self.modules or any(fnmatchcase(name, pattern) for pattern in self.modules)
+        names = [linear_name(layer, name) for name in (whole, linear)]
+        return not self.modules or any(
+            fnmatchcase(name, pattern) for name in names for pattern in self.modules
+        )
 
     def active(self, progress: Progress) -> bool:
         """Whether the rule holds for the next step."""

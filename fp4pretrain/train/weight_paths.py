@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4pretrain.nn.linear import QuantLinear
+from fp4pretrain.nn.linear import Bound
 from fp4pretrain.ops import Cast
 from fp4pretrain.precision.deoscillation import unsettled
 from fp4pretrain.train.optimizer import set_elements
@@ -28,7 +28,7 @@ class WeightPath:
     made (None: not cast so far), and the distances [n, k] that weight and cast have moved since the window
     opened (FP32)."""
 
-    linear: QuantLinear
+    linear: Bound
     weight: Tensor
     moved: Tensor
     cast_moved: Tensor
@@ -36,7 +36,7 @@ class WeightPath:
     cast: Tensor | None = None
 
     def step(self) -> None:
-        """Add how far one step moved both. Collective as ``QuantLinear.cast_weight``."""
+        """Add how far one step moved both. Collective as ``Bound.cast_weight``."""
         now, by = self.linear.weight.detach(), self.linear.weight_cast()
         if unsettled(by.spec, rotated=by.rotation_size > 0) is None:
             before = self.cast if by == self.by else self.linear.cast_weight(self.weight)
@@ -53,7 +53,7 @@ class WeightPath:
 class WeightPaths:
     """The open window's paths of this rank's block weights; none while no window is open."""
 
-    def __init__(self, linears: Iterable[tuple[int | None, str, QuantLinear]]) -> None:
+    def __init__(self, linears: Iterable[tuple[int | None, str, Bound]]) -> None:
         self._linears = [linear for layer, _, linear in linears if layer is not None]
         self.open: list[WeightPath] = []
 

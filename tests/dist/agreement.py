@@ -48,7 +48,7 @@ SUM_ORDER = 2e-6
 GRADIENT = {"bf16": 5e-4}
 GRADIENT |= dict.fromkeys(("fp8", "fp8_block", "fp8_delayed", "mxfp8"), 1e-2)
 GRADIENT |= dict.fromkeys(("nvfp4", "int4", "mxfp4_rht_sr", "mxfp4_h16"), 3e-2)
-GRADIENT |= dict.fromkeys(("quartet2", "averis", "ue5m3"), 3e-2)
+GRADIENT |= dict.fromkeys(("quartet2", "averis", "ue5m3", "nvfp4_qk_mxfp8"), 3e-2)
 
 _singles: dict[tuple, dict] = {}
 

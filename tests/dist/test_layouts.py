@@ -52,6 +52,7 @@ ALSO_SHIPPED = {
     "mxfp8": ["precision=mxfp8"],
     "int4": ["precision=int4"],
     "mxfp4_h16": ["precision=mxfp4_h16"],
+    "nvfp4_qk_mxfp8": ["precision=nvfp4_qk_mxfp8", "precision.keep.last_blocks=0", *WIDE],
 }
 # Shapes and switches that take other code paths, on the layout that could break them.
 VARIANTS = {

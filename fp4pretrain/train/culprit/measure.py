@@ -95,11 +95,10 @@ class Lab:
         return float(total[0] / total[1])
 
     def _gradients(self) -> list[Tensor]:
-        return [
-            linear.weight.main_grad  # type: ignore[attr-defined]  # megatron-core's linear has it
-            for layer, _, linear in self._trainer.binding.linears
-            if layer is not None  # a tied head has the embedding's
-        ]
+        linears = self._trainer.binding.linears
+        # a tied head has the embedding's; parts of a linear have one weight
+        weights = {id(one.weight): one.weight for layer, _, one in linears if layer is not None}
+        return [weight.main_grad for weight in weights.values()]
 
     def _squares(self, tensors: Sequence[Tensor]) -> float:
         """Sum of the squares over the model's shards."""

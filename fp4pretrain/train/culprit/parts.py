@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 from fp4pretrain.numerics import QuantSpec
 from fp4pretrain.precision import BF16, GEMMS, OPERANDS, Plan, Recipe
-from fp4pretrain.precision.rules import BLOCK_LINEARS, HEAD
+from fp4pretrain.precision.rules import short_name
 
 KINDS = ("gemm", "operand", "linear", "layer", "cell")
-_SHORT = {name: short for short, name in BLOCK_LINEARS.items()} | {HEAD: "head"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class CastAt:
         return {
             "gemm": self.gemm,
             "operand": f"{self.gemm} {self.operand}",
-            "linear": _SHORT[self.linear],
+            "linear": short_name(self.linear),
             "layer": layer,
             "cell": f"{layer} {self.gemm}",
         }[kind]

@@ -118,6 +118,29 @@ def test_a_run_counts_what_it_did_and_one_that_did_otherwise_is_an_error(
         train(compose([*run, f"run_dir={tmp_path}/wrong"]))
 
 
+def test_parts_of_the_projections_are_linears_of_the_audit_and_are_counted(tmp_path: Path) -> None:
+    run = [*SMALL, "precision=nvfp4_qk_mxfp8", *KEEP, "model.num_query_groups=1"]
+    found = audit(compose(run), CPU)
+    parts = [one for one in found["linears"] if one["layer"] == 0][:2]
+    assert [one["name"].rpartition("_")[2] for one in parts] == ["qkv.qk", "qkv.v"]
+    assert [one["gemms"]["dgrad"]["w"]["format"] for one in parts] == ["mxfp8", "nvfp4"]
+    # h 64: q has 64 rows, k and v 32 each, in both blocks; the last one keeps the rest in BF16
+    h, f, s, v = 64, 96, 32, 257
+    total = 6 * (2 * ((h + 2 * 32) * h + h * h + 3 * h * f) + v * h) + 12 * 2 * h * s
+    assert found["flops"] == pytest.approx(
+        {
+            "fp4": 6 * (32 * h + h * h + 3 * h * f) / total,
+            "fp8": 6 * 2 * (h + 32) * h / total,
+            "bf16": (6 * (32 * h + h * h + 3 * h * f + v * h) + 12 * 2 * h * s) / total,
+        }
+    )
+    train(compose([*run, f"run_dir={tmp_path}/run"]))  # what was cast otherwise would be refused
+    told = json.loads((tmp_path / "run" / "audit.json").read_text())["done"]
+    # two blocks' qk; block 0's v, proj, fc1 and fc2; each three GEMMs, two steps, two microbatches
+    assert told["products"]["mxfp8 x mxfp8"] == 2 * 3 * 4
+    assert told["products"]["nvfp4 x nvfp4"] == 4 * 3 * 4
+
+
 def test_nothing_cast_is_otherwise_too() -> None:
     recipe = plan_of(compose(["precision=fp8"])).recipe
     linear = SimpleNamespace(bound=SimpleNamespace(layer=0, linear=0))

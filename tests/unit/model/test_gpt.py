@@ -121,6 +121,18 @@ def test_every_recipe_trains_the_same_model_from_the_same_loss(recipe: str) -> N
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name
 
 
+def test_a_part_of_the_projections_is_the_rows_that_attention_takes_for_it() -> None:
+    """Keys in MXFP4, all else in BF16: megatron-core's own split finds other keys and nothing else."""
+    sizes = ["model.num_attention_heads=4", "model.num_query_groups=2"]
+    k_alone = ["precision.rules.k.recipe=mxfp4_plain", "precision.rules.k.linears=[k]"]
+    plain, mixed = (build("precision=bf16", *sizes, *rule)[0] for rule in ([], k_alone))
+    x = torch.randn(16, 2, 128, device=torch.cuda.current_device()).bfloat16()
+    q, k, v = plain.decoder.layers[0].self_attention.get_query_key_value_tensors(x)
+    found = mixed.decoder.layers[0].self_attention.get_query_key_value_tensors(x)
+    assert torch.equal(found[0], q) and torch.equal(found[2], v)
+    assert (found[1] != k).float().mean() > 0.9
+
+
 def test_each_linear_follows_the_plan_and_the_head_only_where_a_rule_says_so() -> None:
     gpt, binding, config = build(
         "precision=nvfp4",

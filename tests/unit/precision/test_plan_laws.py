@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from fp4pretrain.errors import UserError
 from fp4pretrain.numerics import QuantSpec
 from fp4pretrain.precision import (
     BF16,
+    Deoscillation,
     Dgrad,
     Fprop,
     Keep,
@@ -299,3 +301,56 @@ def test_the_printed_plan_counts_and_names_what_is_kept() -> None:
         ["2", *["recipe"] * 4],
         ["3", *["BF16"] * 4],
     ]
+
+
+QKV = LINEARS[0]
+Q_MX, K_MX, QK_MX = (Rule("r", Recipe(Fprop(MX, MX)), linears=names) for names in ("q", "k", "qk"))
+
+
+@pytest.mark.parametrize(
+    ("rules", "parts"),
+    [
+        ([], ["qkv"]),
+        ([Q_MX], ["q", "kv"]),
+        ([Q_MX, replace(K_MX, name="s")], ["qk", "v"]),  # two rules, one recipe
+        ([QK_MX, replace(Q_MX, name="s", recipe=BF16)], ["q", "k", "v"]),
+        ([replace(Q_MX, linears=("q", "v"))], ["qv", "k"]),
+        ([replace(Q_MX, linears=("q", "k", "v"))], ["qkv"]),
+        ([replace(Q_MX, recipe=NVFP4)], ["qkv"]),  # what they follow anyway
+        ([replace(Q_MX, modules=("*.linear_qkv",), linears=("qkv",))], ["qkv"]),
+        ([replace(Q_MX, modules=("*.linear_qkv.[kv]",), linears=("qkv",))], ["q", "kv"]),
+        # apart for a part of the run: apart for all of it
+        ([replace(Q_MX, start=parse_point("k", 0.5))], ["q", "kv"]),
+    ],
+)
+def test_projections_are_parts_of_the_plan_where_their_recipes_ever_differ(rules, parts) -> None:
+    plan = Plan(NVFP4, 2, rules=tuple(rules))
+    assert plan.parts(1) == tuple(QKV if p == "qkv" else f"{QKV}.{p}" for p in parts)
+    in_layer = [linear for layer, linear in plan.linears() if layer == 1]
+    assert in_layer == [*plan.parts(1), *LINEARS[1:]]
+
+
+def test_a_layer_is_divided_alone_and_each_part_has_its_recipe() -> None:
+    plan = Plan(NVFP4, 3, Keep(1), rules=(replace(QK_MX, blocks="1"),))
+    assert [plan.parts(layer) for layer in range(3)] == [
+        (QKV,), (f"{QKV}.qk", f"{QKV}.v"), (QKV,),
+    ]  # fmt: skip
+    mixed = NVFP4.replaced(("fprop", "dgrad", "wgrad"), QK_MX.recipe)
+    assert plan.at(1, f"{QKV}.qk", Progress()) == mixed
+    assert plan.at(1, f"{QKV}.v", Progress()) == NVFP4
+    assert set(plan.recipes()) == {BF16, mixed, NVFP4}
+    assert "9 of 13 linears of the blocks" in str(plan)
+    assert "qk mxfp4/bf16, v recipe" in str(plan)
+
+
+def test_a_part_s_shard_is_checked_as_its_own_matrix() -> None:
+    plan = Plan(NVFP4, 2, rules=(replace(QK_MX, recipe=FP8_ALL),))
+    plan.check_shards(QKV, n=(24,), k=None)  # nobody's: the matrix is divided
+    plan.check_shards(f"{QKV}.qk", n=(24,), k=None)
+    with pytest.raises(UserError, match=r"24 features of self_attention.linear_qkv.v,"):
+        plan.check_shards(f"{QKV}.v", n=(24,), k=None)
+
+
+def test_weights_are_set_onto_their_casts_as_whole_matrices_alone() -> None:
+    with pytest.raises(UserError, match=r"^precision.deoscillation.period: .* name qkv"):
+        Plan(NVFP4, 2, rules=(QK_MX,), deoscillation=Deoscillation(period=10))

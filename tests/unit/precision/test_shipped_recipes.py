@@ -106,7 +106,8 @@ TRUTH |= {
     "four_over_six_all": (NV_46, NV_46_2D, NONE, NV_SR, NV_46_2D, NONE, NV_SR, NV_46, RHT_TE),
     # arXiv:2601.22813: 4/6 forward without 2D, MS-EDEN at d = 128 with fresh signs backward
     "quartet2": (NV_46, NV_46, NONE, *(EDEN, EDEN, RHT128) * 2),
-    # arXiv:2510.27527: SR on all four backward operands, rotation in dgrad and wgrad
+    # arXiv:2510.27527: SR on all four backward operands, rotation in dgrad and wgrad, both of w and x from
+    # the forward's copies (``backward_double_quant`` of its authors' configs)
     "tetrajet2": (DOUBLE, DOUBLE, NONE, *(DOUBLE_SR, DOUBLE_SR, RHT16) * 2),
     # arXiv:2603.10444 and 2602.02047: paper A's casts, split
     "averis": (*A_FORWARD, NV_SR, NV_2D, NONE, NV_SR, NV_1D, NONE),
@@ -135,7 +136,10 @@ TRUTH |= {
 }  # fmt: skip
 # What a cast is made of, beside its table: operands, and the field that is not the default.
 ELSE = {
-    "quartet2": {("dgrad", "w"): {"source": "forward"}, ("wgrad", "x"): {"source": "forward"}},
+    **dict.fromkeys(
+        ("quartet2", "tetrajet2"),
+        {("dgrad", "w"): {"source": "forward"}, ("wgrad", "x"): {"source": "forward"}},
+    ),
     "averis": {
         place: {"split": "mean"}
         for place in (("fprop", "x"), ("dgrad", "dy"), ("wgrad", "dy"), ("wgrad", "x"))
@@ -224,6 +228,14 @@ def test_a_recipe_keeps_what_its_paper_keeps_and_nothing_switches_late(name: str
     assert found == RESETS.get(name, (0, 0, 4, None))
     blocks = [r.blocks for r in plan.keep.rules(62) if r.blocks]
     assert (blocks, plan.keep.modules) == KEPT.get(name, ([], ()))
+
+
+def test_queries_and_keys_follow_another_recipe_than_values() -> None:
+    plan = shipped("nvfp4_qk_mxfp8")
+    qkv = "self_attention.linear_qkv"
+    assert plan.parts(0) == (f"{qkv}.qk", f"{qkv}.v")
+    assert plan.at(0, f"{qkv}.qk", Progress()) == shipped("mxfp8").recipe
+    assert plan.at(0, f"{qkv}.v", Progress()) == shipped("nvfp4").recipe
 
 
 def test_knobs_that_belong_together_move_together() -> None:
