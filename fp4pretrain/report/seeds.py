@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fp4pretrain.errors import UserError
-from fp4pretrain.naming import flat
 from fp4pretrain.report.differences import differences
 from fp4pretrain.report.load import Curve, Parts, Run
 
@@ -43,13 +42,13 @@ def seed_of(run: Run) -> Key:
         found = run.fingerprint["seeds"]
         return found["seed"], found["data.seed"]
     seed = run.config.get("seed", 0)
-    data = flat(run.config).get("data.seed")
+    data = (run.config.get("data") or {}).get("seed")
     return seed, seed if data is None else data
 
 
 def sum_order(run: Run) -> int:
     """Which order of sums the run took."""
-    return int(flat(run.config).get("train.sum_order", 0))
+    return int((run.config.get("train") or {}).get("sum_order", 0))
 
 
 def label(key: Key) -> int | str:
