@@ -102,9 +102,9 @@ def _padded(path: Path) -> ByteArray:
     """The bytes of a file, and ``_WIDTH`` zeros, so that a window of that width begins at any of them."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        text = np.zeros(size + _WIDTH, dtype=np.uint8)
-        file.readinto(memoryview(text)[:size])
-    return text
+        held = bytearray(size + _WIDTH)
+        file.readinto(memoryview(held)[:size])
+    return np.frombuffer(held, dtype=np.uint8)
 
 
 def _newlines(text: ByteArray) -> IntArray:
