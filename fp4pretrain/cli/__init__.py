@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _take_rest(arguments: argparse.Namespace, rest: list[str]) -> None:
-    """Overrides after an option (``train a=1 -m b=2``), which argparse leaves over."""
+    """Add overrides that stand behind an option (``train a=1 -m b=2``): argparse returns them as unknown."""
     for text in rest:
         if text.startswith("-") or not hasattr(arguments, "overrides"):
             raise UserError(
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _quiet_libraries() -> None:
-    """What megatron-core says of every run and no user can act on: apex and Transformer Engine are
+    """Hide what megatron-core says in every run and no user can act on: apex and Transformer Engine are
     missing (neither is used), its other model class is newer, its collectives have new names."""
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex.*")

@@ -108,7 +108,7 @@ def _padded(path: Path) -> ByteArray:
 
 
 def _newlines(text: ByteArray) -> IntArray:
-    """Where the newlines stand. A piece at a time, so that what is compared stays in the cache."""
+    """Where the newlines stand. The text is searched piece by piece, so that a piece stays in the cache."""
     pieces = range(0, len(text), _PIECE)
     found = [np.flatnonzero(text[at : at + _PIECE] == ord("\n")) + at for at in pieces]
     return np.concatenate(found)
@@ -201,8 +201,8 @@ def _decimals(begins: ByteArray, at: int, length: int, *, point: int) -> FloatAr
 
 
 def _column(lines: Sequence[bytes], name: bytes) -> FloatArray:
-    """The numbers of one field; ValueError where a line has none. A number that is none is a word:
-    "NaN", "Infinity"."""
+    """The numbers of one field; ValueError where a line has none. Numbers that are not finite are quoted
+    words: "NaN", "Infinity"."""
     mark = b'"%b": ' % name
     texts = [line.partition(mark)[2].partition(b",")[0] for line in lines]
     try:

@@ -147,7 +147,7 @@ def _recipe_name(run: Run) -> str | None:
 
 
 def _mean_parts(parts: Sequence[Mapping[str, Parts]]) -> dict[str, Parts]:
-    """Where all have them, as many, at the same tokens."""
+    """Mean losses of the parts; None unless all runs have as many parts, at the same tokens."""
     found = {}
     for key in parts[0]:
         ours = [one[key] for one in parts if key in one]
@@ -157,7 +157,7 @@ def _mean_parts(parts: Sequence[Mapping[str, Parts]]) -> dict[str, Parts]:
 
 
 def _mean_curve(curves: Sequence[Curve]) -> Curve:
-    """On the first one's tokens inside the range of all; empty where one is."""
+    """The mean curve on the first one's tokens inside the range of all; empty where one curve is empty."""
     if not all(map(len, curves)):
         return Curve(np.zeros(0), np.zeros(0))
     start = max(curve.tokens[0] for curve in curves)

@@ -81,7 +81,7 @@ def facts(comparison: Comparison) -> Table:
 
 
 def state(run: Run) -> str:
-    """Finished, or how far it came and when it last said something."""
+    """Finished; or how far the run came, and when it wrote its last row."""
     step, when = run.last
     if run.steps is None or step >= run.steps:
         return "finished"

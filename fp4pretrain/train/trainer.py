@@ -150,7 +150,7 @@ def join_run(config: RunConfig) -> World:
 
 
 def _fix_order(deterministic: bool) -> None:
-    """Have PyTorch's and cuBLAS's kernels add in a fixed order, or not. Before the first product."""
+    """Have PyTorch's and cuBLAS's kernels add in a fixed order, or not. Call it before the first product."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)

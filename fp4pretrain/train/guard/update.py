@@ -76,7 +76,7 @@ class StepHealth:
         return math.nan if self._values()[1] else grad_norm
 
     def renewed(self) -> StepHealth:
-        """The same place on the device, read anew: a replayed graph has written it again."""
+        """A health that reads the same memory again, after a replayed graph has rewritten it."""
         self._read = None
         return self
 
