@@ -209,7 +209,7 @@ def _check_baseline(named: str | None) -> None:
 
 
 def _check_wandb(w: WandbConfig) -> None:
-    """What wandb would refuse, and with it the run's whole logging there."""
+    """Raises UserError for what wandb would refuse; it would then log nothing of the run."""
     for tag in w.tags:
         if not 1 <= len(tag) <= 64:
             raise UserError(

@@ -59,7 +59,7 @@ class JsonlSink:
         self._file = self.path.open("ab", buffering=0)
 
     def summarize(self, values: Mapping[str, float]) -> None:
-        """The rows say it already."""
+        """Write nothing: the rows hold the numbers already."""
 
     def close(self) -> None:
         """Close the file."""
