@@ -18,7 +18,7 @@ import yaml
 from fp4pretrain.precision_config import RuleConfig
 from fp4pretrain.presets import option_file
 
-# What computes a recipe, and what it is called, make no other recipe.
+# Keys of the section that do not change the recipe: its backend, and its name.
 NOT_THE_RECIPE = ("precision.name", "precision.backend")
 _LONGEST = 120  # characters; file systems take 255 for the whole name
 

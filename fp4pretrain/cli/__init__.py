@@ -31,7 +31,7 @@ from fp4pretrain.errors import UserError
 from fp4pretrain.parallel.launch import is_main
 from fp4pretrain.presets import use_folder
 
-# What a file system refuses, wherever it does -> the cure.
+# Errors of the file system, wherever they happen -> the cure.
 _REFUSED = {
     errno.EACCES: "change its permissions, or name another place",
     errno.EPERM: "change its permissions, or name another place",

@@ -114,7 +114,7 @@ def build_corpus(
         raise UserError(f"--workers: {workers} is too few; give 1 or more")
     folder = Path(f"{prefix}.building")
     there = [suffix for suffix in _SUFFIXES if Path(prefix + suffix).exists()]
-    # Part of an output beside an unfinished build is its own, cut off while it was renamed.
+    # Output files beside an unfinished build are that build's: it was killed while renaming them.
     if there and not force and (".idx" in there or not folder.is_dir()):
         raise UserError(
             f"--out: {prefix}{there[-1]} exists; give another prefix, or --force to replace it"

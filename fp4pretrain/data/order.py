@@ -185,7 +185,7 @@ class Blend(torch.utils.data.Dataset[Sample]):
 
     def __getitem__(self, number: int) -> Sample:
         while number >= len(self._member):
-            # a run that passed over batches goes on beyond what it was to read
+            # a run that passed over batches reads further than planned
             self._refuse(number, LocalError)
             self._plan(min(2 * len(self._member), sum(self._caps)))
         return self.members[int(self._member[number])][int(self._sample[number])]

@@ -140,7 +140,7 @@ class LinearCasts:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Casts as they were first made, and which of them every moment draws anew.
+    """A linear's casts, cached for a recipe object, and which of them every moment draws anew.
 
     The casts hold their recipe, whose identity is the key they are found by, so it stays alive.
     """

@@ -15,7 +15,7 @@ from fp4pretrain.observe.wandb_runs import WandbRun, fetch
 from fp4pretrain.report.load import ENDPOINTS, Curve, Run, load_run
 from fp4pretrain.stored import config_from
 
-# What wandb's config has beside the run's (``train.sinks``).
+# Keys of wandb's config that are not the run config's (``train.sinks`` adds them).
 _BESIDE = ("fingerprint", "plan", "fingerprint_data", "changes")
 
 

@@ -19,7 +19,7 @@ from fp4pretrain.report.load import Run
 from fp4pretrain.stored import read_config
 
 _NO = "-"
-# Keys that say where a run is and who is told, not what it is.
+# Keys about a run's place and its logging, which do not change what it computes.
 _NOT_SHOWN = ("name", "run_dir", "logging", "resume", "resume_with", "baseline", "precision")
 
 

@@ -35,7 +35,7 @@ from fp4pretrain.train.together import together
 from fp4pretrain.version import sources_digest
 
 _NAMES = ("name", "run_dir")
-# What is the main rank's wherever ranks compose it otherwise (a name with the time in it).
+# Keys that all ranks take from the main rank, since their own may differ (a name with the time in it).
 _THE_MAIN_RANKS = ("name", "run_dir", "logging.wandb.name")
 
 

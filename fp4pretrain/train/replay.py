@@ -233,7 +233,7 @@ class _Captured:
                     self._outcome = update(trainer, self._loss)
         finally:
             trainer.clock.draws = None
-            # what a step counts on the host, to count it again at each replay
+            # what this step counted on the host: a replay counts nothing, so it is added after each
             self._cast: Counter[Any] = sites.cast - cast
             self._multiplied: Counter[Any] = sites.multiplied - multiplied
             sites.cast, sites.multiplied = cast, multiplied

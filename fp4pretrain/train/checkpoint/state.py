@@ -255,7 +255,7 @@ def _set_adam_step(state: dict[str, Any], step: float) -> None:
     for part in _states(state):
         inner = part.get("optimizer", part)
         groups = inner["param_groups"]
-        # the distributed optimizer, and fused ones
+        # the distributed optimizer and fused optimizers keep the step in their parameter groups
         if "param_state" in part or any("step" in group for group in groups):
             for group in groups:
                 # torch counts in floats; Transformer Engine and apex in ints
