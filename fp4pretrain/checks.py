@@ -93,7 +93,7 @@ NOT_NEGATIVE = (
     "sweep.jobs",
 )
 BELOW_ONE = ("optim.beta1", "optim.beta2", "model.attention_dropout", "model.hidden_dropout")
-# Optional words: null says "none", an empty one says nothing.
+# Optional texts: null means none, and an empty text is refused.
 NOT_EMPTY = (
     "name",
     "run_dir",
@@ -105,7 +105,7 @@ NOT_EMPTY = (
 )
 
 
-# Of a member of a blend.
+# Keys of a member of a blend.
 _MEMBER = ("prefix", "weight", "epochs", "max_epochs", "max_tokens")
 
 
@@ -209,7 +209,7 @@ def _check_baseline(named: str | None) -> None:
 
 
 def _check_wandb(w: WandbConfig) -> None:
-    """What wandb would refuse, and with it the run's whole logging there."""
+    """Raises UserError for what wandb would refuse; it would then log nothing of the run."""
     for tag in w.tags:
         if not 1 <= len(tag) <= 64:
             raise UserError(

@@ -1,4 +1,5 @@
-"""What a terminal cannot show, in characters that every one has: an ASCII or Latin locale is no error."""
+"""Console output in any locale: what an ASCII or Latin terminal cannot show is written in characters that
+it has."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def examine(
 
 
 def recipes_table(names: Sequence[str], plans: Sequence[Plan], device: torch.device) -> Any:
-    """Who takes every recipe with ``precision.backend=auto``, and what multiplies there."""
+    """Which backend ``precision.backend=auto`` takes for every recipe, and what multiplies there."""
     from rich.table import Table
 
     shown = Table(title="every recipe here")

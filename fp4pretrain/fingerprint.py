@@ -98,13 +98,13 @@ def data_seed(config: RunConfig) -> int:
 
 
 def recipe_entries(config: RunConfig) -> dict[str, Any]:
-    """Key -> value of the precision section, without what makes no other recipe."""
+    """Key -> value of the precision section, without keys that do not change the recipe."""
     found = flat(asdict(config.precision), "precision.")
     return {key: value for key, value in found.items() if key not in NOT_THE_RECIPE}
 
 
 def plan_digest(config: RunConfig, plan: Plan) -> str:
-    """Of what every linear computes and when: equal for equal plans, whatever they are called."""
+    """A digest of what every linear computes and when: equal for equal plans, whatever they are called."""
     p = config.precision
     rules = [
         {
@@ -131,8 +131,8 @@ def _triggers(rule: Any) -> list[str]:
 
 
 def _digested(gemm: Any) -> dict[str, Any]:
-    """A GEMM's fields. Those that recipes did not always have count from where they say something, so
-    that plans of earlier runs keep their digests."""
+    """A GEMM's fields. Fields that were added later are left out where they have their defaults, so that
+    plans of earlier runs keep their digests."""
     found = asdict(gemm)
     for operand in found.values():
         for key, silent in _LATER_FIELDS.items():
@@ -142,7 +142,7 @@ def _digested(gemm: Any) -> dict[str, Any]:
 
 
 def digest(facts: Any) -> str:
-    """Of anything that JSON can say."""
+    """The first 16 hexadecimal digits of the SHA-256 of anything that JSON can hold."""
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -163,7 +163,8 @@ def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
 
 
 def digests(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides of a fingerprint's ``data``: digests, of the validation sets by name."""
+    """The part of a fingerprint's ``data`` that makes runs differ: digests, those of validation sets by
+    name."""
     sets = {name: one["digest"] for name, one in data[VALIDATION].items()}
     return {ORDER: data[ORDER], VALIDATION: sets}
 

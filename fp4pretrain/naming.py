@@ -18,7 +18,7 @@ import yaml
 from fp4pretrain.precision_config import RuleConfig
 from fp4pretrain.presets import option_file
 
-# What computes a recipe, and what it is called, make no other recipe.
+# Keys of the section that do not change the recipe: its backend, and its name.
 NOT_THE_RECIPE = ("precision.name", "precision.backend")
 _LONGEST = 120  # characters; file systems take 255 for the whole name
 
@@ -59,14 +59,14 @@ def recipe_name(
 
 
 def _unset(key: str) -> Any:
-    """What a key of a rule is where the rule does not give it, and the empty map of rules."""
+    """The defaults: of a rule's keys where the rule does not give them, and the empty map of rules."""
     if key == "precision.rules":
         return {}
     return flat(asdict(RuleConfig())).get(key.split(".", 3)[-1])
 
 
 def shortest(key: str, keys: Collection[str]) -> str:
-    """The fewest last parts of a dotted key that no other of ``keys`` ends in."""
+    """The shortest end of a dotted key that no other of ``keys`` has too."""
     parts = key.split(".")
     for count in range(1, len(parts)):
         tail = ".".join(parts[-count:])

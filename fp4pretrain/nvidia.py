@@ -23,7 +23,8 @@ def why_no_engine() -> str | None:
 
 
 def _why_no(package: str, module: str, cure: str) -> str | None:
-    """The index has another project called apex, and Transformer Engine without its PyTorch part."""
+    """As the public functions. On the package index, apex is another project, and Transformer Engine can
+    lack its PyTorch part."""
     if importlib.util.find_spec(package) is None:
         return cure
     try:

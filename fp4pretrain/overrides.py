@@ -42,7 +42,7 @@ _CURES = {
     "nterpolation": "write the value itself",
 }
 
-# Keys that are gone -> what does their work.
+# Removed keys -> what replaced them.
 _REPLACED = {
     "train.eval_batches": "an evaluation reads the whole validation set; its size is data.valid_tokens",
     "checkpoint.allow_recipe_change": "name what may differ: resume_with=[precision]",
@@ -51,7 +51,7 @@ _REPLACED = {
 _NAMED = ("data.path.", "data.valid.")
 
 
-# Groups whose default is null: no option of theirs.
+# Groups that default to null, which is none of their options.
 _MAY_BE_EMPTY = ("experiment",)
 
 

@@ -110,7 +110,7 @@ def search_path() -> tuple[Path, ...]:
 
 
 def own() -> tuple[object, ...]:
-    """What of the search path is the user's, to keep what was composed by it apart."""
+    """The user's part of the search path: a key for caches of what was composed by it."""
     return (*_own.folders, *_own.files.items())
 
 

@@ -17,7 +17,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 @cache
 def sources_digest() -> str:
-    """Of every Python file of fp4pretrain and its kernels: equal code has an equal digest."""
+    """A digest of every Python file of fp4pretrain and its kernels: equal code has an equal digest."""
     folders = [_PACKAGE, *(p for p in (_PACKAGE.parent / "kernels/fp4_kernels",) if p.is_dir())]
     if len(folders) == 1:  # installed: the kernels lie beside the package
         folders.append(_PACKAGE.parent / "fp4_kernels")
@@ -40,7 +40,7 @@ def commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of fp4pretrain, Python and the libraries that compute, those that are installed."""
+    """Versions of fp4pretrain, Python and the installed libraries that compute."""
     found = {"fp4pretrain": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         try:

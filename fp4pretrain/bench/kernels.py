@@ -88,7 +88,7 @@ Job = tuple[Callable[[], object], float, float | None]
 
 
 def _jobs(x: torch.Tensor) -> dict[str, Job]:
-    """name: (work, bytes an element, target)."""
+    """The timed kernels: name -> (work, bytes moved an element, target as a share of a copy's speed)."""
     turn = Turn(16, signs_te())
     scalars, lines = amax(x, col=turn), line_amax(x, col=turn)
     lost = torch.zeros(2, dtype=torch.int64, device=x.device)

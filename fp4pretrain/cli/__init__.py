@@ -31,7 +31,7 @@ from fp4pretrain.errors import UserError
 from fp4pretrain.parallel.launch import is_main
 from fp4pretrain.presets import use_folder
 
-# What a file system refuses, wherever it does -> the cure.
+# Errors of the file system, wherever they happen -> the cure.
 _REFUSED = {
     errno.EACCES: "change its permissions, or name another place",
     errno.EPERM: "change its permissions, or name another place",
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _take_rest(arguments: argparse.Namespace, rest: list[str]) -> None:
-    """Overrides after an option (``train a=1 -m b=2``), which argparse leaves over."""
+    """Add overrides that stand behind an option (``train a=1 -m b=2``): argparse returns them as unknown."""
     for text in rest:
         if text.startswith("-") or not hasattr(arguments, "overrides"):
             raise UserError(
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _quiet_libraries() -> None:
-    """What megatron-core says of every run and no user can act on: apex and Transformer Engine are
+    """Hide what megatron-core says in every run and no user can act on: apex and Transformer Engine are
     missing (neither is used), its other model class is newer, its collectives have new names."""
     warnings.filterwarnings("ignore", module="megatron")
     warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex.*")

@@ -32,6 +32,7 @@ optimizer, throughput, casts and events, and runs sorted by their final gap. Nee
 
 
 def add(verbs: Any) -> None:
+    """Add this module's verbs to ``fp4pretrain``."""
     compare = add_verb(
         verbs, "compare", "the loss gap between finished runs", COMPARE_HELP, _compare
     )

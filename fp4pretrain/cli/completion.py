@@ -18,6 +18,7 @@ Print what makes a shell complete verbs and options (pip install shtab first).
 
 
 def add(verbs: Any) -> None:
+    """Add this module's verbs to ``fp4pretrain``."""
     completion = add_verb(verbs, "completion", "for a shell's Tab key", COMPLETION_HELP, _print)
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
 

@@ -32,6 +32,7 @@ BF16 with which the rest meets the target.
 
 
 def add(verbs: Any) -> None:
+    """Add this module's verbs to ``fp4pretrain``."""
     parser = add_verb(verbs, "culprit", "which casts of a trained model cost the most", HELP, _work)
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("--precision", metavar="RECIPE", help="another recipe, for these weights")

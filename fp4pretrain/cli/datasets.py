@@ -27,6 +27,7 @@ Python's standard library).
 
 
 def add(verbs: Any) -> None:
+    """Add this module's verbs to ``fp4pretrain``."""
     data = add_verb(verbs, "data", "build, inspect and tokenize datasets", DATA_HELP, _data)
     _data_jobs(data)
 

@@ -23,6 +23,7 @@ without bias, rotations that cancel, collectives, room on the disk, wandb. Statu
 
 
 def add(verbs: Any) -> None:
+    """Add this module's verbs to ``fp4pretrain``."""
     parser = add_verb(verbs, "doctor", "what this machine can run, and why not", HELP, _work)
     add_overrides(parser)
     parser.add_argument("--precision", default="nvfp4", metavar="RECIPE")

@@ -23,6 +23,7 @@ SCRIPTS = {"torchrun": "torchrun.sh", "slurm": "slurm.sbatch"}
 
 
 def add(verbs: Any) -> None:
+    """Add this module's verbs to ``fp4pretrain``."""
     launch = add_verb(verbs, "launch", "scripts for many GPUs and nodes", LAUNCH_HELP, _launch)
     launch.add_argument("--out", type=path, default=Path("launch"), metavar="DIR")
     launch.add_argument("--print", choices=tuple(SCRIPTS), dest="shown", help="write no file")

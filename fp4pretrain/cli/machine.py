@@ -36,6 +36,7 @@ quantizes nothing, or where a named backend cannot run it.
 
 
 def add(verbs: Any) -> None:
+    """Add this module's verbs to ``fp4pretrain``."""
     audit = add_verb(
         verbs, "audit", "what each linear of a run really computes", AUDIT_HELP, _audit
     )

@@ -46,6 +46,7 @@ results are printed, added to the run's metrics.jsonl as eval/NAME and to the su
 
 
 def add(verbs: Any) -> None:
+    """Add this module's verbs to ``fp4pretrain``."""
     export = add_verb(verbs, "export", "a run's model for other programs", EXPORT_HELP, _export)
     export.add_argument("run", type=path, metavar="RUN", help="a run's folder, or a checkpoint's")
     export.add_argument(

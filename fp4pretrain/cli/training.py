@@ -45,6 +45,7 @@ gap n pairs of runs can see. A second call goes on where the first was stopped.
 
 
 def add(verbs: Any) -> None:
+    """Add this module's verbs to ``fp4pretrain``."""
     train = add_verb(
         verbs, "train", "train a model, a sweep, or a recipe with a baseline", _train_help(), _train
     )

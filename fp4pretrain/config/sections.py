@@ -118,8 +118,9 @@ class ParallelConfig:
 class TrainConfig:
     """Lengths in optimizer steps; ``micro_batch`` and ``global_batch`` in sequences.
 
-    ``tokens`` (100M) sets ``steps`` to as many as it takes. ``sum_order`` n reads the sequences of
-    every microbatch rotated by n: the same sums in another order, to see what rounding alone does.
+    ``tokens`` (100M) sets ``steps`` to the number of steps that read so many tokens. ``sum_order`` n reads
+    the sequences of every microbatch rotated by n: the same sums in another order, to see what rounding
+    alone does.
     ``graph``: whether steps are captured as a CUDA graph and replayed: auto (where they can be), always (or
     an error) or never. ``fusion``: auto, norms with the sums before them, activations, the split of queries,
     keys and values, embeddings' gradients and cross entropy by fused kernels where there is a GPU for them,
@@ -159,7 +160,8 @@ class CheckpointConfig:
 class SpikeConfig:
     """A loss spike: ``patience`` losses in a row above mean + ``threshold`` standard deviations.
 
-    Mean and deviation follow about ``window`` steps; the first ``warmup`` losses are only learned.
+    Mean and deviation follow about ``window`` steps; the first ``warmup`` losses only feed the mean and
+    deviation.
     ``action``: ``none``, ``report`` (an event, nothing else) or ``rollback``.
     """
 
@@ -224,7 +226,8 @@ class ObserveConfig:
 @dataclass
 class WandbConfig:
     """``mode`` auto: $WANDB_MODE, or online where an API key is set and offline otherwise. ``project``
-    null: $WANDB_PROJECT, or fp4pretrain. What is null or empty is what wandb's own variables say. Runs of
+    null: $WANDB_PROJECT, or fp4pretrain. Keys that are null or empty come from wandb's own environment
+    variables. Runs of
     one command share a ``group``, and their ``job_type`` is baseline or train, where nothing says it."""
 
     mode: str = "auto"

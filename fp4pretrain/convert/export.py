@@ -95,7 +95,7 @@ def export_hf(run: StoredRun, out: Path, wanted: Export | None = None) -> dict[s
 def _in(
     dtype: torch.dtype, tensors: Iterator[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same with weights and biases in ``dtype``; codes and scales of FP4 stay what they are."""
+    """The tensors with weights and biases in ``dtype``; codes and scales of FP4 stay as they are."""
     for name, tensor in tensors:
         plain = name.endswith((".weight", ".bias")) and tensor.dtype != torch.uint8
         yield name, tensor.to(dtype) if plain else tensor
@@ -118,7 +118,8 @@ def facts_of(
 
 
 def _write_tensors(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """One file of all, or several of about ``_FILE_BYTES`` with an index: no more is in memory."""
+    """Write one file, or several of about ``_FILE_BYTES`` with an index. No more than one file's tensors
+    are in memory."""
     from safetensors.torch import save_file
 
     names: list[list[str]] = []

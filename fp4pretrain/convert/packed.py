@@ -9,8 +9,8 @@ NVFP4 there are, in compressed-tensors (format ``nvfp4-pack-quantized``, which v
     weight_global_scale  fp32 [1]; a value is code * weight_scale / weight_global_scale
 
 and in MXFP4 (``mxfp4-pack-quantized``) weight_packed and weight_scale, uint8 [n, k / 32], the exponent
-plus 127. Activations are left in BF16: a recipe scales them by the batch at hand, and a layout wants one
-scale for all. ModelOpt's (hf_quant_config.json, which vLLM and TensorRT-LLM read) has, of NVFP4 alone:
+plus 127. Activations are left in BF16: a recipe scales them by each batch, and the layout has one scale
+for all batches. ModelOpt's (hf_quant_config.json, which vLLM and TensorRT-LLM read) has, of NVFP4 alone:
 
     weight               uint8 [n, k / 2] as weight_packed
     weight_scale         float8_e4m3fn [n, k / 16]

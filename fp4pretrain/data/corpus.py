@@ -71,7 +71,7 @@ class Corpus:
     left_out: dict[str, list[int]]
 
     def table(self) -> Table:
-        """Everything above, to print."""
+        """The corpus as a rich table."""
         table = Table("", "files", "bytes", "tokens", title=self.index.prefix)
         kept = f"{self.index.documents:,} documents"
         table.add_row("kept", kept, f"{self.text_bytes:,}", f"{self.index.tokens:,}")
@@ -114,7 +114,7 @@ def build_corpus(
         raise UserError(f"--workers: {workers} is too few; give 1 or more")
     folder = Path(f"{prefix}.building")
     there = [suffix for suffix in _SUFFIXES if Path(prefix + suffix).exists()]
-    # Part of an output beside an unfinished build is its own, cut off while it was renamed.
+    # Output files beside an unfinished build are that build's: it was killed while renaming them.
     if there and not force and (".idx" in there or not folder.is_dir()):
         raise UserError(
             f"--out: {prefix}{there[-1]} exists; give another prefix, or --force to replace it"
@@ -297,7 +297,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """`folder`, locked while this process builds in it, gone once the build is done."""
+    """`folder`, locked while this process builds in it, and removed once the build is done."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "wb") as lock:
         try:
@@ -319,7 +319,7 @@ def _identity(pieces: list[Piece], vocab_size: int) -> str:
 
 
 def _continue_or_begin(folder: Path, identity: str) -> None:
-    """Keep what a killed build of the same files left in `folder`; else empty it."""
+    """Keep what a killed build of the same files left in `folder`; empty it where the files are others."""
     mark = folder / "identity"
     if mark.exists() and mark.read_text(encoding="utf-8") == identity:
         return

@@ -46,7 +46,7 @@ class GroupText:
 
 
 def start_worker() -> None:
-    """Run in each worker first: one thread, and an end when the build is interrupted or killed."""
+    """Set up a worker: one thread, and it ends when the build is interrupted or killed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     parent = parent_process()
@@ -82,7 +82,7 @@ def read_group(folder: Path, number: int, pieces: list[Piece]) -> None:
 
 
 def load_group(folder: Path, number: int) -> GroupText:
-    """What `read_group` wrote."""
+    """Load what `read_group` wrote."""
     with np.load(folder / f"text-{number:05}.npz") as facts:
         reasons = json.loads(str(facts["left_out"]))
         return GroupText(facts["hashes"], facts["lengths"], reasons)

@@ -1,7 +1,8 @@
 """A DataSpec made into what a run reads: training samples without end, and named validation sets.
 
 One process hashes the documents of each dataset into the cache, once; the others wait and map the same
-files. What is cached lies in folders named by all that decides their content, made aside and renamed:
+files. What is cached lies in folders that are named by all that decides their content, written under
+another name and renamed:
 a dataset that is built anew under its old name meets no old files, and of runs that start together
 none reads another's half-written ones.
 """
@@ -242,7 +243,7 @@ def _training(
 
 
 def _weighed(parts: Sequence[Part], members: Sequence[TrainingSamples]) -> list[Part]:
-    """Parts with their shares: as given, or, where they say epochs, so often the samples of an epoch."""
+    """Parts with their shares: as given, or in proportion to epochs times samples of an epoch."""
     if any(part.epochs is None for part in parts):
         return list(parts)
     sizes = [
@@ -276,8 +277,8 @@ def _prepare(member: TrainingSamples, *, samples: int) -> None:
 
 
 def _held_out(spec: DataSpec, part: Part, documents: Documents) -> NDArray[np.int64]:
-    """The documents of the validation share. Chance may leave a small dataset none of them: then it
-    is the one whose hash is next to them.
+    """The documents of the validation share. A small dataset may have none by chance: then the document
+    with the next hash is taken.
 
     Raises UserError where there are two tokens at most.
     """

@@ -104,8 +104,8 @@ def _identity(prefix: str) -> str:
 
 
 def _write(index: DatasetIndex, folder: Path) -> None:
-    """Hash every document, in threads (hashing lets go of Python's lock), into a folder made aside:
-    it is there whole or not at all, also where two runs start together."""
+    """Hash every document, in threads (hashing lets go of Python's lock), into a temporary folder that is
+    renamed: it is there whole or not at all, also where two runs start together."""
     with folder_aside(folder.parent) as made:
         target = Path(made, "documents")
         target.mkdir()

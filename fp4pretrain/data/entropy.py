@@ -1,4 +1,4 @@
-"""The loss of a model that knows only how often each token occurs: the first line to get under.
+"""The loss of a model that knows only how often each token occurs: the first mark for a run to get below.
 
 A GPT starts near ln(vocabulary), soon learns the frequencies (this entropy), and everything below
 it is context. The number costs one pass over the tokens and needs no model.

@@ -34,7 +34,7 @@ class Ids:
 def scan(index: DatasetIndex) -> Ids:
     """The ids of all tokens up to 16 Mi of them, of 64 even samples beyond.
 
-    Of a dataset that `data build` wrote nothing is read: PREFIX.json has its largest id.
+    A dataset that `data build` wrote is not read: its PREFIX.json holds the largest id.
     """
     if "largest_id" in index.meta:
         return Ids(0, int(index.meta["largest_id"]), 0, index.tokens)

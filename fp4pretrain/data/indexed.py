@@ -1,4 +1,4 @@
-"""Megatron's indexed dataset on disk: written at once or not at all, and read with suspicion.
+"""Megatron's indexed dataset on disk: written as a whole or not at all, and checked before it is read.
 
 A dataset is a path prefix. ``PREFIX.bin`` holds the tokens of all documents end to end,
 ``PREFIX.idx`` the length and the byte offset of each. We add ``PREFIX.json``, which says whose
@@ -292,9 +292,11 @@ def _write_tokens(
 
 @contextmanager
 def folder_aside(parent: Path) -> Iterator[str]:
-    """A folder in ``parent`` to build in, gone afterwards; what killed builders left is removed.
+    """A temporary folder in ``parent`` to build in, removed afterwards. Folders that killed builders left
+    are removed too.
 
-    Left behind is what nothing was written to for a day: another builder may be at work.
+    A folder counts as left behind when nothing was written to it for a day; another builder may be at work
+    in a newer one.
     """
     for old in parent.glob(".building-*"):
         with suppress(FileNotFoundError):  # its builder finishes in this moment

@@ -42,7 +42,7 @@ class Epoch:
 class TrainingSamples(torch.utils.data.Dataset[Sample]):
     """Endless: sample n is in epoch n // `epoch_samples`, each epoch in an order of its own.
 
-    What does not fill a last sample of an epoch is left out of it, another piece in each epoch.
+    Tokens at an epoch's end that do not fill a sample are left out. They are other tokens in each epoch.
 
     Args:
         documents: the dataset.
@@ -132,7 +132,8 @@ class TrainingSamples(torch.utils.data.Dataset[Sample]):
         return order, ends, samples
 
     def _write(self, number: int, folder: Path) -> None:
-        """Into a folder made aside and renamed: absent or whole, also where several processes try."""
+        """Write into a temporary folder and rename it, so that the folder is whole or absent even where
+        several processes write it."""
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with folder_aside(folder.parent) as made:
@@ -184,7 +185,7 @@ class Blend(torch.utils.data.Dataset[Sample]):
 
     def __getitem__(self, number: int) -> Sample:
         while number >= len(self._member):
-            # a run that passed over batches goes on beyond what it was to read
+            # a run that passed over batches reads further than planned
             self._refuse(number, LocalError)
             self._plan(min(2 * len(self._member), sum(self._caps)))
         return self.members[int(self._member[number])][int(self._sample[number])]

@@ -31,8 +31,8 @@ DOCUMENT_CHARACTERS = 1 << 16
 COMPRESSED = (".gz", ".zst")
 _LINES = (".jsonl", ".ndjson")
 _CHUNK = 1 << 20
-# Compressed bytes handed over at once: text expands about fivefold, zeros 30,000 times, and all of it
-# comes back at once. So their number follows what the last ones became.
+# Compressed bytes that are decompressed at once. Text expands about fivefold, zeros 30,000 times, so the
+# number is chosen by how much the last bytes expanded.
 _ZSTD_LEAST, _ZSTD_MOST = 1 << 7, 1 << 16
 _ZSTD_WINDOW = 1 << 31  # files of `zstd --long=31` are read too
 _BOM = codecs.BOM_UTF8
@@ -274,7 +274,7 @@ def _json_array(head: bytes, stream: BinaryIO, name: str, reading: Reading) -> I
             except ValueError:
                 if ended:
                     break
-                # An element longer than what was read doubles what is read next.
+                # An element is longer than what was read: the next read is twice as long.
                 data = stream.read(max(_CHUNK, len(text) - at))
                 ended = not data
                 text, at = text[at:] + decoder.decode(data, final=ended), 0

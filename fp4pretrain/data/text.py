@@ -26,7 +26,7 @@ from fp4pretrain.files import user_path
 
 STDLIB = "stdlib"
 # What a folder contributes, compressed or not. A file named by itself is read whatever its suffix;
-# .json is read only so: in a folder it is as often a setting as a corpus.
+# .json files are read only when named: in a folder they are as often settings as text.
 TEXT_SUFFIXES = frozenset(
     {".txt", ".md", ".rst", ".tex", ".jsonl", ".ndjson", ".py", ".c", ".h", ".cpp", *TABLES}
 )

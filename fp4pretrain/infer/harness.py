@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval asks our model: its tasks, its metrics, our logits.
+"""EleutherAI's lm-eval evaluates our model: its tasks and metrics, on our logits.
 
 Its own tasks fetch their data from Hugging Face; a task in a YAML file of yours may name local files:
 
@@ -41,7 +41,7 @@ def run_tasks(
     Args:
         tasks: names that lm-eval knows, or those of YAML files in ``folder``.
         shots: solved examples before each question; None is the task's own number.
-        limit: of so many documents a task alone.
+        limit: use only the first so many documents of each task.
 
     Raises:
         UserError: without lm-eval, for an unknown task, and where a task's data cannot be had.

@@ -38,8 +38,8 @@ class Model:
         return self.run.config.model.seq_length
 
     def logits(self, ids_bs: torch.Tensor) -> torch.Tensor:
-        """Of each id's successor: FP32 [b, s, vocabulary] of ids [b, s]; ends of documents mean what they
-        meant in training."""
+        """Of each id's successor: FP32 [b, s, vocabulary] of ids [b, s]; document masks and positions
+        follow the same keys as in training."""
         ids_bs, data = ids_bs.to(self.device), self.run.config.data
         positions = torch.arange(ids_bs.shape[1], device=self.device).expand_as(ids_bs)
         documents, restarted = document_places(ids_bs == self.tokenizer.eod)

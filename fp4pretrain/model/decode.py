@@ -1,4 +1,4 @@
-"""One forward pass over a prompt, then one position at a time: keys and values are kept.
+"""Decoding: one forward pass over a prompt, then one position at a time, with keys and values kept.
 
 megatron-core's static inference context keeps them; it is what its attention takes.
 """

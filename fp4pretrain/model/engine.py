@@ -116,7 +116,7 @@ def engine_spec(transformer: TransformerConfig, vp_stage: int | None) -> Transfo
 
 
 def engine_words(plan: Plan) -> str:
-    """What its recipe is, for people: ``fp8=hybrid, fp8_recipe=tensorwise``."""
+    """Transformer Engine's recipe, for people: ``fp8=hybrid, fp8_recipe=tensorwise``."""
     return ", ".join(f"{key}={value}" for key, value in engine_fields(plan).items()) or "bf16"
 
 
@@ -128,7 +128,8 @@ def _refused(why: str) -> UserError:
 
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
-    """Of one recipe; none of BF16. Raises UserError for one that Transformer Engine does not have."""
+    """The fields for one recipe, none for BF16. Raises UserError for a recipe that Transformer Engine does
+    not have."""
     if recipe == BF16:
         return {}
     if _is(recipe, x=_E4M3, w=_E4M3, dy=_E5M2):

@@ -20,7 +20,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes on the rank that holds most."""
+    """Bytes of each kind of state, on the rank that holds most."""
 
     weights: int
     gradients: int

@@ -18,8 +18,8 @@ _STATE = "fp4pretrain-microbatch"
 
 @dataclass
 class Clock:
-    """Shared by all linears of a model. ``weights_version`` changes whenever weights may have; ``draws`` is
-    there while a step is rehearsed or captured for a CUDA graph."""
+    """Shared by all linears of a model. ``weights_version`` changes whenever weights may have changed;
+    ``draws`` is there while a step is rehearsed or captured for a CUDA graph."""
 
     seed: int
     step: int = 0
@@ -41,5 +41,6 @@ class Clock:
         get_cuda_rng_tracker().states_[_STATE] = index
 
     def weights_changed(self) -> None:
-        """Call after the optimizer's step or a loaded checkpoint: cached casts of weights are void."""
+        """Make cached casts of weights void. Call it after the optimizer's step and after loading a
+        checkpoint."""
         self.weights_version += 1

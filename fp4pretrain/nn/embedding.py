@@ -59,7 +59,7 @@ class FusedPositionEmbedding(torch.nn.Embedding):
 
 
 def fuse_embeddings(embedding: Any) -> None:
-    """Let megatron-core's embedding of tokens and positions use these: it knows its classes by name."""
+    """Replace megatron-core's embeddings of tokens and positions by these; it builds its own by name."""
     if type(embedding.word_embeddings) is VocabParallelEmbedding:
         embedding.word_embeddings.__class__ = FusedVocabEmbedding
     positions = getattr(embedding, "position_embeddings", None)

@@ -45,7 +45,7 @@ class NormPass:
 
 
 def _plain(awaited: Awaited | None) -> Awaited | None:
-    """What a kernel that sees whole rows at a time can leave: nothing rotated along the tokens."""
+    """Of the awaited amaxes, those that a kernel of whole rows can measure: none rotated along the tokens."""
     return None if awaited is None or awaited.turn is not None else awaited
 
 
@@ -146,7 +146,8 @@ class FusedNorm(Norm):
         return x.shape[-1] <= WIDEST
 
     def add(self, x: Tensor, residual: Tensor, writer: QuantLinear) -> Tensor:
-        """x + residual, normed in the same pass: the norm is kept for the call that asks for this sum's.
+        """x + residual. The same kernel norms the sum; ``forward`` returns that norm when it is called
+        with this sum.
 
         ``writer``: the linear that wrote x, and that reads the gradient of it.
         """
@@ -234,7 +235,8 @@ class FusedMLP(MLP):
 
 
 def fuse_layers(decoder: Any, activation: str) -> None:
-    """Let a decoder's layers use what is here: megatron-core knows some classes that it builds by name.
+    """Replace modules of a decoder's layers by the ones of this file; megatron-core builds some classes by
+    name.
 
     ``activation``: the model's, one of `fp4_kernels.activation.KINDS`. The sum at a layer's end is made by
     the norm that begins the next one, unless each layer is recomputed by itself.

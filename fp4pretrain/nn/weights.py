@@ -15,7 +15,7 @@ Make = Callable[[Tensor, Sequence[Cast]], list[Operand]]
 class WeightCache:
     """Operands of one weight [n, k], or of some of its ``rows``: fprop's, and dgrad's of the transpose.
 
-    Stale is impossible by three keys: the clock's ``weights_version``, which the trainer advances after
+    Three keys rule out a stale operand: the clock's ``weights_version``, which the trainer advances after
     each optimizer step and load; the weight's memory and PyTorch's own version of it, which any
     in-place edit advances; and the casts themselves (a switched recipe or freshly drawn signs are
     another cast). Casts to BF16 are not held: they are the weight. Where dgrad's operand is fprop's

@@ -231,7 +231,7 @@ def _checked(x: Tensor, spec: QuantSpec, noise: Noise | None) -> tuple[Tensor, t
 
 
 def _padded(x: Tensor, spec: QuantSpec, amax: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x up to whole blocks, and amaxes a row up to its rows."""
+    """x with zeros appended up to whole blocks; amaxes a row, if given, with zeros for the new rows."""
     rows, cols = spec.padded_shape((x.shape[0], x.shape[1]))
     more = rows - x.shape[0]
     if amax is not None and amax.dim() and more:

@@ -121,7 +121,7 @@ class QuantSpec:
             )
 
     def _settle_unused(self) -> None:
-        """Numbers that nothing reads get their defaults, so that equal casts are equal."""
+        """Set numbers that nothing reads to their defaults, so that casts that compute the same are equal."""
         used = {
             "channels": self.split == "channels",
             "amax_value": self.amax == "fixed",

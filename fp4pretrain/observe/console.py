@@ -95,7 +95,7 @@ class ConsoleSink:
             self._bar.update(self._task, completed=step)
 
     def summarize(self, values: Mapping[str, float]) -> None:
-        """The lines above say it already."""
+        """Print nothing: the lines above hold the numbers already."""
 
     def close(self) -> None:
         """Leave the bar as it stands and give the terminal back."""
@@ -115,7 +115,7 @@ class ConsoleSink:
 
 
 def _event(row: Row) -> str:
-    """The name of an event whose numbers do not name themselves."""
+    """The name of an event, for rows whose numbers do not tell what happened."""
     return "" if row.get("event", "eval") == "eval" else f"{row['event']}  "
 
 

@@ -59,7 +59,7 @@ class JsonlSink:
         self._file = self.path.open("ab", buffering=0)
 
     def summarize(self, values: Mapping[str, float]) -> None:
-        """The rows say it already."""
+        """Write nothing: the rows hold the numbers already."""
 
     def close(self) -> None:
         """Close the file."""
@@ -104,7 +104,8 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
 
 def parsed(row: Row) -> dict[str, Any]:
     """A row as it was written: non-finite numbers as floats."""
-    return {key: _number(value) for key, value in row.items()}
+    words = {key: _NON_FINITE[value] for key, value in row.items() if _says_number(value)}
+    return {**row, **words}
 
 
 def kept(rows: Sequence[Row], step: int) -> list[bool]:
@@ -144,8 +145,8 @@ def _plain(value: Any) -> Any:
     return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
 
 
-def _number(value: Any) -> Any:
-    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+def _says_number(value: Any) -> bool:
+    return isinstance(value, str) and value in _NON_FINITE
 
 
 def _finished_lines(path: Path) -> list[str]:

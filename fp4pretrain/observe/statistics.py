@@ -1,4 +1,5 @@
-"""What casts did to tensors, as sums that add over microbatches and ranks and become numbers last.
+"""What casts did to tensors: sums are added over microbatches and ranks, and turned into statistics at the
+end.
 
 x is the tensor as it is rounded: in the operand's orientation, padded, rotated where its GEMM rotates.
 y is what the GEMM multiplies, the operand dequantized. A sum is taken where the tensors are, in float64,
@@ -89,7 +90,7 @@ def of_blocks(
 def of_draws(x: Tensor, drawn: Sequence[Tensor]) -> dict[str, Tensor]:
     """Bias and variance of k draws of x's cast, in sums of squares over the elements.
 
-    The squared distance of the draws' mean from x holds a k-th of their variance, which is taken off.
+    The squared distance of the draws' mean from x contains 1/k of their variance, which is subtracted.
     """
     errors = [y.float() - x.float() for y in drawn]
     mean = torch.stack(errors).mean(dim=0)

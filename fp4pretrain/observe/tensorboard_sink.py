@@ -66,7 +66,7 @@ class TensorBoardSink:
             self._give_up(error)
 
     def rewind(self, step: int) -> None:
-        """What comes next is a repetition."""
+        """Mark the events after ``step`` as void, since the run repeats those steps."""
         self._went_back = True
 
     def summarize(self, values: Mapping[str, float]) -> None:
@@ -99,7 +99,8 @@ class TensorBoardSink:
         return SummaryWriter(str(self._folder), purge_step=void_from)
 
     def _void(self, tokens: int) -> None:
-        """What is there from these tokens on, but for the events that say why the run went back."""
+        """Mark what was written from these tokens on as void, but for the events that say why the run went
+        back."""
         self._went_back = False
         self._writer.close()
         self._writer = self._opened(tokens)

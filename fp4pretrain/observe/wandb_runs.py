@@ -26,7 +26,7 @@ class WandbRun:
 
 
 def fetch(path: WandbPath, keys: Sequence[str]) -> WandbRun:
-    """Ask the server. Raises UserError, one line with its cure, where that cannot be done."""
+    """Read the run from the server. Raises UserError, one line with its cure, where that cannot be done."""
     try:
         import wandb
 

@@ -134,7 +134,8 @@ class WandbSink:
             self._run.alert(title=f"{self._run.name}: {event}"[:63], text=text, level=level)
 
     def _remember(self) -> None:
-        """Keep the newest step sent: an online run is told it by the server, an offline one by nobody."""
+        """Store the newest step sent. An online run could ask the server for it, an offline run could ask
+        nobody."""
         path = _newest_path(Path(self.run_dir))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, f"{self._newest}\n")
@@ -280,7 +281,8 @@ def has_api_key(base_url: str) -> bool:
 
 
 def _have_home(run_dir: Path) -> None:
-    """wandb does not start without a home folder (a container's unknown user): then the run's serves."""
+    """wandb does not start without a home folder, which a container's unknown user lacks: HOME is then
+    a folder of the run."""
     try:
         Path.home()
     except RuntimeError:

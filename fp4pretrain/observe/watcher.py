@@ -1,4 +1,5 @@
-"""The observer of casts: attached around a step, it adds up what each cast did; then it says so.
+"""The observer of casts: attached around a step, it sums what each cast did, and then gives the
+statistics.
 
 Two statistics need more than one cast:
 

@@ -63,7 +63,8 @@ class Cast:
 
     @cached_property
     def kind(self) -> int:
-        """A number for all but site and draw (noise, signs): casts of one kind are launched alike."""
+        """A number that is equal for casts that differ in site, noise and signs alone: they are launched
+        alike."""
         parts = self.noise is not None and bool(self.noise.row_part or self.noise.col_part)
         how = (
             self.spec, self.transpose, self.multiple, self.rotation_size, self.rotated_fp32,
@@ -139,7 +140,7 @@ class LinearCasts:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Casts as they were first made, and which of them every moment draws anew.
+    """A linear's casts, cached for a recipe object, and which of them every moment draws anew.
 
     The casts hold their recipe, whose identity is the key they are found by, so it stays alive.
     """
@@ -202,7 +203,8 @@ def lasting_casts(
     linear: int = 0,
     global_amax: bool = True,
 ) -> tuple[LinearCasts, frozenset[str]]:
-    """(``linear_casts`` but for noise and redrawn signs, which cast of them ("wgrad_x") has such signs).
+    """The casts of ``linear_casts`` without noise and redrawn signs, and the names ("wgrad_x") of the
+    casts that redraw signs.
 
     Nothing is drawn: what the casts ask of a tensor before anybody casts it.
     """
@@ -215,7 +217,8 @@ def lasting_casts(
 def _prepared(
     recipe: Recipe, moment: Moment, shard: Shard, place: tuple[int, int], *, global_amax: bool
 ) -> tuple[_Prepared, bool]:
-    """What is known of a linear's casts, and whether it was made just now, with this moment's draws."""
+    """A linear's prepared casts; and whether they were made just now, so that they have this moment's
+    draws already."""
     key = id(recipe), moment.seed, *place, shard, global_amax
     prepared = _PREPARED.get(key)
     if prepared is not None:

@@ -41,8 +41,8 @@ class _Request:
 
 
 class Draws:
-    """The rows that one captured step reads. Not for several devices, nor for steps that differ in what
-    they cast: a request that is another one than at the rehearsal raises RuntimeError."""
+    """The rows that one captured step reads, on one device. Every step must cast the same: a request that
+    differs from the rehearsed one raises RuntimeError."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -56,7 +56,8 @@ class Draws:
         return len(self._requests)
 
     def begin(self) -> None:
-        """Requests come from the first one on again: the step is captured now."""
+        """Call when a rehearsed step is run again to be captured: requests are counted from the first one
+        again."""
         if self._rehearsed and self._next != len(self._requests):
             raise RuntimeError(f"a step asked for {self._next} draws of {len(self._requests)}")
         self._rehearsed = True
@@ -79,14 +80,14 @@ class Draws:
         return row
 
     def prepare(self, seed: int, step: int) -> None:
-        """Work out a step's rows ahead, while the device is busy."""
+        """Compute a step's rows on the host, while the device is busy with the step before."""
         if not self._requests:
             return
         words = _words(self._requests, seed, step)
         self._prepared = seed, step, words.pin_memory() if self._device.type == "cuda" else words
 
     def fill(self, seed: int, step: int) -> None:
-        """Every row as of a step. The device reads them in the order of its stream."""
+        """Copy a step's rows to the device, in the order of its stream."""
         if not self._requests:
             return
         if self._prepared is None or self._prepared[:2] != (seed, step):

@@ -215,13 +215,13 @@ class EngineBackend:
         return result.contiguous() if out is None else out.add_(result)
 
     def counters(self, recipes: Sequence[Recipe], device: torch.device) -> dict[str, int]:
-        """Nothing: its casts hold what the formats have."""
+        """Nothing: its casts lose no more than the formats do."""
         return {}
 
 
 @cache
 def _kind(spec: QuantSpec) -> str | None:
-    """Which of its quantizers makes such an operand; None for none."""
+    """Which of its quantizers makes such an operand; None where no quantizer does."""
     if not spec.quantized:
         return "bf16"
     if spec.row.family == "fp8":
@@ -262,9 +262,10 @@ def _why_not_here(gemm: Gemm, capability: tuple[int, int]) -> str | None:
 
 
 def _groups(casts: Sequence[Cast], given: dict[int, Tensor]) -> Iterator[tuple[int, ...]]:
-    """Casts of x and of its transpose that one call makes, others alone.
+    """Casts in groups that one call makes: a cast of x and one of its transpose, or a cast alone.
 
-    Noise is seeded by site, so stochastic casts go alone; so does a rotation, which is of one side.
+    Stochastic casts go alone, since noise is seeded by site; so do rotated casts, since one side alone is
+    rotated.
     """
     waiting: dict[tuple, int] = {}
     for i, cast in enumerate(casts):
@@ -360,7 +361,8 @@ def _sides(stored: Any, kind: str, spec: QuantSpec) -> tuple[dict[str, Any], dic
 
 @contextmanager
 def _seeded(cast: Cast, device: torch.device) -> Iterator[None]:
-    """The generator that its kernels draw from, at the key of a stochastic cast; left as it was."""
+    """Seed the generator that its kernels draw from with the key of a stochastic cast; restore its state
+    afterwards."""
     if cast.noise is None:
         yield
         return

@@ -45,7 +45,7 @@ class Awaited:
         return next((turn for _, turn in self.turns if turn.size), None)
 
     def leave(self, device: torch.device) -> Leave:
-        """What the writing kernel is given. One small fill on the device."""
+        """What the writing kernel is given: memory for the amaxes, which one small launch sets to 0."""
         return Leave(self.plain, self.turn, torch.zeros(2, dtype=torch.int32, device=device))
 
 
@@ -72,7 +72,8 @@ def give(x: Tensor, awaited: Awaited, leave: Leave) -> None:
 
 
 def take(x: Tensor, casts: Sequence[Cast]) -> dict[int, Tensor]:
-    """{place of a cast: its amax, an fp32 scalar} of x [rows, cols], where one was handed. Once."""
+    """{place of a cast: its amax, an fp32 scalar} of x [rows, cols], for the amaxes that were handed. A
+    second call finds none."""
     given = _GIVEN.pop(x.data_ptr(), None)
     if given is None or x.is_inference():
         return {}

@@ -301,7 +301,7 @@ def _padding(cast: Cast, shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def _padded_job(x: Tensor, cast: Cast, index: int) -> _Job:
-    """A launch of its own for a copy whose blocks do not divide x: x is copied with its zeros."""
+    """A launch of its own for a copy whose blocks do not divide x: it reads a copy of x padded with zeros."""
     rows, cols = _padding(cast, (x.shape[0], x.shape[1]))
     if cast.transpose:
         return _Job(F.pad(x, (0, rows, 0, cols)), (None, index), (0, x.shape[1]))
@@ -309,7 +309,7 @@ def _padded_job(x: Tensor, cast: Cast, index: int) -> _Job:
 
 
 def _cut(q: Quantized, copy: Copy, cut: tuple[int, int]) -> Quantized:
-    """The copy without rows that only pad 2d tiles, whose scales then stand one a row."""
+    """The copy without the rows that only pad 2d tiles. Scales of tiles become one a row: a tile is cut."""
     rows = cut[0] or cut[1]
     if not rows or rows == q.shape[0]:
         return q
@@ -356,7 +356,7 @@ def _amaxes(job: _Job, copies: dict[int, Copy], given: dict[int, Tensor]) -> dic
 
 
 def _tile_rows(amax: Any, copy: Copy) -> Tensor:
-    """Row amaxes of a 2d copy: a tile's scale is seen by each of its rows."""
+    """Row amaxes of a 2d copy: each row gets the largest magnitude of the tiles that it is in."""
     if copy.amax != "row" or copy.block != "2d":
         return amax
     length = copy.block_length

@@ -181,7 +181,7 @@ def meet() -> Meeting:
         return Meeting(dist.HashStore(), 0, 1)
     check_address()
     rank, size = launch.rank, launch.size
-    # The nodes of several do not count their starts alike.
+    # With several nodes, each counts its own starts, so the count is no common prefix.
     one_node = environment.get("GROUP_WORLD_SIZE") == "1"
     if not one_node or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         store, rank, size = next(dist.rendezvous("env://", timeout=_MEETING))

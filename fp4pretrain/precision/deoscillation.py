@@ -1,9 +1,9 @@
 """When weights that swing around a rounding boundary are set onto what they round to.
 
-A weight near the boundary between two codes moves little, and what it is cast to moves by a whole code,
-to and fro. OsciReset of TetraJet-v2 (arXiv:2510.27527) adds up both ways over a window of steps and sets
-a weight onto its cast where the cast went ``ratio`` times as far as the weight itself. AMD's port calls
-it weight de-oscillation and counts the ways from one reset to the next.
+A weight near the boundary between two codes moves little, while its cast jumps by a whole code, to and
+fro. OsciReset of TetraJet-v2 (arXiv:2510.27527) sums the distances that the weight and its cast move in
+each step of a window. Where the cast moved ``ratio`` times as far as the weight, the weight is set onto
+its cast. AMD's port calls this weight de-oscillation; its windows reach from one reset to the next.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _KEY = "precision.deoscillation"
 
 @dataclass(frozen=True)
 class Deoscillation:
-    """Resets every ``period`` steps, by the ways of the last ``window`` of them.
+    """Resets every ``period`` steps, by the distances moved in the last ``window`` of them.
 
     Attributes:
         period: steps from reset to reset, counted from the run's first step; 0 for none.
-        window: steps before a reset over which the ways are added up; 0 for all since the last one.
-        ratio: a weight is reset where the way of its cast is at least this times its own.
+        window: steps before a reset over which distances are summed; 0: all since the last reset.
+        ratio: a weight is reset where its cast moved at least this times as far as it did.
         start: no window opens before this moment: a fraction of the run, '500 steps' or '2B tokens'.
 
     Raises:

@@ -164,7 +164,7 @@ class Plan:
         return any(recipe.quantized for recipe in self.recipes())
 
     def warnings(self) -> list[str]:
-        """What the papers found harmful in any recipe of the plan."""
+        """``Recipe.warnings`` of every recipe of the plan."""
         return list(dict.fromkeys(text for recipe in self.recipes() for text in recipe.warnings()))
 
     def check_shards(self, linear: str, *, n: tuple[int, ...], k: int | None) -> None:

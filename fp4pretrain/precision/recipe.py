@@ -61,7 +61,8 @@ class Rotation:
         self._settle()
 
     def _settle(self) -> None:
-        """Words that decide nothing here get their defaults, so that equal rotations are equal."""
+        """Set fields that have no effect here to their defaults, so that rotations that compute the same
+        are equal."""
         fixed = self.size == 16 and self.resample == "never"
         if self.signs == "te" and not (self.kind == "random_hadamard" and fixed):
             object.__setattr__(self, "signs", "seed")
@@ -203,7 +204,7 @@ class Recipe:
         return replace(self, **taken)
 
     def interned(self) -> Recipe:
-        """The one object that stands for all equal recipes: what is kept by identity is found again."""
+        """The one object that stands for all equal recipes, since caches look recipes up by identity."""
         return _INTERNED.setdefault(self, self)
 
     def label(self) -> str:
@@ -215,7 +216,7 @@ class Recipe:
         return "BF16" if not self.quantized else "/".join(dict.fromkeys(found))
 
     def warnings(self) -> list[str]:
-        """What the papers found harmful: allowed, since it may be the experiment, but said."""
+        """Lines about what the papers found harmful. It is allowed, since it may be the experiment."""
         said = []
         for gemm, operand, spec in self.operands():
             key = f"precision.{gemm}.{operand}"
@@ -283,14 +284,14 @@ def text_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _may_sum_fast(spec: QuantSpec) -> bool:
-    """Whether FP8 tensor cores may be given the operand with nothing to scale inside the sum."""
+    """Whether FP8 tensor cores can multiply the operand without scaling inside the sum."""
     if spec.row.family == "fp8":
         return spec.block in ("tensor", "row")
     return spec.format == "mxfp4"
 
 
 def _format_text(spec: QuantSpec) -> str:
-    """The format, and of what: the forward pass's copy, a sum of terms."""
+    """The format; and whether the forward pass's copy is cast, or a sum of terms."""
     split = {
         "none": "",
         "mean": ", mean + rest",

@@ -15,7 +15,7 @@ from fp4pretrain.observe.wandb_runs import WandbRun, fetch
 from fp4pretrain.report.load import ENDPOINTS, Curve, Run, load_run
 from fp4pretrain.stored import config_from
 
-# What wandb's config has beside the run's (``train.sinks``).
+# Keys of wandb's config that are not the run config's (``train.sinks`` adds them).
 _BESIDE = ("fingerprint", "plan", "fingerprint_data", "changes")
 
 
@@ -105,7 +105,8 @@ def _as_run(found: WandbRun, path: WandbPath) -> Run:
 def _fingerprint(
     told: Mapping[str, Any], config: Mapping[str, Any], path: WandbPath
 ) -> dict[str, Any] | None:
-    """As the run's folder has it: its entries follow from the config. None where wandb was told none."""
+    """The fingerprint that the run's folder has, made from the config on wandb. None where wandb was given
+    none."""
     data = told.get("fingerprint_data")
     if not isinstance(data, Mapping) or not {ORDER, VALIDATION} <= data.keys():
         return None
@@ -114,6 +115,6 @@ def _fingerprint(
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> Curve:
-    """Of two rows at the same tokens the later one."""
+    """A curve of rows. Where two rows have the same tokens, the later one counts."""
     values = dict(points)
     return Curve(np.array([*values]), np.array([*values.values()]))

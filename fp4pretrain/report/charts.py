@@ -205,8 +205,9 @@ def _late(tokens: FloatArray, values: FloatArray) -> FloatArray:
 
 
 def _rounded(values: FloatArray) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Seven digits are more than a screen has; what is no number is a hole in the line. Plotly takes an
-    array as it is, writes it as base64, and looks at each number of a list."""
+    """FP32 values for plotly, whose seven digits are more than a screen shows; a value that is not finite
+    becomes a hole in the line. Arrays are written as base64 as they are, while plotly checks each number
+    of a list."""
     return np.where(np.isfinite(values), values, np.nan).astype(np.float32)
 
 

@@ -143,13 +143,14 @@ def _load(runs: Sequence[Path], baseline: Path | None) -> tuple[list[Run], list[
 
 
 def _pairs(pool: Pool, baseline: Pool) -> list[Pair]:
-    """Runs of one seed; where there is none, by force, the means."""
+    """Pairs of runs of one seed. Where no seed is shared and the comparison is forced: the pair of means."""
     shared = seeds.common(pool, baseline)
     return [(pool.seeds[key], baseline.seeds[key]) for key in shared] or [(pool.run, baseline.run)]
 
 
 def _differences(pool: Pool, baseline: Pool) -> list[Difference]:
-    """Of the first runs, since the others are equal to them; and of what was read, pair by pair."""
+    """Differences of the pools' first runs, which stand for the others; and of the order of the data, pair
+    by pair."""
     found = differences(pool.first, baseline.first)
     orders = [one for pair in _pairs(pool, baseline) for one in order_difference(*pair)]
     if not seeds.common(pool, baseline):
@@ -172,7 +173,8 @@ def _unpaired(pools: Sequence[Pool], baseline: Pool) -> list[str]:
 
 
 def _shared_seeds(pools: Sequence[Pool], baseline: Pool) -> list[str]:
-    """What the pairs have in common is nothing that their interval covers."""
+    """A sentence where pairs share a seed of the data or of the weights: their interval does not cover
+    what they share."""
     told = []
     for pool in pools:
         keys = seeds.common(pool, baseline)

@@ -1,4 +1,4 @@
-"""What a comparison found, as numbers and as the table that is its judgement in one look."""
+"""What a comparison found, as numbers and as a table."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class EqualLoss:
 
 
 def equal_loss(pairs: Sequence[Pair]) -> EqualLoss:
-    """Over all pairs; read from none if it cannot be from one."""
+    """The mean over all pairs. Where one pair cannot be read, the result says why and has no number."""
     found: list[float] = []
     for run, baseline in pairs:
         one = _extra(run.val_loss, baseline.val_loss)

@@ -5,8 +5,8 @@ tokens, never over steps: two runs with other batch sizes meet on that axis alon
 
 A run that was resumed as another experiment says so in its history: ``changes``.
 
-A step that was skipped because its loss or gradients were not finite is no point of a curve where its
-loss is no number: the weights are those of the step before. What happened to a run is counted beside it.
+A step that was skipped (its loss or gradients were not finite) changed no weights. Where its loss is not
+finite it is left out of the curves. Such events are counted beside them.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ def load_run(path: Path, *, name: str) -> Run:
 
 
 def _losses(found: Rows, rows: Sequence[dict[str, Any]]) -> tuple[Curve, int]:
-    """The training loss over tokens, and how many rows a point is the mean of. A step that was skipped
-    and whose loss is no number is no point: the weights are those of the step before."""
+    """The training loss over tokens, and how many rows a point is the mean of. A step that was skipped and
+    whose loss is not finite is left out, since it changed no weights."""
     skipped = [row["step"] for row in found.others if row.get("event") == "skipped"]
     stays = np.isfinite(found.losses) | ~np.isin(found.steps, skipped)
     other = _curve(rows, "loss")  # rows in another form than a run's own

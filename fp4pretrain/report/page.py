@@ -2,7 +2,7 @@
 
 Verdict and table first; then losses, gaps, what goes on beside them, observations of casts; then what the
 runs are, their recipes side by side, and the rest of their configs. Charts are plotly's, whose script is
-in the page: a reader zooms, and switches runs on and off. Names say once what they have in common.
+in the page: a reader zooms, and switches runs on and off. What all names have in common is said once.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _side_or_none(title: str, table: Table) -> str:
 
 
 def _never(cells: Sequence[str]) -> list[bool]:
-    """Facts are no differences: none is marked, and one that all runs share is said once."""
+    """Marks nothing: facts of runs are not differences. A fact that all runs share is written once."""
     return [False] * len(cells)
 
 

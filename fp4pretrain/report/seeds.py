@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fp4pretrain.errors import UserError
-from fp4pretrain.naming import flat
 from fp4pretrain.report.differences import differences
 from fp4pretrain.report.load import Curve, Parts, Run
 
@@ -43,13 +42,13 @@ def seed_of(run: Run) -> Key:
         found = run.fingerprint["seeds"]
         return found["seed"], found["data.seed"]
     seed = run.config.get("seed", 0)
-    data = flat(run.config).get("data.seed")
+    data = (run.config.get("data") or {}).get("seed")
     return seed, seed if data is None else data
 
 
 def sum_order(run: Run) -> int:
     """Which order of sums the run took."""
-    return int(flat(run.config).get("train.sum_order", 0))
+    return int((run.config.get("train") or {}).get("sum_order", 0))
 
 
 def label(key: Key) -> int | str:
@@ -148,7 +147,7 @@ def _recipe_name(run: Run) -> str | None:
 
 
 def _mean_parts(parts: Sequence[Mapping[str, Parts]]) -> dict[str, Parts]:
-    """Where all have them, as many, at the same tokens."""
+    """Mean losses of the parts; None unless all runs have as many parts, at the same tokens."""
     found = {}
     for key in parts[0]:
         ours = [one[key] for one in parts if key in one]
@@ -158,7 +157,7 @@ def _mean_parts(parts: Sequence[Mapping[str, Parts]]) -> dict[str, Parts]:
 
 
 def _mean_curve(curves: Sequence[Curve]) -> Curve:
-    """On the first one's tokens inside the range of all; empty where one is."""
+    """The mean curve on the first one's tokens inside the range of all; empty where one curve is empty."""
     if not all(map(len, curves)):
         return Curve(np.zeros(0), np.zeros(0))
     start = max(curve.tokens[0] for curve in curves)

@@ -19,7 +19,7 @@ from fp4pretrain.report.load import Run
 from fp4pretrain.stored import read_config
 
 _NO = "-"
-# Keys that say where a run is and who is told, not what it is.
+# Keys about a run's place and its logging, which do not change what it computes.
 _NOT_SHOWN = ("name", "run_dir", "logging", "resume", "resume_with", "baseline", "precision")
 
 
@@ -81,7 +81,7 @@ def facts(comparison: Comparison) -> Table:
 
 
 def state(run: Run) -> str:
-    """Finished, or how far it came and when it last said something."""
+    """Finished; or how far the run came, and when it wrote its last row."""
     step, when = run.last
     if run.steps is None or step >= run.steps:
         return "finished"

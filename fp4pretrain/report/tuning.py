@@ -77,7 +77,8 @@ def _same_but_rate(pool: Pool, family: Sequence[Pool]) -> bool:
 
 
 def _losses(family: Sequence[Pool]) -> list[float]:
-    """Over the seeds that every rate has, if there are any; a loss that is no number is the worst."""
+    """Mean losses over the seeds that every rate has, if there are any. A loss that is not finite counts
+    as the worst."""
     shared = set.intersection(*(set(pool.seeds) for pool in family))
     found = []
     for pool in family:

@@ -36,7 +36,7 @@ class Watched:
         self.page = ""
 
     def refresh(self) -> bool:
-        """Make the page again where any run has new rows; whether it did."""
+        """Make the page again where any run has new rows; returns whether it did."""
         now = self._state()
         if now == self.stamp:
             return False
@@ -77,7 +77,7 @@ def server(watched: Watched, port: int) -> ThreadingHTTPServer:
             self.wfile.write(data)
 
         def log_message(self, format: str, *args: object) -> None:
-            """A line for every request is of no use."""
+            """Print nothing: a line for every request is of no use."""
 
     try:
         return ThreadingHTTPServer((_HOST, port), Handler)

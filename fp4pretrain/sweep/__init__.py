@@ -1,4 +1,5 @@
-"""Several runs of one command: composed and judged first, then trained, each at its own risk.
+"""Several runs of one command: all are composed and checked first, then trained. One that fails does not
+stop the others.
 
 planning    overrides -> runs, each in a folder of its own; what cannot be meant costs its own run
 standing    what a run's folder already holds: nothing, a part, or the finished run

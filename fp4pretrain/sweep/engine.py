@@ -1,4 +1,4 @@
-"""Trains what is left of a command's runs; one that fails costs itself."""
+"""Trains what is left of a command's runs. A run that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def _trained(
     until: float | None,
     told: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """What becomes of the runs that are left, by the launcher that was asked for. ``told`` is shown each
-    that a launcher ends, in place of a line on stderr."""
+    """Train the runs that are left, by the launcher that was asked for; returns their outcomes. ``told``
+    is called with each run that a launcher ended, in place of a line on stderr."""
     settings = command.settings
     total = len(command.order) + sum(one.run is None for one in command.outcomes)
     if settings.launcher == "here":

@@ -1,7 +1,7 @@
 """The runs that a command means: every combination composed, placed in a folder of its own and judged.
 
-A combination that cannot be composed, or that cannot run here, costs itself and is one line; the others
-go on. What concerns the command as a whole (two runs of one folder, a folder that holds another run,
+A combination that cannot be composed, or that cannot run here, is one line of output, and the others go
+on. What concerns the command as a whole (two runs of one folder, a folder that holds another run,
 ranks that were started unequally) refuses all of it before anything is trained.
 """
 
@@ -35,7 +35,7 @@ from fp4pretrain.train.together import together
 from fp4pretrain.version import sources_digest
 
 _NAMES = ("name", "run_dir")
-# What is the main rank's wherever ranks compose it otherwise (a name with the time in it).
+# Keys that all ranks take from the main rank, since their own may differ (a name with the time in it).
 _THE_MAIN_RANKS = ("name", "run_dir", "logging.wandb.name")
 
 
@@ -204,7 +204,8 @@ def _folders(runs: Sequence[Planned]) -> list[Path]:
 
 
 def _varied(sweep: list[list[str]]) -> list[list[str]]:
-    """Of each combination the overrides that are not those of all. Of a key given twice the last counts."""
+    """For each combination the overrides that not all combinations share. Of a key given twice the last
+    counts."""
     last = [{text.partition("=")[0]: text for text in overrides} for overrides in sweep]
     common = set(last[0].values()).intersection(*(one.values() for one in last[1:]))
     return [[text for text in one.values() if text not in common] for one in last]
@@ -221,7 +222,8 @@ def _places_differ(sweep: list[list[str]]) -> bool:
 
 
 def _page(order: Sequence[Path], sweep: list[list[str]], told: list[list[str]]) -> Path:
-    """Of one combination in its run's folder, of several beside the runs, by what they vary."""
+    """Where the page goes: for one combination into its run's folder; for several beside the runs, named
+    by what they vary."""
     if len(sweep) == 1:
         return order[-1] / "compare"
     values: dict[str, list[str]] = {}
@@ -270,7 +272,7 @@ def ranks_elsewhere(settings: SweepConfig) -> int | None:
 
 
 def nobody(_: Sequence[Any]) -> dict[int, str]:
-    """A judge that finds no rank unequal."""
+    """Used where ranks need not be compared: it finds no rank unequal."""
     return {}
 
 
@@ -319,7 +321,7 @@ def _unequal_key(here: list[dict[str, Any]], main: list[dict[str, Any]]) -> str:
 
 
 def _of_main(config: RunConfig, names: list[Any]) -> RunConfig:
-    """The run under the main rank's names."""
+    """The run with the folder and names that the main rank gave it."""
     name, run_dir, shown = names
     wandb = replace(config.logging.wandb, name=shown)
     return replace(config, name=name, run_dir=run_dir, logging=replace(config.logging, wandb=wandb))

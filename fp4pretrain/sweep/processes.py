@@ -61,7 +61,7 @@ class Processes:
         progress: Progress,
         told: Callable[[Outcome], None],
     ) -> list[Outcome]:
-        """All of them; ``told`` is shown each as it ends. Raises Stopped after a signal."""
+        """Train all runs; ``told`` is called with each as it ends. Raises Stopped after a signal."""
 
         def one(run: Planned) -> Outcome:
             place = self._places.get()

@@ -18,9 +18,9 @@ from fp4pretrain.train.run_dir import find_checkpoint
 class Progress:
     """Counts the runs of a command; the time left is that of the work left, at the pace so far.
 
-    Work is tokens x parameters, so a short run does not promise a short rest. ``total``: all runs of the
-    command, with those that need nothing more (finished before, or refused). ``at_once``: runs that go on
-    beside each other.
+    Work is tokens x parameters, so a short first run does not make the estimate too short. ``total``: all
+    runs of the command, with those that need nothing more (finished before, or refused). ``at_once``: runs
+    that go on beside each other.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Progress:
             self._done += self._waiting.pop(run.path)
 
     def _left(self) -> str:
-        """Of all runs that have not ended."""
+        """The work of all runs that have not ended."""
         if not self._done:
             return "?"
         seconds = self._seconds / self._done * sum(self._waiting.values())

@@ -1,4 +1,5 @@
-"""Replicates of one config: equal but for the order of sums, for the order of data, for the weights.
+"""Replicates of one config: runs that differ in the order of sums, in the order of data, or in the weights
+alone.
 
 Another order of sums changes nothing but rounding: the sequences of every microbatch are read
 rotated (``train.sum_order``), so that the same terms are added in another order, on any device and

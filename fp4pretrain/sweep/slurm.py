@@ -108,7 +108,8 @@ class Slurm:
         progress: Progress,
         told: Callable[[Outcome], None],
     ) -> list[Outcome]:
-        """Every run as a job, ``jobs`` of them in the queue at once; ``told`` is shown each as it ends."""
+        """Every run as a job, ``jobs`` of them in the queue at once; ``told`` is called with each as it
+        ends."""
         waiting = list(runs)
         jobs: dict[Path, tuple[Planned, str]] = {}
         ended: dict[Path, Outcome] = {}
@@ -172,7 +173,7 @@ class Slurm:
 
 
 def in_queue(numbers: list[str]) -> set[str]:
-    """Those of some jobs that Slurm still has."""
+    """Which of the jobs Slurm still has."""
     if not numbers:
         return set()
     asked = ["squeue", "--noheader", "--format", "%A", "--jobs", ",".join(numbers)]

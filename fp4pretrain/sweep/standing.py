@@ -56,7 +56,7 @@ def difference(there: RunConfig, here: RunConfig) -> list[tuple[str, tuple[Any, 
 
 
 def _entries(config: RunConfig) -> dict[str, Any]:
-    """What shapes the curve, with the text by its names: it is not read here."""
+    """What shapes the curve. Text is compared by its names, since it is not read here."""
     text = {key for keys in fingerprint.BY_CONTENT.values() for key in keys} - {"data.seed"}
     named = {k: v for k, v in flat(asdict(config)).items() if fingerprint.within(k, text)}
     return fingerprint.entries(config) | named

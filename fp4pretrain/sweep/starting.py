@@ -39,7 +39,8 @@ def open_log(run: Path) -> BinaryIO:
 
 
 def outcome(run: Planned, *, problem: str | None) -> Outcome:
-    """By the run's own record. ``problem``: why its processes say that they failed; None: they do not."""
+    """What became of the run, by its own history. ``problem``: why its processes failed; None where they
+    did not."""
     history = read_history(run.path) or {}
     if history.get("finished_step") == run.config.train.steps:
         return Outcome(run, run.told, "finished")

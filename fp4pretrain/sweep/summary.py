@@ -1,4 +1,5 @@
-"""What a command's runs say together: who is finished, the table of the loss gaps, picture and page."""
+"""The end of a command with several runs: which are finished, the table of the loss gaps, picture and
+page."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def report(outcomes: Sequence[Outcome], *, page: Path) -> None:
 
 
 def sentence(one: Outcome) -> str:
-    """Which combination, and what is wrong with it, as one line."""
+    """One line: the combination, and what is wrong with it."""
     return f"{_name(one)}: {' '.join(one.line.split())}"
 
 

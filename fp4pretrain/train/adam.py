@@ -14,13 +14,14 @@ _WHOSE = {"transformer_engine": "Transformer Engine's", "apex": "apex's", "torch
 
 
 def adam_of(optimizer: Any) -> str:
-    """Of a built optimizer: ``apex's FusedAdam``. One phrase, also where parts differ."""
+    """The Adam of a built optimizer as one phrase, such as ``apex's FusedAdam``; all of them where its
+    parts differ."""
     kinds = {type(part.optimizer) for part in optimizer.chained_optimizers}
     return ", ".join(sorted(_named(kind) for kind in kinds))
 
 
 def adam_here(device: torch.device) -> str:
-    """The one that a run on the device takes, and why none of the others."""
+    """The Adam that a run on the device takes, and why it takes none of the others."""
     if device.type != "cuda":
         return "torch's AdamW (fused ones of Transformer Engine and apex are CUDA kernels)"
     from megatron.core import optimizer

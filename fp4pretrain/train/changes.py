@@ -13,7 +13,7 @@ from fp4pretrain.precision import Progress
 
 Changes = dict[str, tuple[Any, Any]]  # key -> (in the checkpoint, now)
 
-# A run may be made longer without a word, as long as no step that is done would have been another.
+# Keys of a run's length. They may change unnamed where the steps already done would have been the same.
 _LENGTH = ("train.steps", "optim.warmup", "optim.decay")
 
 

@@ -29,7 +29,8 @@ _NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class RunLock:
-    """Of the run folder ``path``, for the main rank. ``acquire`` raises UserError where another holds it."""
+    """The lock of the run folder ``path``, for the main rank. ``acquire`` raises UserError where another
+    process holds it."""
 
     def __init__(self, path: Path, *, beat: float = _BEAT, silence: float = _SILENCE) -> None:
         self._file = path / _NAME
@@ -105,7 +106,8 @@ class RunLock:
         return False
 
     def _time(self) -> int:
-        """When the holder last gave a sign. Opened anew: NFS then asks its server."""
+        """When the holder last renewed the file's time. The file is opened anew, so that NFS asks its
+        server."""
         try:
             descriptor = os.open(self._file, os.O_RDONLY)
         except FileNotFoundError:
@@ -139,7 +141,7 @@ def _read(descriptor: int) -> dict[str, Any] | None:
 
 
 def _machine() -> str:
-    """The same for all that shares a kernel, and so its locks; another after a restart of it."""
+    """A name for the running kernel, whose processes share locks; it changes when the machine restarts."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:

@@ -127,7 +127,7 @@ def _take(path: Path, config: RunConfig, lock: RunLock) -> None:
 
 
 def _fit(trainer: Trainer, path: Path, start: Path | None, *, until: float | None) -> None:
-    """The steps that are left, with all that is around them. Raises Stopped."""
+    """Train the steps that are left, with their hooks. Raises Stopped."""
     config, world = trainer.config, trainer.world
     found = {} if start is None else _changes(trainer, start)
     devices = _devices(trainer)
@@ -263,8 +263,8 @@ def _announce(trainer: Trainer, path: Path, start: Path | None) -> None:
 
 
 def _log_changes(trainer: Trainer, found: Changes, logging: Logging) -> None:
-    """A run that goes on as another experiment says so on the console and in its metrics, at the first
-    step of the new one: a row that is cut and written again if the run is resumed once more."""
+    """Say on the console and in the metrics that the run goes on as another experiment. The row has the
+    first step of the new one, so that it is cut and written again if the run is resumed once more."""
     step = trainer.step + 1
     _warn(f"from step {step} on this is another experiment: {told(found)}")
     logging.write(
@@ -277,4 +277,4 @@ def _warn(text: str) -> None:
 
 
 def _silent(text: str) -> None:
-    """What a rank that is not the main one says."""
+    """A rank that is not the main one prints nothing."""

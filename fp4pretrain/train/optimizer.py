@@ -82,7 +82,7 @@ def _set(master: torch.Tensor, mask: torch.Tensor, values: torch.Tensor) -> None
 def build_schedule(config: RunConfig, optimizer: GuardedOptimizer) -> OptimizerParamScheduler:
     """Warmup, then WSD (stable, decay over the last part) or cosine, counted in steps.
 
-    The first update has a learning rate, lr / (warmup + 1), not none; update warmup + 1 has all of it.
+    The first update's learning rate is lr / (warmup + 1), not 0; update warmup + 1 has the whole lr.
     """
     o, steps = config.optim, config.train.steps
     warmup, decay = schedule_steps(config)

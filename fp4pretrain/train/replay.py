@@ -103,13 +103,13 @@ class Replays:
         return outcome
 
     def forget(self) -> None:
-        """Let go of what was captured: recipes, or the memory that a step reads, are other ones now."""
+        """Drop the captured step: recipes, or the memory that a step reads, have changed."""
         if self._captured is not None:
             self._captured.release()
         self._captured = self._rehearsed = None
 
     def _capture(self, trainer: Trainer, batches: Batches) -> bool:
-        """Capture the step of now, of which nothing has run then; False where that cannot be, said once.
+        """Capture this step without running it. False where that fails; the reason is printed once.
 
         Raises UserError there where steps should be captured (``train.graph=always``).
         """
@@ -152,7 +152,7 @@ class Replays:
 
 
 def _everywhere(mine: bool, world: World) -> bool:
-    """Whether it is so on every rank. Collective."""
+    """Whether all ranks say yes. Collective."""
     if world.size == 1:
         return mine
     all_ranks = torch.tensor(int(mine), device=world.device)
@@ -233,13 +233,14 @@ class _Captured:
                     self._outcome = update(trainer, self._loss)
         finally:
             trainer.clock.draws = None
-            # what a step counts on the host, to count it again at each replay
+            # what this step counted on the host: a replay counts nothing, so it is added after each
             self._cast: Counter[Any] = sites.cast - cast
             self._multiplied: Counter[Any] = sites.multiplied - multiplied
             sites.cast, sites.multiplied = cast, multiplied
 
     def release(self) -> None:
-        """End the graph at once, whoever still holds this object. Its last replay has been read."""
+        """End the graph at once, even if somebody still holds this object. Its last outcome must have been
+        read."""
         self._graph.reset()
 
     def prepare(self, seed: int, step: int) -> None:
@@ -247,7 +248,7 @@ class _Captured:
         self._draws.prepare(seed, step)
 
     def replay(self, trainer: Trainer) -> Outcome:
-        """The step of now."""
+        """Replay the graph for the current step."""
         self._draws.fill(trainer.clock.seed, trainer.clock.step)
         trainer.optimizer.fill_learning_rates()
         self._graph.replay()

@@ -30,8 +30,8 @@ _FILES = ("plan.txt", "audit.json")
 
 @dataclass(frozen=True)
 class Told:
-    """``gap``: the run's baseline, if it has one. ``changes``: against the checkpoint. ``goes_on``: whether
-    the rows that are there are of this run."""
+    """``gap``: the run's baseline, if it has one. ``changes``: against the checkpoint. ``goes_on``:
+    whether rows that the folder has already belong to this run."""
 
     gap: LiveGap | None
     changes: Changes
@@ -92,7 +92,8 @@ def _rotation(kind: str, size: int) -> str:
 
 
 def _identity(trainer: Trainer, found: Changes) -> dict[str, Any]:
-    """What wandb's config has beside the config: who else is the same experiment, what was changed."""
+    """What wandb's config gets beside the run config: the experiment's digest, and what was changed on
+    resume."""
     whole = trainer.fingerprint
     identity = {
         "fingerprint": whole["digest"],

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Evaluation draws its noise from microbatch numbers that training never reaches.
 _EVALUATION = 1 << 24
-# Of one of its microbatches: about what one sequence of the long-context presets has.
+# Tokens of an evaluation's microbatch: about one sequence of the long-context presets.
 _EVALUATION_TOKENS = 8192
 # Parts of a validation set whose losses are kept, for the spread of a gap over them.
 _PARTS = 32

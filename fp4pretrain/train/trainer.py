@@ -150,11 +150,11 @@ def join_run(config: RunConfig) -> World:
 
 
 def _fix_order(deterministic: bool) -> None:
-    """Have PyTorch's and cuBLAS's kernels add in a fixed order, or not. Before the first product."""
+    """Have PyTorch's and cuBLAS's kernels add in a fixed order, or not. Call it before the first product."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    # Off: a pass over every new tensor. mypy does not see a property of a module
+    # Off, since it costs a pass over every new tensor. (mypy does not see properties of a module.)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

@@ -77,7 +77,8 @@ class WeightPaths:
     @torch.no_grad()
     def reset(self, optimizer: Any, *, ratio: float) -> tuple[int, int]:
         """Set each weight whose cast went at least ``ratio`` times as far as it did onto that cast, in
-        the optimizer's master too; close the window. How many on this rank, and of how many."""
+        the optimizer's master too; close the window. Returns the number of weights set on this rank, and
+        the number of weights followed."""
         resets, elements = [], 0
         for path in self.open:
             elements += path.moved.numel()

@@ -36,3 +36,14 @@ def test_every_layout_draws_one_processs_keys(ranks, layout: str) -> None:
     assert all(whole for *_, whole in single["drawn"])
     assert found["drawn"] == single["drawn"]
     assert found["mine"] == linears * (3 * microbatches + 1) * STEPS
+
+
+def test_parts_of_the_projections_draw_one_processs_keys_too(ranks) -> None:
+    """Each part is a matrix of its own, rows and columns counted within it over all ranks."""
+    run = [*SMALL, *RECIPE, "model.kv_channels=64"]
+    run += ["precision.rules.qk.recipe=mxfp4_sr", "precision.rules.qk.linears=[q,k]"]
+    single = ranks.run("noise_tasks.keys", run, size=1, steps=STEPS)
+    found = ranks.run("noise_tasks.keys", [*run, *LAYOUTS["TP 2 + SP"][1]], size=2, steps=STEPS)
+    assert len(single["drawn"]) == (16 + 4) * (3 * 2 + 1) * STEPS
+    assert all(whole for *_, whole in single["drawn"])
+    assert found["drawn"] == single["drawn"]

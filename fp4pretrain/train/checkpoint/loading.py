@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whether it is whole, and the way back.
+"""Which checkpoint a run goes on from, whether it is whole, and loading it.
 
 Every file is compared with the manifest's SHA-256 before anything is believed, the files shared out
 over the ranks; what one rank finds wrong is wrong for all. ``resume=auto`` then takes the newest
@@ -252,7 +252,7 @@ def resume(
 def _first_good(
     paths: list[Path], attempt: Callable[[Path], Any], *, say: Callable[[str], None] | None = None
 ) -> Path | None:
-    """The first path that ``attempt`` takes. Raises what the first refused one raised, if all are."""
+    """The first path that ``attempt`` accepts. Where it refuses all, raises what it raised for the first."""
     refused: Unusable | None = None
     for path in paths:
         try:

@@ -160,7 +160,8 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def _remove_old(folder: Path, *, step: int, keep: Keep) -> None:
-    """Later steps than this one are of a run that was taken back: they go as old ones do."""
+    """Remove checkpoints that are too old. Those of later steps were left by a rollback, and are removed
+    too."""
     steps = steps_in(folder)
     stay = {s for s in steps if keep.every and s % keep.every == 0}
     stay |= set([s for s in steps if s <= step][-keep.last :])
@@ -188,7 +189,7 @@ def _description(trainer: Trainer) -> dict[str, Any]:
 
 
 def _attempt(work: Any) -> str | None:
-    """What went wrong, in a few words; a full disk must not end a run."""
+    """Run ``work``; returns what went wrong in a few words, since a full disk must not end a run."""
     try:
         work()
     except Exception as error:  # whatever it is, the run goes on and says it

@@ -94,8 +94,8 @@ def restore(
 ) -> None:
     """Weights, optimizer, schedule and generators from a checkpoint's files.
 
-    ``agree`` is handed what is wrong with this rank's reading, if anything, and raises on every rank
-    if any has something; until it returns the trainer is not usable.
+    ``agree`` is given the error of this rank's reading, or None, and raises on every rank if any rank has
+    one. Until it returns the trainer is not usable.
     """
     trainer.replays.forget()  # the optimizer's tensors are other ones after this
     # an open window's paths; a run that now asks for none lets them go
@@ -255,7 +255,7 @@ def _set_adam_step(state: dict[str, Any], step: float) -> None:
     for part in _states(state):
         inner = part.get("optimizer", part)
         groups = inner["param_groups"]
-        # the distributed optimizer, and fused ones
+        # the distributed optimizer and fused optimizers keep the step in their parameter groups
         if "param_state" in part or any("step" in group for group in groups):
             for group in groups:
                 # torch counts in floats; Transformer Engine and apex in ints

@@ -1,4 +1,5 @@
-"""What a run does about NaN, Inf and loss spikes: the update held back, the decisions, the way back.
+"""What a run does about NaN, Inf and loss spikes: updates are left out (``update``), ``decisions`` made,
+and the run goes back to a checkpoint (``rollback``).
 
 ``hooks/guards`` brings them together; ``hooks/watchdog`` is for runs that hang.
 """

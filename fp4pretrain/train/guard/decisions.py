@@ -7,7 +7,8 @@ steps before the spike, 200 to 500 batches passed over; the same batches did no 
 - Steps that are not finite, ``guard.max_skipped`` in a row. One alone is only skipped.
 - A loss spike: ``patience`` losses in a row above mean + ``threshold`` standard deviations. OLMo 2
   (arXiv:2501.00656) counts losses seven standard deviations from a rolling average; a single one
-  mostly mends itself, so it takes a row of them here. Losses above the limit do not move it.
+  mostly mends itself, so here several in a row are needed. Losses above the limit do not change mean and
+  deviation.
 
 Everything here is JSON in the checkpoint, so a resumed run decides as the uninterrupted one.
 """
@@ -41,7 +42,7 @@ class LossTrack:
 def follow(track: LossTrack, loss: float, rule: SpikeConfig) -> LossTrack:
     """The track after one more finite loss; a spike where its ``above`` reaches ``rule.patience``.
 
-    Plain mean and variance of the first losses, from ``window`` / 2 of them on exponential ones.
+    Mean and variance are plain over the first ``window`` / 2 losses, and exponential averages after them.
     """
     limit = track.mean + rule.threshold * math.sqrt(track.variance)
     if track.seen >= rule.warmup and loss > limit:
@@ -54,8 +55,8 @@ def follow(track: LossTrack, loss: float, rule: SpikeConfig) -> LossTrack:
 
 @dataclass(frozen=True)
 class GuardMemory:
-    """What the guard knows of a run. ``good_step``: the last one that was finite and no part of a
-    spike, as far as one knows; counts are of the whole run, rolled-back steps included."""
+    """What the guard knows of a run. ``good_step``: the last step that was finite and, as far as is known,
+    not part of a spike. Counts cover the whole run, rolled-back steps included."""
 
     skipped_steps: int = 0
     spikes: int = 0
@@ -66,7 +67,7 @@ class GuardMemory:
 
     @classmethod
     def restored(cls, stored: Mapping[str, Any] | None) -> GuardMemory:
-        """From the JSON of a checkpoint; fresh where there is none."""
+        """The memory of a checkpoint's JSON; a new one where there is none."""
         if stored is None:
             return cls()
         return cls(**{**stored, "losses": LossTrack(**stored["losses"])})
@@ -88,7 +89,7 @@ def observe(memory: GuardMemory, row: Mapping[str, Any], settings: GuardConfig) 
 
 
 def trouble(memory: GuardMemory, settings: GuardConfig) -> str | None:
-    """``skipped``, ``spike`` or None: whether this is a step too many."""
+    """``skipped`` or ``spike`` where this step calls for a rollback, otherwise None."""
     if 0 < settings.max_skipped <= memory.streak:
         return "skipped"
     if memory.losses.above >= settings.spike.patience:

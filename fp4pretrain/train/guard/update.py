@@ -76,7 +76,7 @@ class StepHealth:
         return math.nan if self._values()[1] else grad_norm
 
     def renewed(self) -> StepHealth:
-        """The same place on the device, read anew: a replayed graph has written it again."""
+        """A health that reads the same memory again, after a replayed graph has rewritten it."""
         self._read = None
         return self
 
@@ -156,7 +156,7 @@ class GuardedOptimizer(ChainedOptimizer):
         self.prepare_grads()
         norm = self._norm_on_device()
         clip = self.config.clip_grad
-        # Adam divides by it: at least 1, and whatever it is where nothing is written
+        # Adam divides gradients by this scale, which clips them. It has no effect where the update is blocked
         scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip > 0 else torch.ones_like(norm)
         blocked = (~health.finite_on_device(norm)).float()
         for inner in self._inner:

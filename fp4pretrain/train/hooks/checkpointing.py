@@ -58,7 +58,7 @@ class Checkpointing(Hook):
             )
 
     def begin(self, trainer: Trainer) -> None:
-        """Start to save this step, unless that was done, after the save before it. Collective."""
+        """Wait for the save before, then start to save this step, unless it was saved already. Collective."""
         if self._begun == trainer.step:
             return
         self.wait(trainer)

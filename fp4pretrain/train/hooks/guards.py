@@ -1,4 +1,5 @@
-"""NaN, Inf and loss spikes: counted, and where they last, the run goes back and around them.
+"""NaN, Inf and loss spikes are counted; where they last, the run goes back to a checkpoint and passes over
+their data.
 
 The optimizer has left out a step that is not finite already (``guard.update``). Here it is logged, and
 with the losses it decides (``guard.decisions``) whether the run goes back (``guard.rollback``): to the newest
@@ -31,7 +32,7 @@ _KEY = "guard"
 
 
 class Guard(Hook):
-    """Stands before all hooks that log, evaluate or save a step, since it may take the step back.
+    """Comes before all hooks that log, evaluate or save a step, since it may undo the step.
 
     Adds ``skipped_steps`` to the step's row. Raises UserError where it gives up.
     """
@@ -140,7 +141,8 @@ class Guard(Hook):
         self._go_on_from(trainer, entry)
 
     def _nowhere_to_go(self, trainer: Trainer, row: dict[str, Any], reason: str) -> None:
-        """A spike is borne. Weights that meet one NaN after another are saved, and the run stops."""
+        """Without a checkpoint to go back to: a spike is ignored; after too many NaN steps in a row the
+        weights are saved and the run stops."""
         if reason == "spike":
             self._learn_anew(trainer)
             return
@@ -166,7 +168,7 @@ class Guard(Hook):
         self._remember(trainer, GuardMemory.restored(entry.memory))
 
     def _learn_anew(self, trainer: Trainer) -> None:
-        """Take the losses as they are now for normal."""
+        """Start mean and deviation of the losses anew, from the losses of now."""
         self._remember(trainer, replace(self._memory, losses=LossTrack(), good_step=trainer.step))
 
     def _remember(self, trainer: Trainer, memory: GuardMemory) -> None:

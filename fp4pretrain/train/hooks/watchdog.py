@@ -1,4 +1,4 @@
-"""A run that hangs says where, on every rank, and makes room for a restart.
+"""A run that hangs writes its stacks on every rank, and ends so that it can be restarted.
 
 Collectives wait: one rank that stands still stops all of them, and none fails for minutes. A thread of
 each rank counts the time since the last step. It needs no word from the main thread, which in a
@@ -38,7 +38,8 @@ _TICKS_TO_LEAVE = 3
 
 
 class Watchdog(Hook):
-    """Watches from the first hook's place: what hooks do after a step has the time of ten steps."""
+    """Runs as the first hook. What hooks do after a step (evaluate, save) is given ten times as long as a
+    step."""
 
     def __init__(self, folder: Path, logging: Logging, settings: GuardConfig) -> None:
         self._folder = folder

@@ -1,4 +1,4 @@
-"""What a folder that is no start for a run is told to be, in one line."""
+"""The one-line errors for a folder that no run can begin with."""
 
 from __future__ import annotations
 

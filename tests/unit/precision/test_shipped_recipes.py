@@ -135,11 +135,10 @@ TRUTH |= {
     "mxfp6": (E2M3, E2M3, NONE, *(E3M2, E2M3, NONE) * 2),
 }  # fmt: skip
 # What a cast is made of, beside its table: operands, and the field that is not the default.
+_COPIES = {("dgrad", "w"): {"source": "forward"}, ("wgrad", "x"): {"source": "forward"}}
 ELSE = {
-    **dict.fromkeys(
-        ("quartet2", "tetrajet2"),
-        {("dgrad", "w"): {"source": "forward"}, ("wgrad", "x"): {"source": "forward"}},
-    ),
+    "quartet2": _COPIES,
+    "tetrajet2": _COPIES,
     "averis": {
         place: {"split": "mean"}
         for place in (("fprop", "x"), ("dgrad", "dy"), ("wgrad", "dy"), ("wgrad", "x"))

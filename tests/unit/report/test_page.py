@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import numpy as np
 import pytest
 from report_lab import STEPS, TOKENS, write_run
 
 from fp4pretrain.config import compose, plan_of
 from fp4pretrain.costs import flop_shares
+from fp4pretrain.errors import UserError
 from fp4pretrain.report import Options, compare
 from fp4pretrain.report.load import load_run
+from fp4pretrain.report.record import as_json
 from fp4pretrain.report.rows import POINTS, read
 from fp4pretrain.report.watch import Watched, server
 
@@ -115,6 +118,56 @@ def test_millions_of_rows_are_thinned_to_means(tmp_path: Path) -> None:
     assert loaded.loss.tokens[1] == rows.tokens[5] and loaded.loss.tokens[-1] == rows.tokens[-1]
     assert len(loaded.val_loss) == 11  # after 1000, 2000, ... 11000 of 11999 steps
     assert len(loaded.observed) == 2
+
+
+def test_thinning_changes_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three seeds each of a recipe that is behind, one that is ahead and one that chance hides: the same
+    validation gaps, intervals and verdicts, and a training gap within a hundredth of itself, whether all
+    2400 rows are points or 100 are."""
+    noise = np.random.default_rng(5)
+    runs = []
+    for name, gap in (("bf16", 0.0), ("behind", 0.04), ("ahead", -0.04), ("hidden", 0.0002)):
+        for seed in (1, 2, 3):
+            own = 1 + gap + 0.002 * noise.standard_normal()
+            steps = range(1, 2401)
+            runs.append(write_run(tmp_path / f"{name}-{seed}", gap=own - 1, steps=steps, batch=85, seed=seed,
+                                  precision={"fprop": {"x": {"format": name}}}))  # fmt: skip
+    found = {}
+    for points in (4000, 100):
+        monkeypatch.setattr("fp4pretrain.report.rows.POINTS", points)
+        monkeypatch.setattr("fp4pretrain.report.load.POINTS", points)
+        comparison = compare(runs, out=tmp_path / str(points))
+        assert comparison.results[0].run.thinned == (1 if points == 4000 else 24)
+        found[points] = as_json(comparison)["results"]
+    assert [one["verdict"] for one in found[4000]] == ["behind", "ahead", "undecided"]
+    for whole, thin in zip(found[4000], found[100], strict=True):
+        for key in ("verdict", "gap", "low", "high", "pairs", "seeds", "diverged"):
+            assert thin[key] == whole[key], key
+        train = [one["endpoints"]["loss"] for one in (whole, thin)]
+        assert train[0]["verdict"] == train[1]["verdict"]
+        assert train[1]["gap"] == pytest.approx(train[0]["gap"], rel=0.01, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["5e-05", '"NaN"', "0.00012345678901234567", "12", "1.5}x"])
+def test_a_number_written_in_another_way_is_read_as_json_reads_it(
+    tmp_path: Path, loss: str
+) -> None:
+    """Beside rows of the usual form, whose digits are read column by column."""
+    lines = [f'{{"event": "train", "step": {s}, "tokens": {85 * s}, "loss": {9.5 / s}, "lr": 1}}' for s in
+             range(1, 120)]  # fmt: skip
+    lines[57] = f'{{"event": "train", "step": 58, "tokens": 4930, "loss": {loss}, "lr": 1}}'
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    if loss == "1.5}x":
+        with pytest.raises(UserError, match="line 58 is no JSON object"):
+            read(file)
+        return
+    expected = [json.loads(line) for line in lines]
+    found = read(file)
+    assert found.steps.tolist() == [row["step"] for row in expected]
+    assert found.tokens.tolist() == [row["tokens"] for row in expected]
+    wanted = [float(row["loss"]) for row in expected]
+    np.testing.assert_allclose(found.losses, wanted, rtol=1e-15)
 
 
 def test_flop_shares_by_hand() -> None:
