@@ -303,10 +303,11 @@ inline void round_run(float* y, int64_t n, float encode, float decode, const Gri
 template <int kMode, class Noise>
 void round_row(float* y, int64_t cols, int64_t block, const float* encode, const float* decode,
                const Grid& grid, const Noise* noise) {
-  int64_t whole = block == 16 ? cols / 16 : 0;
-  for (int64_t j = 0; j < whole; j++)  // a length that the compiler knows
-    round_run<kMode>(y + 16 * j, 16, encode[j], decode[j], grid, noise ? noise + 16 * j : nullptr);
-  for (int64_t k = whole * 16; k < cols; k += block)
+  int64_t whole = block % 16 ? 0 : cols / block, k = 0;
+  for (int64_t j = 0; j < whole; j++)
+    for (int64_t end = k + block; k < end; k += 16)  // a length that the compiler knows
+      round_run<kMode>(y + k, 16, encode[j], decode[j], grid, noise ? noise + k : nullptr);
+  for (; k < cols; k += block)
     round_run<kMode>(y + k, std::min(block, cols - k), encode[k / block], decode[k / block], grid,
                      noise ? noise + k : nullptr);
 }
@@ -604,14 +605,13 @@ class Band {
     for (int64_t g = 0; g < cols_; g += spec_.group) {
       int64_t stop = std::min(cols_, g + spec_.group);
       float norms[kLongest] = {0}, products[kLongest] = {0};
-      for (int64_t k = g; k < stop; k++) {
-        int64_t block = at + k / block_cols_;
-        float x = y[k] * encode_[block], weight = decode_[block] * decode_[block];
-        float q = spec_.rounding == kAway ? on_grid<kAway>(x, grid_, 0) : on_grid<kEven>(x, grid_, 0);
-        x = weight == 0.0f ? 0.0f : x;
-        norms[k - g] = x * x * weight;
-        products[k - g] = x * q * weight;
-        y[k] = q;
+      for (int64_t k = g; k < stop; k += block_cols_) {
+        int64_t block = at + k / block_cols_, n = std::min(block_cols_, stop - k);
+        if (spec_.rounding == kAway) {
+          weigh<kAway>(y + k, n, encode_[block], decode_[block], norms + k - g, products + k - g);
+        } else {
+          weigh<kEven>(y + k, n, encode_[block], decode_[block], norms + k - g, products + k - g);
+        }
       }
       for (int64_t n = spec_.group / 2; n; n /= 2)
         for (int64_t i = 0; i < n; i++) {
@@ -624,6 +624,20 @@ class Band {
         float decode = on_grid<kBytes>(scale, kE4M3Grid, noise[k]);
         for (int64_t i = k; i < std::min(cols_, k + block_cols_); i++) y[i] *= decode;
       }
+    }
+  }
+
+  // Rounds n elements, and leaves what they add to a group's <x, x> and <x, q>.
+  template <int kMode>
+  void weigh(float* y, int64_t n, float encode, float decode, float* norms, float* products) const {
+    const Grid grid = grid_;
+    float weight = decode * decode;
+    for (int64_t i = 0; i < n; i++) {
+      float x = y[i] * encode, q = on_grid<kMode>(x, grid, 0);
+      x = weight == 0.0f ? 0.0f : x;
+      norms[i] = x * x * weight;
+      products[i] = x * q * weight;
+      y[i] = q;
     }
   }
 
