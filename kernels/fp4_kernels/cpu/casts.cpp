@@ -15,6 +15,14 @@
 #include <thread>
 #include <vector>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "noise is read as bytes, lowest first"
+#endif
+
 namespace {
 
 constexpr int kLanes = 16;            // rows that are rotated or transposed together
@@ -101,6 +109,33 @@ inline float rounded_bf16(float v) {
   return v != v ? kNaN : float_of(static_cast<int32_t>(up & 0xFFFF0000u));
 }
 
+// to[j][i] = from[i][j] for 8 rows of 8, `ld` and `to_ld` apart. Interleaving the halves of a list three times
+// transposes it.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FP4_SHUFFLES
+#endif
+#endif
+
+inline void transpose_8(const float* from, int64_t ld, float* to, int64_t to_ld) {
+#ifdef FP4_SHUFFLES
+  typedef float Eight __attribute__((vector_size(32)));
+  Eight a[8], b[8];
+  for (int i = 0; i < 8; i++) std::memcpy(&a[i], from + i * ld, 32);
+  for (int round = 0; round < 3; round++) {
+    for (int i = 0; i < 4; i++) {
+      b[2 * i] = __builtin_shufflevector(a[i], a[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      b[2 * i + 1] = __builtin_shufflevector(a[i], a[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 8; i++) a[i] = b[i];
+  }
+  for (int i = 0; i < 8; i++) std::memcpy(to + i * to_ld, &a[i], 32);
+#else
+  for (int i = 0; i < 8; i++)
+    for (int j = 0; j < 8; j++) to[j * to_ld + i] = from[i * ld + j];
+#endif
+}
+
 template <class T>
 struct Source {
   const T* data;
@@ -117,6 +152,14 @@ void fill(const Source<T>& x, int64_t r0, int64_t k0, int width, float (*tile)[k
   if (x.row_stride == 1 && rows == kLanes) {
     for (int k = 0; k < cols; k++)
       for (int r = 0; r < kLanes; r++) tile[k][r] = load(from + k * x.col_stride + r);
+  } else if (x.col_stride == 1 && rows == kLanes && cols == width) {
+    float part[8][8];
+    for (int r = 0; r < kLanes; r += 8)
+      for (int k = 0; k < width; k += 8) {
+        for (int i = 0; i < 8; i++)
+          for (int j = 0; j < 8; j++) part[i][j] = load(from + (r + i) * x.row_stride + k + j);
+        transpose_8(part[0], 8, &tile[k][r], kLanes);
+      }
   } else {
     for (int r = 0; r < rows; r++)
       for (int k = 0; k < cols; k++)
@@ -125,21 +168,19 @@ void fill(const Source<T>& x, int64_t r0, int64_t k0, int width, float (*tile)[k
 }
 
 void rotate(float (*tile)[kLanes], int size, const float* signs, float factor, bool bf16) {
-  for (int k = 0; signs && k < size; k++)
-    for (int r = 0; r < kLanes; r++) tile[k][r] *= signs[k];
+  typedef float Row __attribute__((vector_size(4 * kLanes), may_alias));
+  Row* rows = reinterpret_cast<Row*>(tile);
+  for (int k = 0; signs && k < size; k++) rows[k] *= signs[k];
   for (int stride = 1; stride < size; stride *= 2)
     for (int first = 0; first < size; first += 2 * stride)
-      for (int k = first; k < first + stride; k++)
-        for (int r = 0; r < kLanes; r++) {
-          float a = tile[k][r], b = tile[k + stride][r];
-          tile[k][r] = a + b;
-          tile[k + stride][r] = a - b;
-        }
-  for (int k = 0; k < size; k++)
-    for (int r = 0; r < kLanes; r++) {
-      float v = tile[k][r] * factor;
-      tile[k][r] = bf16 ? rounded_bf16(v) : v;
-    }
+      for (int k = first; k < first + stride; k++) {
+        Row a = rows[k], b = rows[k + stride];
+        rows[k] = a + b;
+        rows[k + stride] = a - b;
+      }
+  for (int k = 0; k < size; k++) rows[k] *= factor;
+  for (int k = 0; bf16 && k < size; k++)
+    for (int r = 0; r < kLanes; r++) tile[k][r] = rounded_bf16(tile[k][r]);
 }
 
 // The bits of the largest magnitude: as integers they are ordered, NaN over Inf over any number.
@@ -171,12 +212,18 @@ void orient_rows(const Source<T>& x, int64_t r0, const Turn& turn, float* out, i
     }
     return;
   }
-  float tile[kLongest][kLanes];
+  alignas(64) float tile[kLongest][kLanes];
   int step = turn.size ? turn.size : kLanes;
   for (int64_t k0 = 0; k0 < length; k0 += step) {
     fill(x, r0, k0, step, tile);
     if (turn.size) rotate(tile, step, turn.signs, turn.factor, turn.bf16);
     int width = static_cast<int>(std::min<int64_t>(step, length - k0));
+    if (rows == kLanes && width == step) {
+      for (int k = 0; k < step; k += 8)
+        for (int r = 0; r < kLanes; r += 8)
+          transpose_8(&tile[k][r], kLanes, out + (r0 + r) * length + k0 + k, length);
+      continue;
+    }
     for (int64_t r = 0; r < rows; r++) {
       float* to = out + (r0 + r) * length + k0;
       for (int k = 0; k < width; k++) to[k] = tile[k][r];
@@ -256,10 +303,11 @@ inline void round_run(float* y, int64_t n, float encode, float decode, const Gri
 template <int kMode, class Noise>
 void round_row(float* y, int64_t cols, int64_t block, const float* encode, const float* decode,
                const Grid& grid, const Noise* noise) {
-  int64_t whole = block == 16 ? cols / 16 : 0;
-  for (int64_t j = 0; j < whole; j++)  // a length that the compiler knows
-    round_run<kMode>(y + 16 * j, 16, encode[j], decode[j], grid, noise ? noise + 16 * j : nullptr);
-  for (int64_t k = whole * 16; k < cols; k += block)
+  int64_t whole = block % 16 ? 0 : cols / block, k = 0;
+  for (int64_t j = 0; j < whole; j++)
+    for (int64_t end = k + block; k < end; k += 16)  // a length that the compiler knows
+      round_run<kMode>(y + k, 16, encode[j], decode[j], grid, noise ? noise + k : nullptr);
+  for (; k < cols; k += block)
     round_run<kMode>(y + k, std::min(block, cols - k), encode[k / block], decode[k / block], grid,
                      noise ? noise + k : nullptr);
 }
@@ -270,37 +318,44 @@ inline int64_t apart(int64_t index, int64_t part, int64_t gap) {
   return part ? index + index / part * gap : index;
 }
 
-// Four words for each of `calls` counters (first + ..., row, stream, 0).
+// Four 64-bit lanes. Philox's words are their low halves; what a product leaves above them is only ever carried
+// along.
+typedef uint64_t Lanes __attribute__((vector_size(32)));
+
+inline Lanes product(Lanes a, uint32_t b) {
+#ifdef __AVX2__
+  return (Lanes)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#else
+  Lanes found;
+  for (int i = 0; i < 4; i++) found[i] = static_cast<uint64_t>(static_cast<uint32_t>(a[i])) * b;
+  return found;
+#endif
+}
+
+// Four words for each of `calls` counters (first + ..., row, stream, 0); `out` has room for whole fours of calls.
 void philox_row(const NoiseSpec& noise, int64_t row, int64_t first, int64_t calls, int per_call,
                 uint32_t stream, uint32_t* out) {
-  constexpr int kTogether = 16;
+  constexpr uint64_t kLow = 0xFFFFFFFF;
   int64_t part = noise.col_part / per_call, gap = noise.col_gap / per_call;
-  int64_t global = noise.row_offset + apart(row, noise.row_part, noise.row_gap);
-  for (int64_t start = 0; start < calls; start += kTogether) {
-    uint32_t c0[kTogether], c1[kTogether], c2[kTogether], c3[kTogether];
-    for (int i = 0; i < kTogether; i++) {
-      c0[i] = static_cast<uint32_t>(first + apart(start + i, part, gap));
-      c1[i] = static_cast<uint32_t>(global);
-      c2[i] = stream;
-      c3[i] = 0;
-    }
+  uint64_t global = noise.row_offset + apart(row, noise.row_part, noise.row_gap);
+  for (int64_t call = 0; call < calls; call += 4) {
+    Lanes c0, c1 = {global, global, global, global}, c2 = {stream, stream, stream, stream}, c3 = {};
+    for (int i = 0; i < 4; i++) c0[i] = first + apart(call + i, part, gap);
     uint32_t k0 = static_cast<uint32_t>(noise.key), k1 = static_cast<uint32_t>(noise.key >> 32);
     for (int round = 0; round < 7; round++) {
-      for (int i = 0; i < kTogether; i++) {
-        uint64_t p0 = static_cast<uint64_t>(c0[i]) * 0xD2511F53u;
-        uint64_t p1 = static_cast<uint64_t>(c2[i]) * 0xCD9E8D57u;
-        c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
-        c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
-        c1[i] = static_cast<uint32_t>(p1);
-        c3[i] = static_cast<uint32_t>(p0);
-      }
+      Lanes p0 = product(c0, 0xD2511F53u), p1 = product(c2, 0xCD9E8D57u);
+      c0 = (p1 >> 32) ^ c1 ^ k0;
+      c2 = (p0 >> 32) ^ c3 ^ k1;
+      c1 = p1;
+      c3 = p0;
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    int count = static_cast<int>(std::min<int64_t>(kTogether, calls - start));
-    for (int i = 0; i < count; i++) {
-      uint32_t* to = out + 4 * (start + i);
-      to[0] = c0[i], to[1] = c1[i], to[2] = c2[i], to[3] = c3[i];
+    Lanes low = (c0 & kLow) | (c1 << 32), high = (c2 & kLow) | (c3 << 32);
+    for (int i = 0; i < 4; i++) {
+      uint32_t* to = out + 4 * (call + i);
+      to[0] = static_cast<uint32_t>(low[i]), to[1] = static_cast<uint32_t>(low[i] >> 32);
+      to[2] = static_cast<uint32_t>(high[i]), to[3] = static_cast<uint32_t>(high[i] >> 32);
     }
   }
 }
@@ -311,11 +366,8 @@ class Draws {
   Draws(const NoiseSpec& noise, int64_t cols) : noise_(noise), cols_(cols) {}
 
   const uint8_t* bytes(int64_t row) {
-    int64_t skip = draw(row, 16, 0);
-    bytes_.resize(words_.size() * 4);
-    for (size_t i = 0; i < words_.size(); i++)
-      for (int j = 0; j < 4; j++) bytes_[4 * i + j] = static_cast<uint8_t>(words_[i] >> (8 * j));
-    return bytes_.data() + skip;
+    int64_t skip = draw(row, 16, 0);  // a word's lowest byte comes first, as the machine has it
+    return reinterpret_cast<const uint8_t*>(words_.data()) + skip;
   }
 
   const uint32_t* words(int64_t row) {
@@ -328,7 +380,7 @@ class Draws {
   int64_t draw(int64_t row, int per_call, uint32_t stream) {
     int64_t first = noise_.col_offset / per_call, skip = noise_.col_offset % per_call;
     int64_t calls = (skip + cols_ + per_call - 1) / per_call;
-    words_.resize(4 * calls);
+    words_.resize(16 * ((calls + 3) / 4));
     philox_row(noise_, row, first, calls, per_call, stream, words_.data());
     return skip;
   }
@@ -336,7 +388,6 @@ class Draws {
   NoiseSpec noise_;
   int64_t cols_;
   std::vector<uint32_t> words_;
-  std::vector<uint8_t> bytes_;
 };
 
 // ---- scales, see numerics/scaling.py
@@ -481,20 +532,36 @@ class Band {
       float decode_outer = amax / spec_.outer_max, factor = encode_outer * spec_.inverse_max;
       for (int64_t r = begin; spec_.span == kRow && r < end; r++) alpha_[r] = decode_outer;
       if (spec_.span == kTensor && begin == 0) *alpha_ = decode_outer;
-      for (int64_t i = 0; i < tall; i++)
-        for (int64_t j = first; j < last; j++) {
-          int64_t at = i * blocks_ + j;
-          float scale = amaxes_[at] * factor;
-          if (spec_.rule == kFourOverSix) {
-            int64_t row = begin + i * block_rows_, k = j * block_cols_;
-            Tile x = {y_ + row * cols_ + k, band_end(row, end) - row,
-                      std::min(block_cols_, cols_ - k), cols_};
-            scale = four_over_six(x, amaxes_[at], encode_outer, grid_, spec_.rounding == kAway);
-          }
-          float decode = stored_scale(finite(amaxes_[at]) ? scale : kNaN, spec_.scales);
-          encode_[at] = capped_encode(decode, encode_outer);
-          decode_[at] = spec_.span == kBlock ? decode * decode_outer : decode;
+      float beyond = spec_.span == kBlock ? decode_outer : 1.0f;
+      for (int64_t i = 0; i < tall; i++) {
+        int64_t at = i * blocks_ + first, row = begin + i * block_rows_;
+        const float* amaxes = &amaxes_[at];
+        float *encode = &encode_[at], *decode = &decode_[at];
+        for (int64_t j = 0; j < last - first; j++) decode[j] = amaxes[j] * factor;
+        for (int64_t j = first; spec_.rule == kFourOverSix && j < last; j++) {
+          int64_t k = j * block_cols_;
+          Tile x = {y_ + row * cols_ + k, band_end(row, end) - row, std::min(block_cols_, cols_ - k),
+                    cols_};
+          decode[j - first] =
+              four_over_six(x, amaxes[j - first], encode_outer, grid_, spec_.rounding == kAway);
         }
+        if (spec_.scales == kE4M3) {
+          store<kE4M3>(last - first, amaxes, encode_outer, beyond, encode, decode);
+        } else {
+          store<kUE5M3>(last - first, amaxes, encode_outer, beyond, encode, decode);
+        }
+      }
+    }
+  }
+
+  // decode: unrounded scales, which become what is kept; times `beyond`.
+  template <int kType>
+  static void store(int64_t blocks, const float* amaxes, float encode_outer, float beyond, float* encode,
+                    float* decode) {
+    for (int64_t j = 0; j < blocks; j++) {
+      float kept = stored_scale(finite(amaxes[j]) ? decode[j] : kNaN, kType);
+      encode[j] = capped_encode(kept, encode_outer);
+      decode[j] = kept * beyond;
     }
   }
 
@@ -538,14 +605,13 @@ class Band {
     for (int64_t g = 0; g < cols_; g += spec_.group) {
       int64_t stop = std::min(cols_, g + spec_.group);
       float norms[kLongest] = {0}, products[kLongest] = {0};
-      for (int64_t k = g; k < stop; k++) {
-        int64_t block = at + k / block_cols_;
-        float x = y[k] * encode_[block], weight = decode_[block] * decode_[block];
-        float q = spec_.rounding == kAway ? on_grid<kAway>(x, grid_, 0) : on_grid<kEven>(x, grid_, 0);
-        x = weight == 0.0f ? 0.0f : x;
-        norms[k - g] = x * x * weight;
-        products[k - g] = x * q * weight;
-        y[k] = q;
+      for (int64_t k = g; k < stop; k += block_cols_) {
+        int64_t block = at + k / block_cols_, n = std::min(block_cols_, stop - k);
+        if (spec_.rounding == kAway) {
+          weigh<kAway>(y + k, n, encode_[block], decode_[block], norms + k - g, products + k - g);
+        } else {
+          weigh<kEven>(y + k, n, encode_[block], decode_[block], norms + k - g, products + k - g);
+        }
       }
       for (int64_t n = spec_.group / 2; n; n /= 2)
         for (int64_t i = 0; i < n; i++) {
@@ -558,6 +624,20 @@ class Band {
         float decode = on_grid<kBytes>(scale, kE4M3Grid, noise[k]);
         for (int64_t i = k; i < std::min(cols_, k + block_cols_); i++) y[i] *= decode;
       }
+    }
+  }
+
+  // Rounds n elements, and leaves what they add to a group's <x, x> and <x, q>.
+  template <int kMode>
+  void weigh(float* y, int64_t n, float encode, float decode, float* norms, float* products) const {
+    const Grid grid = grid_;
+    float weight = decode * decode;
+    for (int64_t i = 0; i < n; i++) {
+      float x = y[i] * encode, q = on_grid<kMode>(x, grid, 0);
+      x = weight == 0.0f ? 0.0f : x;
+      norms[i] = x * x * weight;
+      products[i] = x * q * weight;
+      y[i] = q;
     }
   }
 
