@@ -233,14 +233,19 @@ int fp4_cast(float* y, int64_t rows, int64_t cols, const CastSpec* spec, const f
   int64_t tall = std::max<int64_t>(1, std::max(spec->block_rows, spec->outer_rows));
   if (spec->span == kBlock) *alpha = spec->alpha;
   std::atomic<int> failed{0};
-  divided((rows + tall - 1) / tall, tall * cols, threads, [&](int64_t begin, int64_t end, int64_t) {
+  auto work = [&](int64_t begin, int64_t end, int64_t) {
     try {
       Band band(*spec, y, rows, cols, amax, noise, alpha);
       for (int64_t i = begin; i < end; i++) band.cast(i * tall, std::min(rows, (i + 1) * tall));
     } catch (...) {
       failed = 2;
     }
-  });
+  };
+  try {
+    divided((rows + tall - 1) / tall, tall * cols, threads, work);
+  } catch (...) {
+    failed = 2;
+  }
   return failed;
 }
 }
