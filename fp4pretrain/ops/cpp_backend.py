@@ -65,12 +65,11 @@ class CppBackend(ReferenceBackend):
     ) -> list[Operand]:
         """One operand of x [rows, cols] for each cast; see ``Backend.quantize``."""
         ours = [_is_ours(x, cast) for cast in casts]
-        if any(ours) and x.dtype not in (torch.float32, torch.bfloat16):
-            x = x.to(torch.float32)
+        read = x if x.dtype in (torch.float32, torch.bfloat16) else x.to(torch.float32)
         turned: list[Tensor] = []
         amaxes: list[Tensor | None] = []
         for cast, fused in zip(casts, ours, strict=True):
-            y, amax = _oriented(x, cast) if fused else _by_reference(x, cast)
+            y, amax = _oriented(read, cast) if fused else _by_reference(x, cast)
             turned.append(y)
             amaxes.append(amax)
         if reduce_amax is not None:
@@ -176,9 +175,11 @@ def _oriented(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor | None]:
     """``oriented`` in fp32, and its ``spanning_amax``."""
     x = x.t() if cast.transpose else x
     rows, cols = x.shape
-    out = torch.empty((rows, cols + cast.padding(cols)))
+    out = torch.empty((rows, cols + cast.padding(cols)), dtype=torch.float32)
     span = cast.spec.amax_span
-    amax = None if span == "block" else torch.empty(rows if span == "row" else ())
+    amax = (
+        None if span == "block" else torch.empty(rows if span == "row" else (), dtype=torch.float32)
+    )
     size = cast.rotation_size
     status = _library().fp4_orient(
         x.data_ptr(),
@@ -204,7 +205,7 @@ def _cast(y: Tensor, cast: Cast, amax: Tensor | None) -> EmulatedOperand:
     """The operand of ``_oriented``'s y, which becomes its values."""
     rows, cols = y.shape
     by_row = cast.spec.amax_span == "row"
-    alpha = torch.empty((rows, 1) if by_row else ())
+    alpha = torch.empty((rows, 1) if by_row else (), dtype=torch.float32)
     if amax is not None:
         amax = amax.to(torch.float32).contiguous()
     noise = None if cast.noise is None else ctypes.byref(_noise(cast.noise))

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("casts.cpp")
+HEADERS = tuple(sorted(SOURCE.parent.glob("*.h")))
 COMPILERS = ("g++", "clang++", "c++")
 # Without contraction a product and a sum round twice, as they do in PyTorch. The others change no value.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
@@ -104,7 +105,8 @@ def _identity(command: list[str]) -> str:
         _cpu(),
     ]
     text = "\n".join(map(str, parts)).encode()
-    return hashlib.sha256(SOURCE.read_bytes() + text).hexdigest()[:24]
+    sources = [file.read_bytes() for file in (SOURCE, *HEADERS)]
+    return hashlib.sha256(b"".join(sources) + text).hexdigest()[:24]
 
 
 def _cpu() -> str:

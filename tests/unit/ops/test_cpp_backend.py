@@ -346,9 +346,10 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
 def test_another_source_is_another_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     command = [library._compiler(), *library.FLAGS]
     before = library._identity(command)
-    changed = tmp_path / "casts.cpp"
-    changed.write_bytes(library.SOURCE.read_bytes() + b"\n")
-    monkeypatch.setattr(library, "SOURCE", changed)
+    *others, last = library.HEADERS
+    changed = tmp_path / last.name
+    changed.write_bytes(last.read_bytes() + b"\n")
+    monkeypatch.setattr(library, "HEADERS", (*others, changed))
     after = library._identity(command)
     assert before != after and after != library._identity([*command, "-O2"])
     monkeypatch.setattr(library, "_cpu", lambda: "another CPU")
