@@ -32,7 +32,7 @@ CHOICES = {
     "train.fusion": ("auto", "never"),
     "parallel.device": ("auto", "cpu", "cuda"),
     "precision.amax": ("tensor_parallel", "rank"),
-    "precision.backend": ("auto", "reference", "triton", "native", "transformer_engine"),
+    "precision.backend": ("auto", "reference", "cpp", "triton", "native", "transformer_engine"),
     "precision.mxfp4_emulation": ("fp8", "bf16"),
     "guard.spike.action": ("none", "report", "rollback"),
     "guard.hang_action": ("restart", "report"),

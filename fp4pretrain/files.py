@@ -84,6 +84,14 @@ def user_path(given: str | Path, *, key: str) -> Path:
         ) from None
 
 
+def user_cache() -> Path:
+    """$XDG_CACHE_HOME/fp4pretrain, or ~/.cache/fp4pretrain; or one in the temporary folder where no home
+    folder can be written."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named, "fp4pretrain")
+    return _home_cache() / "fp4pretrain"
+
+
 def unwritable(key: str, folder: Path, error: OSError) -> UserError:
     """The one line for a folder that cannot be written (permissions, a file in its place, full)."""
     reason = error.strerror or str(error)
@@ -97,3 +105,16 @@ def _mode(target: Path) -> int:
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
+
+
+def _home_cache() -> Path:
+    """~/.cache; where no home folder can be written, as in a container that runs as an unknown user,
+    a folder of this user's among the temporary ones."""
+    try:
+        home = Path.home()
+        nearest = next(path for path in (home / ".cache", home, *home.parents) if path.exists())
+        if os.access(nearest, os.W_OK | os.X_OK):
+            return home / ".cache"
+    except (RuntimeError, OSError):
+        pass
+    return Path(tempfile.gettempdir(), f"cache-of-{os.getuid()}")

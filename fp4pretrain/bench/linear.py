@@ -2,32 +2,41 @@
 
 Timed as in training: the weight's casts are made once a step and left out, x is cast in the forward
 pass, dy in the backward pass, dw is added to an FP32 main gradient. PyTorch's three products do not add
-it: ``bf16 + main grad`` is BF16 with the same work.
+it: ``bf16 + main grad`` is BF16 with the same work. The casts of x and dy are timed once more on their own:
+GEMMs grow with the width, casts a token and feature do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fp4pretrain.bench.timing import host_microseconds, require_gpu, sustained_microseconds
-from fp4pretrain.ops import Backend, Cast, Moment, Shard, choose, linear_casts
+from fp4pretrain.ops import Backend, Cast, Moment, Operand, Shard, choose, linear_casts
 from fp4pretrain.precision import BF16, Plan, Recipe
 
 SHAPES = ((8192, 4096, 4096), (8192, 4096, 14336), (8192, 8192, 8192))  # tokens, k, n
+TOKENS, WIDER = 8192, 4  # of ``of_widths``: tokens, and n over k as in the first linear of an MLP
+
+
+def of_widths(widths: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """The shape of an MLP's first linear at each hidden size."""
+    return tuple((TOKENS, width, WIDER * width) for width in widths)
 
 
 @dataclass(frozen=True)
 class LinearTiming:
-    """``of_bf16``: GPU time over BF16's; ``saved``: bytes saved for the backward pass over BF16's."""
+    """``of_bf16``: GPU time over BF16's; ``casts``: the casts of x and dy alone, microseconds; ``saved``:
+    bytes saved for the backward pass over BF16's."""
 
     recipe: str
     backend: str
     shape: tuple[int, int, int]
     microseconds: float
+    casts: float
     of_bf16: float
     host_microseconds: float
     saved: float | None
@@ -38,10 +47,17 @@ def casts_of(recipe: Recipe, *, step: int = 0) -> dict[str, Cast]:
     return linear_casts(recipe.interned(), Moment(1, step, 0), Shard("column")).all()
 
 
-def linear_step(
-    backend: Backend, recipe: Recipe, tensors: tuple[torch.Tensor, ...]
-) -> tuple[Callable[[], tuple[torch.Tensor, torch.Tensor]], Any]:
-    """(one forward and backward, x as it is saved) of x [t, k], w [n, k], dy [t, n], main [n, k]."""
+class LinearStep(NamedTuple):
+    """``run``: one forward and backward, (y, dx); ``cast``: its casts of x and dy alone; ``saved``: x for the
+    backward pass."""
+
+    run: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    cast: Callable[[], object]
+    saved: Operand
+
+
+def linear_step(backend: Backend, recipe: Recipe, tensors: tuple[torch.Tensor, ...]) -> LinearStep:
+    """Of x [t, k], w [n, k], dy [t, n] and main [n, k], to which dw is added."""
     x, w, dy, main = tensors
     casts = casts_of(recipe)
     w_fprop, w_dgrad = backend.quantize(w, [casts["fprop.w"], casts["dgrad.w"]])
@@ -59,7 +75,10 @@ def linear_step(
         )
         return y, dx
 
-    return step, backend.quantize(x, x_casts)[1]
+    def cast() -> object:
+        return backend.quantize(x, x_casts), backend.quantize(dy, dy_casts)
+
+    return LinearStep(step, cast, backend.quantize(x, x_casts)[1])
 
 
 def bench_linear(
@@ -84,12 +103,13 @@ def bench_linear(
         main = torch.zeros(n, k, device=device)
         plain = _plain(x, w, dy)
         before, host = sustained_microseconds(plain), host_microseconds(plain)
-        found = [LinearTiming("bf16", "torch", (t, k, n), before, 1.0, host, 1.0)]
+        found = [LinearTiming("bf16", "torch", (t, k, n), before, 0.0, 1.0, host, 1.0)]
         for name, (backend, recipe) in {"bf16 + main grad": (same_work, BF16), **recipes}.items():
-            step, saved = linear_step(backend, recipe, (x, w, dy, main))
-            us, host = sustained_microseconds(step), host_microseconds(step)
-            share = saved.nbytes / (x.numel() * x.element_size())
-            found.append(LinearTiming(name, backend.name, (t, k, n), us, 0.0, host, share))
+            step = linear_step(backend, recipe, (x, w, dy, main))
+            us, host = sustained_microseconds(step.run), host_microseconds(step.run)
+            casts = sustained_microseconds(step.cast) if recipe.quantized else 0.0
+            share = step.saved.nbytes / (x.numel() * x.element_size())
+            found.append(LinearTiming(name, backend.name, (t, k, n), us, casts, 0.0, host, share))
         after = sustained_microseconds(plain)
         drifts["x".join(map(str, (t, k, n)))] = round(after / before, 3)
         base = (before + after) / 2
@@ -114,12 +134,45 @@ def table(found: dict[str, Any]) -> Any:
     from rich.table import Table
 
     shown = Table(title=f"{found['device']}: one linear, forward + backward")
-    for column in ("recipe", "backend", "tokens x k x n", "us", "of bf16", "host us", "saved"):
+    columns = (
+        "recipe",
+        "backend",
+        "tokens x k x n",
+        "us",
+        "casts us",
+        "of bf16",
+        "host us",
+        "saved",
+    )
+    for column in columns:
         text = column in ("recipe", "backend")
         shown.add_column(column, justify="left" if text else "right")
     for t in found["timings"]:
         shown.add_row(
             t["recipe"], t["backend"], "x".join(map(str, t["shape"])), f"{t['microseconds']:.0f}",
-            f"{t['of_bf16']:.2f}", f"{t['host_microseconds']:.0f}", f"{t['saved']:.2f}",
+            f"{t['casts']:.0f}", f"{t['of_bf16']:.2f}", f"{t['host_microseconds']:.0f}", f"{t['saved']:.2f}",
         )  # fmt: skip
+    return shown
+
+
+def width_table(found: dict[str, Any]) -> Any:
+    """Time over BF16's by recipe and width as a rich table; in brackets the casts' part of BF16's time."""
+    from rich.table import Table
+
+    timings = found["timings"]
+    bf16 = {t["shape"][1]: t["microseconds"] for t in timings if t["recipe"] == "bf16"}
+    shown = Table(
+        title=f"{found['device']}: one linear d x {WIDER}d, {TOKENS} tokens, of BF16 (casts)"
+    )
+    shown.add_column("recipe")
+    shown.add_column("backend")
+    for width in bf16:
+        shown.add_column(f"d {width}", justify="right")
+    for name, backend in {t["recipe"]: t["backend"] for t in timings}.items():
+        own = {t["shape"][1]: t for t in timings if t["recipe"] == name}
+        shown.add_row(
+            name,
+            backend,
+            *(f"{own[w]['of_bf16']:.2f} ({own[w]['casts'] / bf16[w]:.2f})" for w in bf16),
+        )
     return shown

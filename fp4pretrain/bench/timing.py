@@ -31,9 +31,33 @@ def sustained_microseconds(
 
     A GEMM draws more power than a GPU may, and its clock follows within tenths of a second: short
     measurements have the clock that the work before them left. ``warm`` and ``measured`` in seconds.
+    A batch is a CUDA graph, as training steps are, so the host is left out; work that waits for the host
+    cannot be one, and is launched call by call.
     """
-    _batches(work, calls=10, seconds=warm)
-    return statistics.median(_batches(work, calls=10, seconds=measured))
+    batch = 10
+    run, calls = work, batch
+    try:
+        run, calls = _captured([work], passes=batch).replay, 1
+    except RuntimeError:  # torch's for what may not be captured
+        torch.cuda.synchronize()
+    _batches(run, calls=calls, seconds=warm)
+    return statistics.median(_batches(run, calls=calls, seconds=measured)) * calls / batch
+
+
+def _captured(works: Sequence[Callable[[], object]], *, passes: int) -> torch.cuda.CUDAGraph:
+    """All works, ``passes`` times, as a CUDA graph. Raises RuntimeError where that cannot be."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for work in works:
+            work()  # compiles, and makes what a stream keeps
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(passes):
+                # held until the next pass: outputs of one pass lie apart
+                held = [work() for work in works]
+    del held
+    return graph
 
 
 def _batches(
@@ -74,18 +98,7 @@ def steady_microseconds(works: Sequence[Callable[[], object]], *, passes: int = 
     that only reads with writing those zeros back.) The stream is a CUDA graph, so the host is left out;
     median of nine replays.
     """
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for work in works:
-            work()  # compiles, and makes what a stream keeps
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(passes):
-                # held until the next pass: outputs of one pass lie apart
-                held = [work() for work in works]
-        replays = _batches(graph.replay, calls=1, least=10)[1:]
-    del held
+    replays = _batches(_captured(works, passes=passes).replay, calls=1, least=10)[1:]
     return statistics.median(replays) / passes / len(works)
 
 

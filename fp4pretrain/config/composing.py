@@ -129,18 +129,10 @@ def _composed(
 ) -> tuple[Any, dict[str, Any]]:
     """The composed config under the schema, and the option chosen of every group. ``own``: which files
     of the user's there were to choose from."""
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = hydra_compose(
-                "train", overrides=adding_rules(overrides), return_hydra_config=True
-            )
-        choices = dict(composed.hydra.runtime.choices)
-        sections = [f.name for f in dataclasses.fields(RunConfig)]
-        composed = OmegaConf.masked_copy(composed, sections)
+        plain, choices = _by_hydra(overrides)
         # Once more through the schema: an interpolation of a whole section is not checked before.
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), plain)
+        merged = OmegaConf.merge(_schema(), plain)
         OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(one_line(error, list(overrides), keys=keys)) from None
@@ -149,6 +141,28 @@ def _composed(
             f"{', '.join(overrides)}: the defaults of a file lead back to it; name another file there"
         ) from None
     return merged, choices
+
+
+def _by_hydra(overrides: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sections of the run as plain data, and the option chosen of every group. Raises what Hydra does."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        composed = hydra_compose(
+            "train", overrides=adding_rules(overrides), return_hydra_config=True
+        )
+    choices = dict(composed.hydra.runtime.choices)
+    sections = [f.name for f in dataclasses.fields(RunConfig)]
+    composed = OmegaConf.masked_copy(composed, sections)
+    plain: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
+        composed, resolve=True, throw_on_missing=True
+    )
+    return plain, choices
+
+
+@cache
+def _schema() -> Any:
+    """The whole schema, which a merge copies."""
+    return OmegaConf.structured(RunConfig)
 
 
 @cache

@@ -14,7 +14,6 @@ side a document is: see `documents`. `data.valid` names other text to validate o
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from fp4pretrain.data.indexed import DatasetIndex, read_index
 from fp4pretrain.data.text import STDLIB, list_files
 from fp4pretrain.data.tokenizers import Tokenizer, load_tokenizer
 from fp4pretrain.errors import UserError
-from fp4pretrain.files import unwritable, user_path
+from fp4pretrain.files import unwritable, user_cache, user_path
 from fp4pretrain.units import tokens_of
 
 # Options that say what the end of a document means.
@@ -72,26 +71,10 @@ class DataSpec:
 
     @property
     def cache(self) -> Path:
-        """`cache_dir`, or $XDG_CACHE_HOME/fp4pretrain, or ~/.cache/fp4pretrain; or one
-        in the temporary folder where that cannot be written."""
+        """`cache_dir`, or the user's (`user_cache`)."""
         if self.cache_dir is not None:
             return user_path(self.cache_dir, key="data.cache_dir")
-        if named := os.environ.get("XDG_CACHE_HOME"):
-            return Path(named, "fp4pretrain")
-        return _home_cache() / "fp4pretrain"
-
-
-def _home_cache() -> Path:
-    """~/.cache; where no home folder can be written, as in a container that runs as an unknown user,
-    a folder of this user's among the temporary ones."""
-    try:
-        home = Path.home()
-        nearest = next(path for path in (home / ".cache", home, *home.parents) if path.exists())
-        if os.access(nearest, os.W_OK | os.X_OK):
-            return home / ".cache"
-    except (RuntimeError, OSError):
-        pass
-    return Path(tempfile.gettempdir(), f"cache-of-{os.getuid()}")
+        return user_cache()
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,32 @@ megatron-core's own core attention without Transformer Engine materializes all s
 products are never quantized. Soft-capped scores (arXiv:2408.00118) have no such kernel: they are computed
 in full, in FP32.
 
+On Hopper cuDNN's kernels are asked for first: PyTorch's own order is another one in some builds, and beside
+Transformer Engine, and its flash kernels take 1.9 times as long there (docs/gpu.md).
+
 Document masks (`document_mask`) are added to the scores: no kernel of flash attention takes such a mask, so
 that attention over several documents runs on the memory-efficient one, over all pairs of positions.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# What may compute attention, in the order in which it is asked on Hopper; each may refuse a shape.
+_ON_HOPPER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 class CoreAttention(torch.nn.Module):
@@ -80,16 +93,17 @@ class CoreAttention(torch.nn.Module):
                 )
             else:
                 whole = query.shape[0] == key.shape[0]
-                out_bhsd = F.scaled_dot_product_attention(
-                    q_bhsd,
-                    k_bgsd,
-                    v_bgsd,
-                    attn_mask=None if whole else ~_later(query, key),
-                    dropout_p=dropout,
-                    is_causal=whole,
-                    scale=self.softmax_scale,
-                    enable_gqa=query.shape[2] != key.shape[2],
-                )
+                with _kernels(query.device):
+                    out_bhsd = F.scaled_dot_product_attention(
+                        q_bhsd,
+                        k_bgsd,
+                        v_bgsd,
+                        attn_mask=None if whole else ~_later(query, key),
+                        dropout_p=dropout,
+                        is_causal=whole,
+                        scale=self.softmax_scale,
+                        enable_gqa=query.shape[2] != key.shape[2],
+                    )
         out_sbn = out_bhsd.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
         return out_sbn.to(dtype)
 
@@ -116,6 +130,19 @@ class CoreAttention(torch.nn.Module):
             scores = scores + mask
         weights = scores.softmax(dim=-1)
         return F.dropout(weights, dropout, dropout > 0).to(v_bhsd.dtype) @ v_bhsd
+
+
+def _kernels(device: torch.device) -> AbstractContextManager[None]:
+    """Whose kernels are preferred there."""
+    if device.type == "cuda" and torch.version.cuda is not None and _is_hopper(device):
+        order: AbstractContextManager[None] = sdpa_kernel(_ON_HOPPER, set_priority=True)
+        return order
+    return nullcontext()
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def document_mask(documents_bs: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:

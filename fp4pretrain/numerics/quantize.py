@@ -28,6 +28,7 @@ from fp4pretrain.numerics.scaling import (
     mx_stretch,
     operand_scales,
     stored_scales,
+    tree_sum,
 )
 from fp4pretrain.numerics.spec import QuantSpec
 
@@ -194,8 +195,8 @@ def _corrected(
     """MS-EDEN's block scales (arXiv:2601.22813): times <x, x> / <x, q>, rounded by noise.
 
     x and q are one group of ``group`` neighbours before and after they were rounded, both in units of
-    their scales. Over random rotations the corrected cast is unbiased. The noise of a block is that of
-    its first element; stochastic rounding onto E4M3 keeps the correction's mean.
+    their scales; the sums are trees of neighbours. Over random rotations the corrected cast is unbiased. The
+    noise of a block is that of its first element; stochastic rounding onto E4M3 keeps the correction's mean.
     """
     assert noise is not None
     assert scales.decode is not None
@@ -208,8 +209,8 @@ def _corrected(
     weight = F.pad(scales.decode, (0, short // block_cols)).square()
     weight_g = weight.repeat_interleave(block_cols, 1).view(rows, -1, group)
     x_g = torch.where(weight_g == 0, 0.0, x_g)  # a block whose scale underflowed counts as zeros
-    norms = (x_g.square() * weight_g).sum(-1)
-    products = (x_g * q_g * weight_g).sum(-1)
+    norms = tree_sum(x_g.square() * weight_g)
+    products = tree_sum(x_g * q_g * weight_g)
     factor = torch.where(products == 0, 1.0, norms / products)
     factor_b = factor.repeat_interleave(group // block_cols, 1)[:, : cols // block_cols]
     decode = (scales.decode * factor_b).clamp(max=E4M3.max)

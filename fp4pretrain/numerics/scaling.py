@@ -238,11 +238,11 @@ def _squared_error(
         round_to_grid_(y_b, spec.row.element, ties=spec.ties)
         scaled = x_b * spread(outer_b[blocks])
         error = y_b.mul_(spread(decode[blocks])).sub_(scaled).square_()
-        errors.append(_tree_sum(_tree_sum(error).transpose(1, 2)))
+        errors.append(tree_sum(tree_sum(error).transpose(1, 2)))
     return torch.cat(errors)
 
 
-def _tree_sum(x: Tensor) -> Tensor:
+def tree_sum(x: Tensor) -> Tensor:
     """The sum over the last axis (a power of two long), neighbours first."""
     while x.shape[-1] > 1:
         x = x[..., 0::2] + x[..., 1::2]

@@ -144,7 +144,7 @@ class Watcher:
         blocks, octaves = st.of_blocks(x, cast.spec, _amax(x, cast, seen.caster), wanted)
         if octaves is not None:
             self._sums[number, len(st.SUMS) :] += octaves
-        if "inexact" in self._wanted and not isinstance(seen.caster.backend, ReferenceBackend):
+        if "inexact" in self._wanted and type(seen.caster.backend) is not ReferenceBackend:
             reference = Caster(_REFERENCE, seen.caster.group, seen.caster.sites, record=False)
             (truth,) = reference.operands(seen.x, [cast])
             found["inexact"] = (truth.dequantize() != y).sum(dtype=torch.float64)

@@ -3,6 +3,7 @@
 backend             runs on                   operands
 native              Blackwell, MI355X         packed FP4, multiplied as such
 triton              NVIDIA, Ampere and later  exact BF16, or FP8; packed FP4 where saved
+cpp                 CPUs, a C++ compiler      the reference's, cast by C++
 reference           any device, plain torch   element x block scale, exact
 """
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from fp4pretrain.errors import UserError, first_line
 from fp4pretrain.ops.backend import Backend
+from fp4pretrain.ops.cpp_backend import CppBackend
 from fp4pretrain.ops.engine_backend import EngineBackend
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.precision import GEMMS, OPERANDS, Plan, Recipe
@@ -30,7 +31,7 @@ def available(*, mxfp4_emulation: str = "fp8") -> dict[str, Backend]:
             NativeBackend(mxfp4_emulation=mxfp4_emulation),
             TritonBackend(mxfp4_emulation=mxfp4_emulation),
         ]
-    return {b.name: b for b in (*found, EngineBackend(), ReferenceBackend())}
+    return {b.name: b for b in (*found, EngineBackend(), CppBackend(), ReferenceBackend())}
 
 
 # Another project's arithmetic: a run gets it where its config names it.
@@ -66,9 +67,14 @@ def refusals(
     *,
     gemms: Sequence[str] = GEMMS,
 ) -> list[str]:
-    """Why the backend cannot run the recipes' GEMMs on the device: clauses, none if it can."""
+    """Why the backend cannot run the recipes' GEMMs on the device: clauses, none if it can. What holds for
+    every GEMM of a recipe is said once."""
     reasons: dict[str, None] = {}
     for recipe in recipes:
+        alike = {backend.why_not(recipe.gemm(name), device) for name in gemms}
+        if len(gemms) > 1 and len(alike) == 1 and None not in alike:
+            reasons |= {str(reason): None for reason in alike}
+            continue
         for name in gemms:
             gemm = recipe.gemm(name)
             for operand, spec in zip(OPERANDS[name], gemm.specs, strict=True):

@@ -145,8 +145,10 @@ class EngineBackend:
         if kind == "bf16" or not x.numel():
             sides: Any = (_plain(padded), _plain(padded, columns=True))
         else:
+            # of FP8 by one scale its kernel writes no transpose alone
+            rows_too = row is not None or kind == "tensor"
             with _seeded(cast, x.device):
-                stored = self._quantizer(cast, row is not None, col is not None, amax)(padded)
+                stored = self._quantizer(cast, rows_too, col is not None, amax)(padded)
             sides = _sides(stored, kind, cast.spec)
         shapes = (rows, padded.shape[1]), (cols, padded.shape[0])
         found = []

@@ -77,7 +77,7 @@ class ReferenceBackend:
             asking = [i for i, c in enumerate(casts) if c.asks and amaxes[i] is not None]
             for i, amax in zip(asking, reduce_amax([amaxes[i] for i in asking]), strict=True):
                 amaxes[i] = amax
-        return [_emulated(o, cast, a) for o, cast, a in zip(turned, casts, amaxes, strict=True)]
+        return [emulated(o, cast, a) for o, cast, a in zip(turned, casts, amaxes, strict=True)]
 
     def awaits(self, casts: Sequence[Cast], device: torch.device) -> Awaited | None:
         """None: every cast measures for itself."""
@@ -107,7 +107,8 @@ class ReferenceBackend:
         return {}
 
 
-def _emulated(x: Tensor, cast: Cast, amax: Tensor | None) -> EmulatedOperand:
+def emulated(x: Tensor, cast: Cast, amax: Tensor | None) -> EmulatedOperand:
+    """The operand of an ``oriented`` x, by the amaxes that ``spanning_amax`` names."""
     if not cast.spec.quantized:
         return EmulatedOperand(x.bfloat16(), None)
     values, alpha = emulate(x, cast.spec, noise=cast.noise, amax=amax, group=cast.rotation_size)

@@ -137,7 +137,9 @@ def join(
             distributed_timeout_minutes=timeout_minutes,
         )
     # The seed is the same on every rank: what is drawn from it (initial weights, rotation signs,
-    # rounding noise) is keyed by names and global coordinates, not by rank.
+    # rounding noise) is keyed by names and global coordinates, not by rank. The host's generator too:
+    # checkpoints hold it, and in a new process it stands anywhere.
+    torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(
         seed,
         use_cudagraphable_rng=device.type == "cuda" and not dropout,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from agreeing import MIXED
-from lab import Lab, Results, Task, chaos, grid, records
+from lab import Lab, Results, chaos, grid, records
 
 MOMENTS = ("step", "write")  # between two saves, and within one
 # As many steps as the kills leave time for: a GPU makes one in about 30 ms.
@@ -40,32 +40,34 @@ def kill(lab: Lab, results: Results) -> None:
     run.append(f"parallel.device={lab.device}")
     folder = lab.work / f"kills-{time.time_ns()}"
     whole = folder / "whole"
-    undisturbed = [*run, f"run_dir={whole}", f"checkpoint.keep_last={steps}"]
-    for _, reply in lab.run([Task(key, "train", undisturbed, size=lab.gpus)]):
-        if "failed" in reply:
-            results.add(key, reply)
-            return
-        # A rank that NCCL keeps waiting for a dead one hears no SIGTERM: torchrun waits this long for it.
-        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")
+    folder.mkdir(parents=True)
+    # A rank that NCCL keeps waiting for a dead one hears no SIGTERM: torchrun waits this long for it.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")
+    began = time.monotonic()
+
+    def started(path: Path) -> chaos.Chaos:
         patience = max(1.0, lab.deadline - time.monotonic())
-        killed = chaos.Chaos(folder / "run", whole, size=lab.gpus, seed=lab.gpus, patience=patience)
-        began = time.monotonic()
-        try:
-            killed.train(run, moments=MOMENTS)
-        except (AssertionError, subprocess.TimeoutExpired) as error:
-            results.add(key, {"failed": f"{killed.summary()}\n{error}"})
-            return
-        results.add(
-            key,
-            {
-                "same_rows": records.curve(killed.run) == records.curve(whole),
-                "same_state": _same_bits(whole, killed.run, steps),
-                "left_over": killed.left_over(),
-                "kills": killed.summary(),
-                "seconds": round(time.monotonic() - began, 1),
-            },
-        )
-        shutil.rmtree(folder)
+        return chaos.Chaos(path, whole, size=lab.gpus, seed=lab.gpus, patience=patience)
+
+    killed = started(folder / "run")
+    try:
+        started(whole).train([*run, f"checkpoint.keep_last={steps}"], moments=())
+        killed = started(folder / "run")
+        killed.train(run, moments=MOMENTS)
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        results.add(key, {"failed": f"{killed.summary()}\n{error}"})
+        return
+    results.add(
+        key,
+        {
+            "same_rows": records.curve(killed.run) == records.curve(whole),
+            "same_state": _same_bits(whole, killed.run, steps),
+            "left_over": killed.left_over(),
+            "kills": killed.summary(),
+            "seconds": round(time.monotonic() - began, 1),
+        },
+    )
+    shutil.rmtree(folder)
 
 
 def _same_bits(whole: Path, run: Path, steps: int) -> bool:

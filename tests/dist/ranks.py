@@ -117,7 +117,7 @@ class Ranks:
             "PYTHONPATH": f"{root}:{root / 'kernels'}:{os.environ.get('PYTHONPATH', '')}",
         }
         return subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("worker.py"))],
+            [sys.executable, str(Path(__file__).with_name("worker.py")), str(self._folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from agreement import LATER_LOSS, SMALL
-from records import same_state
+from records import same_state, weights
+
+from fp4pretrain.config import compose
+from fp4pretrain.train.main import train
 
 STEPS = 2
 RUN = [*SMALL, "precision=nvfp4", "train.global_batch=4"]
@@ -36,3 +39,23 @@ def test_a_checkpoint_goes_on(gpu_ranks, source: str, target: str) -> None:
     gaps = [abs(a["loss"] / b["loss"] - 1) for a, b in rows]
     print(f"{source} -> {target}: losses differ by {max(gaps):.1e}")
     assert max(gaps) <= LATER_LOSS
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_same_run_in_other_processes_holds_the_same_generators(tmp_path: Path) -> None:
+    """A restarted run's checkpoint equals the undisturbed one's to the last generator: a new process's
+    stands anywhere, as ``torch.seed`` leaves it."""
+    held = []
+    for name in ("one", "other"):
+        torch.seed()
+        keys = [
+            "train.steps=1",
+            "train.deterministic=true",
+            "logging=quiet",
+            "logging.wandb.mode=disabled",
+        ]
+        train(compose([*RUN, *keys, f"run_dir={tmp_path / name}"]))
+        held.append(weights(tmp_path / name / "checkpoints" / "step_00000001"))
+    assert held[0].keys() == held[1].keys()
+    assert [key for key in held[0] if not torch.equal(held[0][key], held[1][key])] == []
+    assert [key for key in held[0] if key.startswith("rng.")]

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from fused_laws import FUSED_CASES, check_fused
+from megatron.core.transformer import TransformerConfig
 from records import curve
+from torch.profiler import ProfilerActivity, profile
 
 from fp4pretrain.config import compose
+from fp4pretrain.nn.attention import CoreAttention
 from fp4pretrain.ops import handed, triton_backend
 from fp4pretrain.train.main import train
 
@@ -74,3 +77,21 @@ def test_a_run_that_is_handed_amaxes_has_the_bits_of_one_that_measures(
         passes.append(measured[0])
     assert found[0] == found[1]
     assert passes[0] < passes[1]
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="another GPU: PyTorch chooses attention's kernels there",
+)
+def test_attention_on_hopper_is_cudnn_s() -> None:
+    config = TransformerConfig(num_layers=1, hidden_size=256, num_attention_heads=2)
+    core = CoreAttention(config, 1, None, "self", attention_dropout=0.0)
+    q, k, v = (
+        torch.randn(256, 2, 2, 128, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        for _ in range(3)
+    )
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        core(q, k, v).sum().backward()
+    kernels = [event.name for event in seen.events()]
+    assert sum("cudnn" in name and "flash" in name for name in kernels) >= 2, kernels
+    assert not [name for name in kernels if "pytorch_flash" in name]

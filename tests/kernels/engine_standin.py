@@ -83,6 +83,8 @@ class Float8Quantizer(_Quantizer):
 
 
 def _whole(q: _Quantizer, data: Tensor, scale: Tensor) -> Stored:
+    if not q.rowwise:
+        raise NotImplementedError("Columnwise-only per-tensor FP8 quantization is not implemented")
     row = data if q.rowwise or Float8CurrentScalingQuantizer.reads_both_ways else None
     turned = q.columnwise and not Float8CurrentScalingQuantizer.reads_both_ways
     col = data.t().contiguous() if turned else None

@@ -132,6 +132,29 @@ def test_a_clock_that_falls_is_seen_and_halved(clock: dict[str, float]) -> None:
     assert [t["of_bf16"] for t in found["timings"]] == [1.0, 0.8, 1.2]
 
 
+def test_a_width_s_cost_stands_beside_its_casts(
+    clock: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Time over BF16's, and in brackets the casts' part: BF16 makes none."""
+    monkeypatch.setattr(timing, "require_gpu", lambda: CPU)
+    monkeypatch.setattr(linear, "TOKENS", 32)
+    monkeypatch.setattr(linear, "choose", lambda *_, **__: (ReferenceBackend(), []))
+    main(["bench", "linear", "--precision", "fp8", "--width", "32,64", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "linear.json").read_text())
+    assert [t["shape"] for t in found["timings"][::3]] == [[32, 32, 128], [32, 64, 256]]
+    assert [t["casts"] for t in found["timings"][:3]] == [0.0, 0.0, 8.0]
+    lines = printed(linear.width_table(found)).splitlines()
+    assert "d 32" in lines[2] and "d 64" in lines[2]
+    assert [line.count("1.00 (0.00)") for line in lines if "bf16" in line] == [2, 2]
+    assert [line.count("1.00 (1.00)") for line in lines if "fp8" in line] == [2]
+
+
+def test_a_width_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "linear", "--width", "1024,wide"])
+    assert "give hidden sizes, such as 1024,4096" in capsys.readouterr().err
+
+
 def test_inputs_flow_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=50 << 20)
@@ -144,13 +167,13 @@ def test_a_timed_step_is_a_linear_s_forward_and_backward() -> None:
     g = torch.Generator().manual_seed(1)
     x, w, dy = (torch.randn(s, generator=g).bfloat16() for s in ((64, 32), (48, 32), (64, 48)))
     main_grad = torch.ones(48, 32)
-    step, saved = linear.linear_step(ReferenceBackend(), Recipe(), (x, w, dy, main_grad))
-    y, dx = step()
+    step = linear.linear_step(ReferenceBackend(), Recipe(), (x, w, dy, main_grad))
+    y, dx = step.run()
     torch.testing.assert_close(y.double(), x.double() @ w.double().t(), rtol=2**-7, atol=1e-2)
     torch.testing.assert_close(dx.double(), dy.double() @ w.double(), rtol=2**-7, atol=1e-2)
     dw = dy.double().t() @ x.double()
     torch.testing.assert_close(main_grad.double(), dw + 1, rtol=1e-4, atol=1e-4)
-    assert saved.shape == (32, 64)
+    assert step.saved.shape == (32, 64)
 
 
 @pytest.mark.parametrize("what", ["kernels", "linear"])

@@ -199,14 +199,14 @@ def test_it_takes_what_it_computes_and_says_of_others_why_not(
 def test_auto_never_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EngineBackend, "why_not", lambda *_: None)
     chosen, why = choose("auto", plan_of(compose(["model=tiny", "precision=fp8"])), CPU)
-    assert chosen.name == "reference" and "transformer_engine" not in why
+    assert chosen.name in ("cpp", "reference") and "transformer_engine" not in why
 
 
 def test_without_the_package_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         engine_backend, "why_no_engine", lambda: "Transformer Engine: pip install it"
     )
-    with pytest.raises(UserError, match=r"fprop: no Transformer Engine: pip install it"):
+    with pytest.raises(UserError, match=r"\(no Transformer Engine: pip install it\)"):
         choose("transformer_engine", plan_of(compose(["model=tiny", "precision=fp8"])), CUDA)
 
 
