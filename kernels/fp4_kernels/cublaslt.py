@@ -172,7 +172,9 @@ def _scale_mode(x: Tensor, scale: Tensor) -> int:
     rows, blocks = x.shape[0], -(-x.shape[1] // 128)
     if scale.shape == (rows,):
         return _OUTER_VECTOR
-    if scale.shape == (rows, blocks) and scale.stride(0) == 1 and scale.stride(1) == rows:
+    # an axis of one element may have any stride
+    rows_adjacent = rows == 1 or scale.stride(0) == 1
+    if scale.shape == (rows, blocks) and rows_adjacent and (blocks == 1 or scale.stride(1) == rows):
         return _VECTOR_128
     if scale.shape == (-(-rows // 128), blocks) and scale.stride() == (-(-blocks // 4) * 4, 1):
         return _BLOCK_128

@@ -100,6 +100,9 @@ def test_factors_of_blocks_lie_as_cublaslt_reads_them() -> None:
         assert torch.equal(laid, factors)
         assert laid.stride() == strides
         assert cublaslt._scale_mode(x, laid) == mode
+    for rows, k in ((200, 128), (1, 384), (1, 128), (200, 72)):  # an axis of one has any stride
+        laid = cublaslt.block_layout(torch.ones(rows, -(-k // 128)), tiles=False)
+        assert cublaslt._scale_mode(torch.empty(rows, k), laid) == cublaslt._VECTOR_128
     assert cublaslt._scale_mode(x, torch.ones(256)) == cublaslt._OUTER_VECTOR
     with pytest.raises(ValueError, match="factors"):
         cublaslt._scale_mode(x, vectors)
