@@ -27,7 +27,7 @@ test: $(VENV)/.installed-dev ## the whole CPU suite
 test-gpu: $(VENV)/.installed-dev ## kernels, layers and NCCL layouts, on this machine's GPUs
 	$(BIN)/python -m pytest tests/gpu
 
-chaos: $(VENV)/.installed-dev ## 30 random kills of four ranks, lost nodes, layouts of eight, 400 fuzzed runs (40 minutes)
+chaos: $(VENV)/.installed-dev ## 30 random kills of four ranks, lost nodes, layouts of eight, every recipe, 400 fuzzed runs (1 to 2 hours)
 	$(THREADS) $(BIN)/python -m pytest tests/dist -m long -rP
 
 sanitize: $(VENV)/.installed-dev ## compute-sanitizer over the kernels' GPU tests (minutes)

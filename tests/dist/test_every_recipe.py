@@ -18,8 +18,6 @@ from agreement import (
     SUM_ORDER,
     Difference,
     agree,
-    difference,
-    nudge,
     single,
 )
 from records import curve, weights
@@ -52,6 +50,10 @@ def gradient_limit(recipe: str) -> float:
 def test_a_layout_equals_one_process(ranks, recipe: str, layout: str) -> None:
     size, parallel = LAYOUTS[layout]
     overrides = [*MODEL, "train.steps=10", f"precision={recipe}"]
+    if layout == "TP 2":
+        # moved elements move others in the layers above: with two layers a last bit of the weights
+        # changes NVFP4's first loss by 5e-5 and its gradient by 9e-2
+        overrides.append("model.num_layers=1")
     if (recipe, layout) in REFUSED:
         refusal = ranks.run("train", overrides + parallel, size=size)["user_error"]
         assert refusal.startswith(REFUSED[recipe, layout])
@@ -60,8 +62,6 @@ def test_a_layout_equals_one_process(ranks, recipe: str, layout: str) -> None:
     reference, gradient = single(ranks, overrides), SUM_ORDER
     if layout == "TP 2":
         gradient = gradient_limit(recipe)
-        if difference(reply, reference).gradient > gradient:  # chaos, or a fault: see agreement
-            gradient = max(gradient, nudge(ranks, overrides, reference))
     agree(
         reply,
         reference,
