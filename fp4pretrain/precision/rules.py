@@ -116,6 +116,12 @@ class Rule:
             self._covers(layer, single, num_layers=num_layers) for single in _single_parts(linear)
         )
 
+    def touches(self, layer: int | None, linear: str, num_layers: int) -> bool:
+        """Whether the rule is about any part of this linear."""
+        return any(
+            self._covers(layer, single, num_layers=num_layers) for single in _single_parts(linear)
+        )
+
     def _covers(self, layer: int | None, linear: str, *, num_layers: int) -> bool:
         """Whether the rule is about a linear that is not divided, or a single part."""
         whole = QKV if linear in QKV_PARTS else linear

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fp4pretrain.config import compose, plan_of
 from fp4pretrain.errors import UserError
 from fp4pretrain.numerics import (
     Noise,
@@ -216,6 +217,14 @@ def test_a_selection_is_refused_by_its_key() -> None:
     for key, value in (("linears", ["fc3"]), ("gemms", []), ("operands", ["y"]), ("blocks", "a")):
         with pytest.raises(UserError, match=f"^observe.{key}"):
             Selection(**(words | {key: value}))
+
+
+def test_a_projection_is_seen_where_it_is_multiplied() -> None:
+    """In the whole matrix, or in the part of it that the plan made."""
+    words = dict(linears=["q"], gemms=["fprop"], operands=["x"], statistics=["sqnr"], blocks="0:1")
+    for recipe, seen in (("nvfp4_all", "0.qkv.fprop.x"), ("nvfp4_qk_mxfp8", "0.qk.fprop.x")):
+        plan = plan_of(compose([f"precision={recipe}"]))
+        assert list(Selection(**words).sites(plan)) == [seen]
 
 
 def test_two_watches_are_refused() -> None:
