@@ -56,8 +56,8 @@ class Selection:
 
     def sites(self, plan: Plan) -> dict[str, Site]:
         """Label -> site of every selected operand that the plan ever casts below BF16, in the model's
-        order: ``3.fc2.wgrad.dy``. For ``q`` alone that is the linear, or the part of it, that holds the queries.
-        Raises UserError where there is none."""
+        order: ``3.fc2.wgrad.dy``. For ``q`` that is the linear, or the part of it, that holds the
+        queries. Raises UserError where there is none."""
         rule, found = self.rule, {}
         for layer, linear in plan.linears():
             if not rule.touches(layer, linear, plan.num_layers):
