@@ -1,7 +1,8 @@
 """precision.backend=transformer_engine on a GPU, with the package: its casts beside the reference's and its
 products beside the Triton backend's, bit for bit; and the losses of a run on both.
 
-MXFP8 and NVFP4 need a Blackwell and have not been run by us.
+MXFP8's and NVFP4's kernels need a Blackwell and have not been run by us; its reference of NVFP4 in Python
+needs none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fp4pretrain.bench.linear import casts_of
 from fp4pretrain.config import compose, plan_of
-from fp4pretrain.numerics import QuantSpec
+from fp4pretrain.numerics import QuantSpec, quantize, rotate, signs_te
 from fp4pretrain.nvidia import why_no_engine
 from fp4pretrain.ops import Cast, choose
 from fp4pretrain.ops.engine_backend import EngineBackend
@@ -73,6 +74,39 @@ def test_the_backend_is_taken_where_it_is_named(name: str) -> None:
     """So its own check of casts and products has passed."""
     chosen, why = choose("transformer_engine", _plan(name), torch.device("cuda"))
     assert chosen.name == "transformer_engine" and "Transformer Engine" in why
+
+
+@pytest.mark.parametrize("scale", ["default", "four_over_six"])
+@pytest.mark.parametrize("block", ["1d", "2d"])
+def test_its_own_reference_of_nvfp4_is_ours_bit_for_bit(block: str, scale: str) -> None:
+    """Codes, scales and amax of a matrix, and of its transpose under its rotation: Python needs no Blackwell."""
+    from transformer_engine.pytorch.custom_recipes.reference_nvfp4 import NVFP4QuantizerRef
+    from transformer_engine.pytorch.custom_recipes.reference_utils import Fp4Formats
+
+    rotated = block == "1d" and scale == "default"
+    quantizer = NVFP4QuantizerRef(
+        dtype=Fp4Formats.E2M1,
+        quant_tile_shape=(16, 16) if block == "2d" else (1, 16),
+        with_rht=rotated,
+        nvfp4_use_4over6=scale == "four_over_six",
+        nvfp4_e4m3_max=256,
+        nvfp4_4over6_err_mode="MSE",
+    )
+    x = _tensors(512, 384, 64)["x"]
+    codes, scales, codes_t, scales_t, amax, amax_t = quantizer._quantize(x)
+    turned = x.t().contiguous()
+    if rotated:
+        signs = torch.tensor(signs_te(), dtype=torch.float32, device="cuda")
+        turned = rotate(turned, size=16, signs=signs, round_bf16=True)
+    spec = QuantSpec("nvfp4", block, "nearest", scale=scale)
+    for y, found in ((x, (codes, scales, amax)), (turned, (codes_t, scales_t, amax_t))):
+        ours = quantize(y, spec)
+        tall = y.shape[0] // ours.scales.shape[0]  # its tiles' scales stand in every row
+        assert torch.equal(ours.codes, found[0])
+        assert torch.equal(
+            ours.scales.view(torch.uint8).repeat_interleave(tall, 0), found[1].view(torch.uint8)
+        )
+        assert torch.equal(ours.amax.reshape(1), found[2])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
