@@ -79,7 +79,7 @@ def test_the_backend_is_taken_where_it_is_named(name: str) -> None:
 @pytest.mark.parametrize("scale", ["default", "four_over_six"])
 @pytest.mark.parametrize("block", ["1d", "2d"])
 def test_its_own_reference_of_nvfp4_is_ours_bit_for_bit(block: str, scale: str) -> None:
-    """Codes, scales and amaxes of a matrix, and of its transpose under its rotation. No Blackwell is needed."""
+    """Codes, scales and amaxes of a matrix, and of its transpose under its rotation. Any GPU will do."""
     from transformer_engine.pytorch.custom_recipes.reference_nvfp4 import NVFP4QuantizerRef
     from transformer_engine.pytorch.custom_recipes.reference_utils import Fp4Formats
 
