@@ -16,10 +16,10 @@ pytestmark = pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(
     ("size", "layout", "kills"),
     [
-        (2, ["parallel.tensor=2", "parallel.sequence=true"], 3),
+        (2, ["parallel.tensor=2", "parallel.sequence=true"], 2),
         pytest.param(4, ["parallel.tensor=2"], 30, marks=pytest.mark.long),
     ],
-    ids=["TP 2 + SP, 3 kills", "TP 2 x DP 2, 30 kills"],
+    ids=["TP 2 + SP, 2 kills", "TP 2 x DP 2, 30 kills"],
 )
 def test_killed_again_and_again_equals_undisturbed(
     ranks, tmp_path: Path, size: int, layout: list[str], kills: int
@@ -33,7 +33,7 @@ def test_killed_again_and_again_equals_undisturbed(
 
     chaos = Chaos(tmp_path / "run", whole, size=size, seed=kills)
     begun = time.monotonic()
-    chaos.train(run, moments=[MOMENTS[i % len(MOMENTS)] for i in range(kills)])
+    chaos.train(run, moments=[MOMENTS[(i + 1) % len(MOMENTS)] for i in range(kills)])
     print(f"{chaos.summary()}; {time.monotonic() - begun:.0f} s")
 
     assert len(chaos.kills) == kills
