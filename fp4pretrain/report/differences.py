@@ -9,8 +9,9 @@ pairs (``seeds.py``), and are no settings here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from fp4pretrain.errors import UserError
 from fp4pretrain.fingerprint import BY_CONTENT, HARMLESS, ORDER, VALIDATION, within
@@ -38,9 +39,19 @@ class Difference:
         return within(self.key, ("precision",))
 
 
-def settings(run: Run) -> dict[str, str]:
+# Of runs that somebody holds: each is compared with all others.
+_settings: WeakKeyDictionary[Run, dict[str, str]] = WeakKeyDictionary()
+
+
+def settings(run: Run) -> Mapping[str, str]:
     """Key -> value, as text, of all that shapes a run's curve but its seeds. Keys that came after the run
     have their defaults, as where its config is read to go on."""
+    if run not in _settings:
+        _settings[run] = _settings_of(run)
+    return _settings[run]
+
+
+def _settings_of(run: Run) -> dict[str, str]:
     leaves = defaults() | flat(run.config)
     if run.fingerprint is not None:
         by_content = {key for keys in BY_CONTENT.values() for key in keys}

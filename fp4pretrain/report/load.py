@@ -54,9 +54,9 @@ class Parts:
     values: FloatArray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
-    """One run's record. A quantity that it never logged has an empty curve.
+    """One run's record, equal to itself alone. A quantity that it never logged has an empty curve.
 
     ``val_parts``: of the last evaluation, by the name of its curve. ``fingerprint``: of what shapes
     the curve (``fp4pretrain.fingerprint``); None for a run that left none. ``changes``: key -> what

@@ -171,22 +171,23 @@ def _write_labels(axes: Axes, labels: Sequence[_Label]) -> None:
     panel = axes.get_window_extent().height / axes.figure.dpi * 72  # height in points
     placed = spread(heights, step=_LABEL_STEP / panel)
     for label, height, place in zip(labels, heights, placed, strict=True):
-        axes.annotate(
+        axes.plot(
+            (1.0, 1.036),
+            (height, place),
+            transform=axes.transAxes,
+            clip_on=False,
+            color=label.colour,
+            linewidth=0.7,
+            alpha=0.6,
+        )
+        axes.text(
+            1.04,
+            place,
             label.text,
-            xy=(1.0, height),
-            xytext=(1.04, place),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
+            transform=axes.transAxes,
             color=label.colour,
             fontsize=10,
             verticalalignment="center",
-            arrowprops={
-                "arrowstyle": "-",
-                "color": label.colour,
-                "linewidth": 0.7,
-                "alpha": 0.6,
-                "relpos": (0, 0.5),
-            },
         )
 
 

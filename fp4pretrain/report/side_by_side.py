@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from fp4pretrain.config import RunConfig, plan_of
@@ -16,7 +16,7 @@ from fp4pretrain.naming import flat
 from fp4pretrain.precision import GEMMS, OPERANDS, Plan
 from fp4pretrain.report.comparison import Comparison, Result, tokens_text
 from fp4pretrain.report.load import Run
-from fp4pretrain.stored import read_config
+from fp4pretrain.stored import config_from
 
 _NO = "-"
 # Keys about a run's place and its logging, which do not change what it computes.
@@ -91,13 +91,15 @@ def state(run: Run) -> str:
 
 def _plan(run: Run) -> tuple[RunConfig, Plan] | None:
     """None for a run of a version whose config this one cannot read."""
-    return _plan_in(run.path)
+    sections = {name: run.config[name] for name in ("model", "precision") if name in run.config}
+    return _plan_of(json.dumps(sections, sort_keys=True, default=str))
 
 
 @lru_cache(maxsize=1024)
-def _plan_in(path: Path) -> tuple[RunConfig, Plan] | None:
+def _plan_of(sections: str) -> tuple[RunConfig, Plan] | None:
+    """Of the JSON of a config's sections ``model`` and ``precision``, which runs of many seeds share."""
     try:
-        config = read_config(path)
+        config = config_from(json.loads(sections), "config.yaml")
         return config, plan_of(config)
     except UserError:
         return None
