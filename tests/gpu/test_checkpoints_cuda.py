@@ -41,6 +41,8 @@ def test_a_checkpoint_goes_on(gpu_ranks, source: str, target: str) -> None:
     assert max(gaps) <= LATER_LOSS
 
 
+# On a CPU megatron-core's seeding is ours and reaches the host's generator anyway; that `join` seeds it where
+# megatron-core does not is asked without a GPU in `tests/unit/parallel/test_leave.py`.
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_same_run_in_other_processes_holds_the_same_generators(tmp_path: Path) -> None:
     """A restarted run's checkpoint equals the undisturbed one's to the last generator: a new process's

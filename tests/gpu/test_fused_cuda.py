@@ -79,6 +79,7 @@ def test_a_run_that_is_handed_amaxes_has_the_bits_of_one_that_measures(
     assert passes[0] < passes[1]
 
 
+# Kernels' names are asked for, which only a run on that GPU shows. On others nothing is promised.
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
     reason="another GPU: PyTorch chooses attention's kernels there",

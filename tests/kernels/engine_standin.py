@@ -83,12 +83,12 @@ class Float8Quantizer(_Quantizer):
 
 
 def _whole(q: _Quantizer, data: Tensor, scale: Tensor) -> Stored:
-    if not q.rowwise:
-        raise NotImplementedError("Columnwise-only per-tensor FP8 quantization is not implemented")
-    row = data if q.rowwise or Float8CurrentScalingQuantizer.reads_both_ways else None
+    assert (
+        q.rowwise
+    )  # 2.20.2 refuses to make the transpose alone, with a NotImplementedError of its own
     turned = q.columnwise and not Float8CurrentScalingQuantizer.reads_both_ways
     col = data.t().contiguous() if turned else None
-    return Stored("tensor", q.codes, _data=row, _transpose=col, _scale_inv=scale)
+    return Stored("tensor", q.codes, _data=data, _transpose=col, _scale_inv=scale)
 
 
 @dataclass

@@ -6,8 +6,12 @@ import gc
 from pathlib import Path
 
 import psutil
+import pytest
+import torch
+from megatron.core import tensor_parallel
 
 from fp4pretrain.config import compose
+from fp4pretrain.parallel.groups import join, leave
 from fp4pretrain.train.main import train
 
 RUN = (
@@ -27,3 +31,21 @@ def test_runs_of_one_process_do_not_pile_up_threads_and_descriptors(tmp_path: Pa
         counts.append([process.num_threads(), process.num_fds()])
     threads, descriptors = (after - before for before, after in zip(*counts[1:], strict=True))
     assert threads <= 0 and descriptors <= 0
+
+
+def test_the_host_s_generator_is_seeded_where_megatron_core_seeds_the_gpu_s_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A checkpoint holds it, and in a new process it stands anywhere. On a CPU our bridge has megatron-core's
+    seeding reach it, which a GPU's does not: that is taken away here."""
+    monkeypatch.setattr(tensor_parallel, "model_parallel_cuda_manual_seed", lambda *_, **__: None)
+    states = []
+    try:
+        for seed in (7, 7, 8):
+            torch.seed()
+            join(device=torch.device("cpu"), seed=seed)
+            states.append(torch.get_rng_state())
+    finally:
+        leave(destroy=True)
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
