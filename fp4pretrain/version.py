@@ -12,18 +12,19 @@ from pathlib import Path
 from fp4pretrain import __version__
 
 _LIBRARIES = ("torch", "megatron-core", "triton", "numpy", "tokenizers", "transformer-engine")
+_SOURCES = (".py", ".cpp", ".h")
 _PACKAGE = Path(__file__).resolve().parent
 
 
 @cache
 def sources_digest() -> str:
-    """A digest of every Python file of fp4pretrain and its kernels: equal code has an equal digest."""
+    """A digest of all Python and C++ files of fp4pretrain and its kernels: equal code has an equal digest."""
     folders = [_PACKAGE, *(p for p in (_PACKAGE.parent / "kernels/fp4_kernels",) if p.is_dir())]
     if len(folders) == 1:  # installed: the kernels lie beside the package
         folders.append(_PACKAGE.parent / "fp4_kernels")
     found = hashlib.sha256()
     for folder in folders:
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in _SOURCES):
             found.update(f"{folder.name}/{path.relative_to(folder).as_posix()}\0".encode())
             found.update(path.read_bytes())
     return found.hexdigest()[:16]

@@ -39,7 +39,7 @@ class Difference:
         return within(self.key, ("precision",))
 
 
-# Of runs that somebody holds: each is compared with all others.
+# By run, for as long as the run is in use: a comparison asks for a run's settings once for every other run.
 _settings: WeakKeyDictionary[Run, dict[str, str]] = WeakKeyDictionary()
 
 

@@ -49,9 +49,9 @@ def kill(lab: Lab, results: Results) -> None:
         patience = max(1.0, lab.deadline - time.monotonic())
         return chaos.Chaos(path, whole, size=lab.gpus, seed=lab.gpus, patience=patience)
 
-    killed = started(folder / "run")
+    killed = started(whole)  # the undisturbed run: started as the other is, and no kill comes
     try:
-        started(whole).train([*run, f"checkpoint.keep_last={steps}"], moments=())
+        killed.train([*run, f"checkpoint.keep_last={steps}"], moments=())
         killed = started(folder / "run")
         killed.train(run, moments=MOMENTS)
     except (AssertionError, subprocess.TimeoutExpired) as error:
