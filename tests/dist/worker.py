@@ -12,21 +12,25 @@ import hashlib
 import importlib
 import json
 import os
-import pickle
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 warnings.filterwarnings("ignore")
 
+import fp4pretrain  # noqa: F401  first of all: megatron-core then comes without PyTorch's compiler
+
+# isort: split
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from omegaconf import OmegaConf
 from started import started
 
 from fp4pretrain.config import compose, composing
@@ -182,18 +186,22 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def compose_once(folder: Path) -> None:
-    """Have Hydra compose each command line in one of the processes that share ``folder``: a second of CPU
-    time in each rank of each job otherwise. What a config means is worked out by every rank."""
+    """Have Hydra compose each choice of options in one of the processes that share ``folder``: half a second
+    of CPU time in each rank otherwise. What a command line sets beside them every rank works out."""
     by_hydra = composing._by_hydra
 
-    def shared(overrides: tuple[str, ...]) -> Any:
-        named = folder / hashlib.sha256("\n".join(overrides).encode()).hexdigest()
+    @cache
+    def shared(options: tuple[str, ...], own: tuple[object, ...]) -> Any:
+        named = folder / hashlib.sha256("\n".join(options).encode()).hexdigest()
         with open(named.with_suffix(".lock"), "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not named.exists():
-                written = pickle.dumps(by_hydra(overrides))  # what Hydra refuses is not kept
-                named.write_bytes(written)
-            return pickle.loads(named.read_bytes())
+                composed, choices = by_hydra(options, own)  # what Hydra refuses is not kept
+                named.write_text(json.dumps([OmegaConf.to_container(composed), choices]))
+            plain, choices = json.loads(named.read_text())
+        composed = OmegaConf.merge(OmegaConf.structured(composing._LooseRun), plain)
+        OmegaConf.set_struct(composed, True)
+        return composed, choices
 
     composing._by_hydra = shared
 
