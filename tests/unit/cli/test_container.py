@@ -106,7 +106,7 @@ def test_make_train(container: Path) -> None:
 
 
 def test_make_test(container: Path) -> None:
-    done = _make(container, "test", "tests/unit/numerics/test_numerics_spec.py")
+    done = _make(container, "test", "tests/unit/numerics/test_numerics_gemm.py")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "[100%]" in done.stdout
 
