@@ -108,16 +108,16 @@ def _steps(trainer: Trainer, steps: int, begun: float) -> dict[str, Any]:
     iterators = trainer.batches(0)
     seconds, losses = [], []
 
-    def one() -> None:
+    def one(*, go_on: bool) -> None:
         start = time.perf_counter()
         trainer.binding.apply(trainer.progress)
-        losses.append(train_step(trainer, iterators)["loss"])
+        losses.append(train_step(trainer, iterators, go_on=go_on)["loss"])
         seconds.append(time.perf_counter() - start)
 
-    one()
+    one(go_on=True)
     first = time.perf_counter() - begun
-    for _ in range(WARM - 1 + steps):
-        one()
+    for number in range(WARM + steps - 1, 0, -1):
+        one(go_on=number > 1)
     timed = seconds[WARM:]
     tokens = trainer.config.train.global_batch * trainer.config.model.seq_length
     rates = sorted(tokens / s for s in timed)
@@ -141,8 +141,8 @@ def _steps(trainer: Trainer, steps: int, begun: float) -> dict[str, Any]:
     if device.type == "cuda":
         found["reserved_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            for _ in range(PROFILED):
-                one()
+            for number in range(PROFILED, 0, -1):
+                one(go_on=number > 1)
             torch.cuda.synchronize()
         found |= _profiled(profiled, found["step_ms"])
     return found
