@@ -29,10 +29,25 @@ _DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
 
 @triton.jit
+def _normal(x):
+    """exp(-x^2 / 2) of fp32 x, and the standard normal distribution's share below x, to 3e-7.
+
+    By a polynomial (Abramowitz and Stegun, 7.1.26) and an exponential that the gradient wants too: with
+    ``tl.erf`` GELU is bound by arithmetic on an H100.
+    """
+    e = tl.exp(-0.5 * x * x)
+    t = 1.0 / (1.0 + 0.3275911 * _ROOT_HALF * tl.abs(x))
+    p = 0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+    beyond = 0.5 * t * p * e
+    return e, tl.where(x < 0.0, beyond, 1.0 - beyond)
+
+
+@triton.jit
 def _value(x, KIND: tl.constexpr):
     """The activation of fp32 x; SwiGLU's without its second factor. NaN stays NaN."""
     if KIND == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * _ROOT_HALF))
+        _, below = _normal(x)
+        return x * below
     elif KIND == "squared_relu":
         r = tl.where(x <= 0.0, 0.0, x)
         return r * r
@@ -44,7 +59,8 @@ def _value(x, KIND: tl.constexpr):
 def _slope(x, KIND: tl.constexpr):
     """Its derivative."""
     if KIND == "gelu":
-        return 0.5 * (1.0 + tl.erf(x * _ROOT_HALF)) + x * _DENSITY * tl.exp(-0.5 * x * x)
+        e, below = _normal(x)
+        return below + x * _DENSITY * e
     elif KIND == "squared_relu":
         return 2.0 * tl.where(x <= 0.0, 0.0, x)
     else:
