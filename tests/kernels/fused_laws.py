@@ -29,6 +29,9 @@ FUSED_CASES = (
     "norm rms 5x4999",
     "norm layer 37x96 sum",
     "norm rms 37x96 sum",
+    "norm layer 37x96 sum bias",
+    "norm rms 37x96 sum bias",
+    "norm_rounds",
     "activation gelu",
     "activation squared_relu",
     "activation swiglu",
@@ -52,36 +55,57 @@ def far(name: str, got: Tensor, want: Tensor, *, limit: float = 2e-5) -> list[st
     return [] if error <= limit else [f"{name}: {error:.1e} from float64"]
 
 
-def check_norm(kind: str, shape: str, summed: str = "", *, device: str = "cpu") -> list[str]:
-    """Of x, or of the sum of x and a residual, whose gradient comes from another reader too; weight gradients
-    written the first time and added the second."""
+def check_norm(kind: str, shape: str, *words: str, device: str = "cpu") -> list[str]:
+    """Of x, or of the sum of x, a linear's bias and a residual, whose gradient comes from another reader too;
+    gradients of vectors written the first time and added the second."""
+    summed, biased = "sum" in words, "bias" in words
     rows, n = map(int, shape.split("x"))
     g = torch.Generator().manual_seed(n)
     x = torch.randn(rows, n, generator=g) * 2 + 0.5
     residual = torch.randn(rows, n, generator=g) if summed else torch.zeros(rows, n)
     weight, bias = torch.randn(n, generator=g), torch.randn(n, generator=g)
+    linear_bias = torch.randn(n, generator=g) if biased else torch.zeros(n)
     dy, dtotal = torch.randn(rows, n, generator=g), torch.randn(rows, n, generator=g)
-    x64, w64, b64 = (t.double().requires_grad_() for t in (x, weight, bias))
+    x64, w64, b64, l64 = (t.double().requires_grad_() for t in (x, weight, bias, linear_bias))
     centered = kind == "layer"
-    t64 = x64 + residual
+    t64 = x64 + l64 + residual
     want = F.layer_norm(t64, (n,), w64, b64, 1e-5) if centered else F.rms_norm(t64, (n,), w64, 1e-5)
     ((want * dy).sum() + ((t64 * dtotal).sum() if summed else 0)).backward()
-    x, residual, weight, bias, dy, dtotal = (
-        t.to(device) for t in (x, residual, weight, bias, dy, dtotal)
+    x, residual, weight, bias, linear_bias, dy, dtotal = (
+        t.to(device) for t in (x, residual, weight, bias, linear_bias, dy, dtotal)
     )
-    call = NormCall(1e-5, centered, residual if summed else None)
+    call = NormCall(
+        1e-5, centered, residual if summed else None, None, linear_bias if biased else None
+    )
     got, total = norm(x, weight, bias if centered else None, call)
     bad = far("total", total, t64) if total is not None else []
     seen = x if total is None else total
     call = NormCall(1e-5, centered, dtotal if summed else None)
     for times in (1, 2):
         if times == 1:
-            dw, db = torch.full((2, n), torch.nan, device=device)
-        found = NormGradients(dw, db if centered else None, add=times == 2)
+            dw, db, dl = torch.full((3, n), torch.nan, device=device)
+        found = NormGradients(dw, db if centered else None, dl if biased else None, add=times == 2)
         dx = norm_backward(seen, weight, dy, found, call)
         bad += far(f"dw {times}", dw, _grad(w64) * times)
         bad += far(f"db {times}", db, _grad(b64) * times) if centered else []
+        bad += far(f"dlinear {times}", dl, _grad(l64) * times) if biased else []
     return bad + far("y", got, want) + far("dx", dx, _grad(x64))
+
+
+def check_norm_rounds(*, device: str = "cpu") -> list[str]:
+    """In float16 (the interpreter cuts bfloat16 off): a linear's bias in the kernel gives the bits of a sum
+    beforehand, and the bias's gradient is the sum of what was written."""
+    g = torch.Generator().manual_seed(3)
+    x, residual, dy = (torch.randn(21, 40, generator=g).half().to(device) for _ in range(3))
+    weight, bias, added = torch.randn(3, 40, generator=g).half().to(device)
+    inside = norm(x, weight, bias, NormCall(1e-5, True, residual, None, added))
+    before = norm(x + added, weight, bias, NormCall(1e-5, True, residual))
+    found = NormGradients(*torch.zeros(3, 40, device=device), add=False)
+    assert found.linear_bias is not None and inside[1] is not None
+    dx = norm_backward(inside[1], weight, dy, found, NormCall(1e-5, True))
+    bad = far("dlinear", found.linear_bias, dx.double().sum(0))
+    pairs = zip(("y", "total"), inside, before, strict=True)
+    return bad + [f"{name}: other bits" for name, a, b in pairs if not torch.equal(a, b)]  # type: ignore[arg-type]
 
 
 def check_activation(kind: str, *, device: str = "cpu") -> list[str]:
@@ -172,7 +196,7 @@ def _written(
         weight = torch.randn(40, generator=g).bfloat16().to(device)
         y, total = norm(x, weight, weight, NormCall(1e-5, True, dy, leaves[0]))
         assert total is not None
-        found = NormGradients(*torch.zeros(2, 40, device=device), add=False)
+        found = NormGradients(*torch.zeros(3, 40, device=device), add=False)
         dx = norm_backward(total, weight, dy, found, NormCall(1e-5, True, x, leaves[1]))
         return [("y", y, leaves[0]), ("dx", dx, leaves[1])]
     if kernel == "join":
@@ -249,6 +273,7 @@ def check_fused(case: str, *, device: str = "cpu") -> list[str]:
     name, *words = case.split()
     checks: dict[str, Any] = {
         "norm": check_norm,
+        "norm_rounds": check_norm_rounds,
         "activation": check_activation,
         "embedding": check_embedding,
         "join": check_join,
