@@ -183,51 +183,57 @@ class AddThenNorm:
 
 
 class ActivationFunction(torch.autograd.Function):
-    """`fp4_kernels.activation` of x [..., n] (swiglu: [..., 2 n], gate first).
+    """`fp4_kernels.activation` of x [..., n] + bias [n] or None (swiglu: [..., 2 n], gate first).
 
     ``awaited``: what the readers of the output and of the gradient will ask of them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kind: str, awaited: tuple[Awaited | None, Awaited | None]
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        kind: str,
+        awaited: tuple[Awaited | None, Awaited | None],
     ) -> Tensor:
         from fp4_kernels.activation import activation
 
         x_tn = x.reshape(-1, x.shape[-1]).contiguous()
-        ctx.save_for_backward(x_tn)
+        ctx.save_for_backward(x_tn, bias)
         ctx.kind, ctx.awaited = kind, awaited[1]
         leave = awaited[0] and awaited[0].leave(x.device)
-        y = activation(x_tn, kind, leave=leave)
+        y = activation(x_tn, kind, bias=bias, leave=leave)
         if awaited[0] is not None and leave is not None:
             handed.give(y, awaited[0], leave)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # torch's is variadic
+    def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]  # torch's is variadic
         from fp4_kernels.activation import activation_backward
 
-        (x_tn,) = ctx.saved_tensors
+        x_tn, bias = ctx.saved_tensors
         dy_tn = dy.reshape(x_tn.shape[0], -1).contiguous()
         leave = ctx.awaited and ctx.awaited.leave(dy.device)
-        dx = activation_backward(x_tn, dy_tn, ctx.kind, leave=leave)
+        sums = TokenSums(bias if ctx.needs_input_grad[1] else None)
+        added = None if bias is None else (bias, sums.first)
+        dx = activation_backward(x_tn, dy_tn, ctx.kind, bias=added, leave=leave)
         if leave is not None:
             handed.give(dx, ctx.awaited, leave)
-        return dx.view(*dy.shape[:-1], -1), None, None
+        return dx.view(*dy.shape[:-1], -1), *sums.gradients(), None, None
 
 
 class FusedMLP(MLP):
-    """megatron-core's MLP whose activation is one kernel."""
+    """megatron-core's MLP whose activation, and the addition of fc1's bias before it, are one kernel."""
 
     kind: str | None = None  # one of `fp4_kernels.activation.KINDS`
 
     def forward(self, hidden_states: Tensor, per_token_scale: Any = None, **kwargs: Any) -> Any:
-        """Input and output [s, b, hidden_size], and the bias that is left to add (None)."""
-        if self.kind is None or per_token_scale is not None or self.config.add_bias_linear:
+        """Input and output [s, b, hidden_size], and the bias that is left to add (None without biases)."""
+        if self.kind is None or per_token_scale is not None:
             return super().forward(hidden_states, per_token_scale=per_token_scale, **kwargs)
-        x, _ = self.linear_fc1(hidden_states)
+        x, bias = self.linear_fc1(hidden_states)
         awaited = self.linear_fc2.awaits("x"), self.linear_fc1.awaits("dy")
-        return self.linear_fc2(ActivationFunction.apply(x, self.kind, awaited))
+        return self.linear_fc2(ActivationFunction.apply(x, bias, self.kind, awaited))
 
 
 def fuse_layers(decoder: Any, activation: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from fp4_kernels.spec import ColumnSums
 from torch import Tensor
 
 from fp4pretrain.nn.gemms import added_to_main_grad
@@ -30,6 +31,11 @@ class TokenSums:
             else torch.empty(p.shape, dtype=torch.float32, device=p.device)
             for p in parameters
         ]
+
+    @property
+    def first(self) -> ColumnSums | None:
+        """The first parameter's place, None where there is no such parameter."""
+        return None if self.out[0] is None else ColumnSums(self.out[0], self.add)
 
     def gradients(self) -> list[Tensor | None]:
         """What autograd is given, one a parameter, once the kernel has run."""

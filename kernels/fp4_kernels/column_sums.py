@@ -8,7 +8,6 @@ a second run has the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -16,13 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 SHARES_TILE = (64, 16)  # shares and columns that are added at once
-
-
-class ColumnSums(NamedTuple):
-    """Where the sums of a written matrix's columns go: fp32 [N]; added to what is there, or written."""
-
-    out: Tensor
-    add: bool
 
 
 @triton.jit

@@ -191,7 +191,7 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
         **{
             f"{kind}{back}": (
                 activation.activation_backward_kernel if back else activation.activation_kernel,
-                bf16 | left,
+                bf16 | left | {"shares_ptr": "*fp32"},
                 dict(KIND=kind, LEAVE=LEAVE, TB=2, BN=64, EVEN=True, FAST=fast),
             )
             for kind in activation.KINDS

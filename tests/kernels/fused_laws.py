@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fp4_kernels.activation import activation, activation_backward
+from fp4_kernels.activation import KINDS, activation, activation_backward
 from fp4_kernels.amax import amax
 from fp4_kernels.cross_entropy import token_gradients, token_statistics
 from fp4_kernels.embedding import embedding_backward
 from fp4_kernels.join import join
 from fp4_kernels.norm import NormCall, NormGradients, norm, norm_backward
 from fp4_kernels.rope import split_rotated, split_rotated_backward
-from fp4_kernels.spec import NO_TURN, Leave, Turn
+from fp4_kernels.spec import NO_TURN, ColumnSums, Leave, Turn
 from torch import Tensor
 
 FUSED_CASES = (
@@ -35,6 +35,10 @@ FUSED_CASES = (
     "activation gelu",
     "activation squared_relu",
     "activation swiglu",
+    "activation gelu bias",
+    "activation squared_relu bias",
+    "activation swiglu bias",
+    "activation_rounds",
     "join 1x24",
     "join 3x136",
     "embedding",
@@ -108,25 +112,58 @@ def check_norm_rounds(*, device: str = "cpu") -> list[str]:
     return bad + [f"{name}: other bits" for name, a, b in pairs if not torch.equal(a, b)]  # type: ignore[arg-type]
 
 
-def check_activation(kind: str, *, device: str = "cpu") -> list[str]:
-    """By the kernels that leave nothing, and by those that leave an amax; both with an edge."""
+_ACTIVATIONS: dict[str, Any] = {
+    "gelu": F.gelu,
+    "squared_relu": lambda x: F.relu(x).square(),
+    "swiglu": lambda x: F.silu(x[:, : x.shape[1] // 2]) * x[:, x.shape[1] // 2 :],
+}
+
+
+def check_activation(kind: str, biased: str = "", *, device: str = "cpu") -> list[str]:
+    """By the kernels that leave nothing, and by those that leave an amax; both with an edge. The first write
+    a bias's gradient, the second add it."""
     bad = []
-    for n, left in ((1030, False), (70, True)):
+    for n, left in ((70 if biased else 1030, False), (70, True)):
         g = torch.Generator().manual_seed(n)
-        x = torch.randn(13, 2 * n if kind == "swiglu" else n, generator=g) * 2
-        dy = torch.randn(13, n, generator=g)
-        x64 = x.double().requires_grad_()
-        want = {
-            "gelu": F.gelu,
-            "squared_relu": lambda x: F.relu(x).square(),
-            "swiglu": lambda x: F.silu(x[:, : x.shape[1] // 2]) * x[:, x.shape[1] // 2 :],
-        }[kind](x64)
+        width = 2 * n if kind == "swiglu" else n
+        x, bias = torch.randn(37, width, generator=g) * 2, torch.randn(width, generator=g)
+        dy = torch.randn(37, n, generator=g)
+        x64, b64 = x.double().requires_grad_(), bias.double().requires_grad_()
+        want = _ACTIVATIONS[kind](x64 + b64 if biased else x64)
         want.backward(dy.double())
-        x, dy = x.to(device), dy.to(device)
+        x, bias, dy = x.to(device), bias.to(device), dy.to(device)
         out = torch.zeros(2, dtype=torch.int32, device=device)
         leave = Leave(True, None, out) if left else None
-        bad += far(f"y, {left}", activation(x, kind, leave=leave), want)
-        bad += far(f"dx, {left}", activation_backward(x, dy, kind, leave=leave), _grad(x64))
+        y = activation(x, kind, bias=bias if biased else None, leave=leave)
+        sums = ColumnSums(torch.full((width,), 1.0 if left else torch.nan, device=device), left)
+        dx = activation_backward(x, dy, kind, bias=(bias, sums) if biased else None, leave=leave)
+        bad += far(f"y, {left}", y, want) + far(f"dx, {left}", dx, _grad(x64))
+        bad += far(f"db, {left}", sums.out, _grad(b64) + left) if biased else []
+    return bad
+
+
+def check_activation_rounds(*, device: str = "cpu") -> list[str]:
+    """In float16: a bias in the kernels gives the bits of a sum beforehand; its gradient is the sum of what
+    was written, and where nobody asks for it the rest is the same."""
+    g = torch.Generator().manual_seed(3)
+    x, dy = (torch.randn(20, 40, generator=g).half().to(device) for _ in range(2))
+    bias = torch.randn(40, generator=g).half().to(device)
+    zero, bad = torch.zeros_like(bias), []
+    for kind in KINDS:
+        grown = dy[:, :20].contiguous() if kind == "swiglu" else dy
+        sums = ColumnSums(torch.empty(40, device=device), False)
+        inside = [
+            activation(x, kind, bias=bias),
+            activation_backward(x, grown, kind, bias=(bias, sums)),
+            activation_backward(x, grown, kind, bias=(bias, None)),
+        ]
+        before = [
+            activation(x + bias, kind, bias=zero),
+            *[activation_backward(x + bias, grown, kind, bias=(zero, None))] * 2,
+        ]
+        pairs = zip(("y", "dx", "dx alone"), inside, before, strict=True)
+        bad += [f"{kind}, {name}: other bits" for name, a, b in pairs if not torch.equal(a, b)]
+        bad += far(f"{kind}, db", sums.out, inside[1].double().sum(0))
     return bad
 
 
@@ -275,6 +312,7 @@ def check_fused(case: str, *, device: str = "cpu") -> list[str]:
         "norm": check_norm,
         "norm_rounds": check_norm_rounds,
         "activation": check_activation,
+        "activation_rounds": check_activation_rounds,
         "embedding": check_embedding,
         "join": check_join,
         "left": check_left,

@@ -41,7 +41,6 @@ HANDED = {
 }
 WHOLE = [
     "precision.keep.first_blocks=0", "precision.keep.last_blocks=0", "model.num_layers=1",
-    "model.bias=false",
 ]  # fmt: skip
 
 
