@@ -34,7 +34,8 @@ from fp4pretrain.train.trainer import Trainer, build_trainer, join_run
 WARM = 4  # steps before the first that is timed: a rehearsal and a capture are among them
 PROFILED = 2
 
-# The first pattern that is found in a kernel's name says what it does.
+# The first pattern that is found in a kernel's name says what it does. Column sums end the gradients of
+# norms' weights, and of biases.
 _KINDS: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl"),
     ("quantization", r"quantize_kernel|amax_kernel|unpack"),
@@ -43,7 +44,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("GEMM", r"gemm|cutlass|xmma|nvjet|cublas|splitK|matmul"),
     (
         "norm",
-        r"norm_kernel|norm_backward|norm_shares|layer_norm|rms_norm|LayerNorm|RMSNorm|GammaBeta",
+        r"norm_kernel|norm_backward|column_sums|layer_norm|rms_norm|LayerNorm|RMSNorm|GammaBeta",
     ),
     ("activation", r"[Gg]elu|[Ss]ilu|relu|activation"),
     ("optimizer", r"[Aa]dam|multi_tensor|lpnorm|LpNorm"),

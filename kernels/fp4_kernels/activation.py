@@ -1,9 +1,13 @@
 """GELU, squared ReLU and SwiGLU, forward and backward: every element read and written once, FP32 inside.
 
-Where casts will ask for amaxes of what is written (`amax.leave_amaxes`), a program takes TB * 16 tokens by BN
-columns as sixteen tensors (``rotation.py`` says why). Such tiles are read more slowly than rows, on an H100
-by less than the pass over the tensor that they save. Where no amax is asked for, a program takes a part of
-one row, and GELU is PyTorch's.
+    forward     x [, bias] -> y = activation of x + bias
+    backward    x [, bias], dy -> dx [, shares of the bias's gradient, the sums of dx's columns]
+
+``bias``: of the linear that wrote x; the sum is rounded to x's type, as a sum of its own would be, and kept
+nowhere. Where there is one, or casts will ask for amaxes of what is written (`amax.leave_amaxes`), a program
+takes TB * 16 tokens by BN columns as sixteen tensors (``rotation.py`` says why). Such tiles are read more
+slowly than rows, on an H100 by less than the pass over the tensor that they save. Otherwise a program takes a
+part of one row, and GELU is PyTorch's, which is faster by less than a bias's passes take.
 """
 
 from __future__ import annotations
@@ -15,9 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fp4_kernels.amax import leave_amaxes
+from fp4_kernels.column_sums import add_shares, shares_for
 from fp4_kernels.device import has_fast_casts
 from fp4_kernels.quantize_kernel import load_tile
-from fp4_kernels.spec import Leave
+from fp4_kernels.spec import ColumnSums, Leave
 
 KINDS = ("gelu", "squared_relu", "swiglu")
 # Tokens / 16, columns, warps: the best of five measured on an H100, in both passes.
@@ -119,21 +124,55 @@ def _store_tile(
             tl.store(ptr + offset, ys[i], mask=(m < R) & (n < C))
 
 
+@triton.jit
+def _load_biased(
+    x_ptr, bias_ptr, stride, m0, n0, R, C, TB: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr
+):
+    """``load_tile`` of x, plus the bias (or None) of its C columns, rounded to x's type."""
+    xs = load_tile(x_ptr, stride, m0, n0, R, C, TB, BN, EVEN)
+    if bias_ptr is not None:
+        n = n0 + tl.arange(0, BN)[None, :]
+        bias = tl.load(bias_ptr + n, mask=n < C, other=0.0).to(tl.float32)
+        ys = ()
+        for i in tl.static_range(16):
+            ys = ys + ((xs[i].to(tl.float32) + bias).to(x_ptr.dtype.element_ty),)
+        xs = ys
+    return xs
+
+
+@triton.jit
+def _store_share(shares_ptr, stride, ys, n0, C, BN: tl.constexpr):
+    """The column sums of the program's tokens, to its row of shares; None: nothing."""
+    if shares_ptr is not None:
+        total = ys[0].to(tl.float32)
+        for i in tl.static_range(1, 16):
+            total += ys[i].to(tl.float32)
+        n = n0 + tl.arange(0, BN)
+        share = tl.program_id(1).to(tl.int64) * stride + n
+        tl.store(shares_ptr + share, tl.sum(total, axis=0), mask=n < C)
+
+
 @triton.jit(do_not_specialize=_SIGNS, do_not_specialize_on_alignment=_SIGNS)
 def activation_kernel(
-    x_ptr, out_ptr, amax_ptr, R, C, lo: tl.int64, hi: tl.int64,
+    x_ptr, bias_ptr, out_ptr, amax_ptr, R, C, lo: tl.int64, hi: tl.int64,
     KIND: tl.constexpr, LEAVE: tl.constexpr,
     TB: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """out [R, C] of x [R, C], or for SwiGLU of x [R, 2 C], gate first. LEAVE: as in ``leave_amaxes``."""
+    """out [R, C] of x [R, C], or for SwiGLU of x [R, 2 C], gate first. LEAVE: as in ``leave_amaxes``.
+
+    bias, a vector as wide as x, may be None; amax too where LEAVE is.
+    """
     n0 = tl.program_id(0) * BN
     m0 = tl.program_id(1) * (TB * 16)
     width = C
     if KIND == "swiglu":
         width = 2 * C
-    xs = load_tile(x_ptr, width, m0, n0, R, C, TB, BN, EVEN)
+    xs = _load_biased(x_ptr, bias_ptr, width, m0, n0, R, C, TB, BN, EVEN)
     if KIND == "swiglu":
-        ups = load_tile(x_ptr + C, width, m0, n0, R, C, TB, BN, EVEN)
+        up_bias_ptr = bias_ptr
+        if bias_ptr is not None:
+            up_bias_ptr = bias_ptr + C
+        ups = _load_biased(x_ptr + C, up_bias_ptr, width, m0, n0, R, C, TB, BN, EVEN)
     ys = ()
     for i in tl.static_range(16):
         y = _value(xs[i].to(tl.float32), KIND)
@@ -146,20 +185,24 @@ def activation_kernel(
 
 @triton.jit(do_not_specialize=_SIGNS, do_not_specialize_on_alignment=_SIGNS)
 def activation_backward_kernel(
-    x_ptr, dy_ptr, dx_ptr, amax_ptr, R, C, lo: tl.int64, hi: tl.int64,
+    x_ptr, bias_ptr, dy_ptr, dx_ptr, shares_ptr, amax_ptr, R, C, lo: tl.int64, hi: tl.int64,
     KIND: tl.constexpr, LEAVE: tl.constexpr,
     TB: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """dx, shaped as x, of x and dy [R, C]; otherwise as ``activation_kernel``."""
+    """dx, shaped as x, of x and dy [R, C], and each row of programs' column sums of it, as shares (or None);
+    otherwise as ``activation_kernel``."""
     n0 = tl.program_id(0) * BN
     m0 = tl.program_id(1) * (TB * 16)
     width = C
     if KIND == "swiglu":
         width = 2 * C
-    xs = load_tile(x_ptr, width, m0, n0, R, C, TB, BN, EVEN)
+    xs = _load_biased(x_ptr, bias_ptr, width, m0, n0, R, C, TB, BN, EVEN)
     dys = load_tile(dy_ptr, C, m0, n0, R, C, TB, BN, EVEN)
     if KIND == "swiglu":
-        ups = load_tile(x_ptr + C, width, m0, n0, R, C, TB, BN, EVEN)
+        up_bias_ptr = bias_ptr
+        if bias_ptr is not None:
+            up_bias_ptr = bias_ptr + C
+        ups = _load_biased(x_ptr + C, up_bias_ptr, width, m0, n0, R, C, TB, BN, EVEN)
     dxs = ()
     for i in tl.static_range(16):
         dx = dys[i].to(tl.float32) * _slope(xs[i].to(tl.float32), KIND)
@@ -168,6 +211,7 @@ def activation_backward_kernel(
         dxs = dxs + (dx.to(dx_ptr.dtype.element_ty),)
     _store_tile(dx_ptr, width, dxs, m0, n0, R, C, TB, BN, EVEN)
     leave_amaxes(amax_ptr, dxs, lo, hi, LEAVE, FAST)
+    _store_share(shares_ptr, width, dxs, n0, C, BN)
     if KIND == "swiglu":
         dups = ()
         for i in tl.static_range(16):
@@ -175,44 +219,74 @@ def activation_backward_kernel(
             dups = dups + (dup.to(dx_ptr.dtype.element_ty),)
         _store_tile(dx_ptr + C, width, dups, m0, n0, R, C, TB, BN, EVEN)
         leave_amaxes(amax_ptr, dups, lo, hi, LEAVE, FAST)
+        up_shares_ptr = shares_ptr
+        if shares_ptr is not None:
+            up_shares_ptr = shares_ptr + C
+        _store_share(up_shares_ptr, width, dups, n0, C, BN)
 
 
 def _launch(
-    kernel: object, tensors: tuple[Tensor, ...], shape: tuple[int, int], kind: str, leave: Leave
+    kernel: object,
+    tensors: tuple[Tensor | None, ...],
+    shape: tuple[int, int],
+    kind: str,
+    leave: Leave | None,
 ) -> None:
     rows, columns = shape
     tb, bn, warps = TILE
     even = rows % (tb * 16) == 0 and columns % bn == 0
     grid = (triton.cdiv(columns, bn), triton.cdiv(rows, tb * 16))
-    amaxes, words, config = leave.arguments()
+    amaxes, words, config = (None, (0, 0), None) if leave is None else leave.arguments()
+    assert tensors[0] is not None
     fast = has_fast_casts(tensors[0].device)
     kernel[grid](  # type: ignore[index]  # Triton's launcher
         *tensors, amaxes, rows, columns, *words, kind, config, tb, bn, even, fast, num_warps=warps
     )
 
 
-def activation(x: Tensor, kind: str, *, leave: Leave | None = None) -> Tensor:
-    """[rows, n] of x [rows, n] (swiglu: [rows, 2 n], gate first), contiguous. ``kind``: one of KINDS."""
-    if leave is None and kind == "gelu":
+def activation(
+    x: Tensor, kind: str, *, bias: Tensor | None = None, leave: Leave | None = None
+) -> Tensor:
+    """[rows, n] of x [rows, n] (swiglu: [rows, 2 n], gate first), contiguous, plus a bias of its width.
+
+    ``kind``: one of KINDS.
+    """
+    if leave is None and bias is None and kind == "gelu":
         return F.gelu(x)
     rows, n = x.shape[0], x.shape[1] // (2 if kind == "swiglu" else 1)
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    if leave is not None and rows:
-        _launch(activation_kernel, (x, out), (rows, n), kind, leave)
+    if (leave is not None or bias is not None) and rows:
+        _launch(activation_kernel, (x, bias, out), (rows, n), kind, leave)
     elif rows:
         activation_row_kernel[(rows, triton.cdiv(n, ROW_BLOCK))](x, out, n, kind, ROW_BLOCK)
     return out
 
 
-def activation_backward(x: Tensor, dy: Tensor, kind: str, *, leave: Leave | None = None) -> Tensor:
-    """dx, shaped as x, of ``activation``'s x and dy [rows, n], both contiguous."""
-    if leave is None and kind == "gelu":
+def activation_backward(
+    x: Tensor,
+    dy: Tensor,
+    kind: str,
+    *,
+    bias: tuple[Tensor, ColumnSums | None] | None = None,
+    leave: Leave | None = None,
+) -> Tensor:
+    """dx, shaped as x, of ``activation``'s x and dy [rows, n], both contiguous.
+
+    ``bias``: ``activation``'s, and where its gradient goes (None: nobody asks for it).
+    """
+    if leave is None and bias is None and kind == "gelu":
         return torch.ops.aten.gelu_backward(dy, x)
     rows, n = dy.shape
     dx = torch.empty_like(x)
-    if leave is not None and rows:
-        _launch(activation_backward_kernel, (x, dy, dx), (rows, n), kind, leave)
+    added, sums = (None, None) if bias is None else bias
+    shares = None
+    if sums is not None:
+        shares = shares_for(1, triton.cdiv(rows, TILE[0] * 16), x.shape[1], x.device)
+    if (leave is not None or bias is not None) and rows:
+        _launch(activation_backward_kernel, (x, added, dy, dx, shares), (rows, n), kind, leave)
     elif rows:
         grid = (rows, triton.cdiv(n, ROW_BLOCK))
         activation_row_backward_kernel[grid](x, dy, dx, n, kind, ROW_BLOCK)
+    if sums is not None and shares is not None:
+        add_shares(shares, [sums.out], add=sums.add)
     return dx

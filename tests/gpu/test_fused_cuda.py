@@ -25,13 +25,16 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 GPT2 = [
     "model.normalization=layernorm", "model.activation=gelu", "model.position=learned", "model.bias=false",
 ]  # fmt: skip
+BIASES = "model.bias=true"
 RUNS = {
     "fp8, gpt2": ["precision=fp8", *GPT2],
+    "fp8, gpt2, biases": ["precision=fp8", *GPT2, BIASES],
     "fp8_delayed, gpt2": ["precision=fp8_delayed", *GPT2],
     "fp8, llama": ["precision=fp8"],
     "nvfp4, gpt2": ["precision=nvfp4", *GPT2],
     "nvfp4, gpt2, plain steps": ["precision=nvfp4", "train.graph=never", *GPT2],
-    "nvfp4, gpt2, recompute": ["precision=nvfp4", "parallel.recompute=full", *GPT2],
+    "nvfp4, gpt2, biases": ["precision=nvfp4", *GPT2, BIASES],
+    "nvfp4, gpt2, recompute, biases": ["precision=nvfp4", "parallel.recompute=full", *GPT2, BIASES],
     "nvfp4, squared relu": ["precision=nvfp4", "model.activation=squared_relu", "model.bias=false"],
     "nvfp4, llama": ["precision=nvfp4"],
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 import triton
 from fp4_kernels import activation, amax, block_gemm, cross_entropy, join, native, norm, unpack
+from fp4_kernels.column_sums import column_sums_kernel
 from fp4_kernels.embedding import embedding_backward_kernel
 from fp4_kernels.quantize_kernel import quantize_kernel
 from fp4_kernels.rope import rope_kernel
@@ -166,9 +167,10 @@ LEAVE = (True, 16, True, True)  # both amaxes, with signs, rounded to bfloat16
 def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
     """Norm, activations, splits and cross entropy, forward and backward, with the amaxes they leave."""
     names = ("x_ptr", "residual_ptr", "total_ptr", "weight_ptr", "bias_ptr", "out_ptr", "dy_ptr")
-    bf16 = dict.fromkeys((*names, "dx_ptr", "dtotal_ptr"), "*bf16") | {"amax_ptr": "*i32"}
+    names += ("dx_ptr", "dtotal_ptr", "linear_bias_ptr")
+    bf16 = dict.fromkeys(names, "*bf16") | {"amax_ptr": "*i32"}
     row = {"rows": "i32", "N": "i32", "eps": "fp32"}
-    shares = dict.fromkeys(("dw_ptr", "db_ptr"), "*fp32")
+    shares = dict.fromkeys(("dw_ptr", "db_ptr", "dlinear_ptr"), "*fp32")
     tile = dict(CENTERED=True, R=2, BLOCK=2048)
     places = [f"{part}_{axis}" for part in "qkv" for axis in "sbh"]
     rope = dict.fromkeys(("qkv_ptr", "q_ptr", "k_ptr", "v_ptr"), "*bf16") | {"angles_ptr": "*fp32"}
@@ -180,15 +182,16 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
         "norm backward": (
             norm.norm_backward_kernel, bf16 | row | shares | {"steps": "i32"}, tile,
         ),
-        "norm shares": (
-            norm.norm_shares_kernel,
-            shares | dict.fromkeys(("out_w_ptr", "out_b_ptr"), "*fp32") | {"programs": "i32", "N": "i32"},
+        "column sums": (
+            column_sums_kernel,
+            dict.fromkeys(("shares_ptr", "first_ptr", "second_ptr", "third_ptr"), "*fp32")
+            | {"programs": "i32", "N": "i32"},
             dict(ADD=True, P=64, BN=16),
         ),
         **{
             f"{kind}{back}": (
                 activation.activation_backward_kernel if back else activation.activation_kernel,
-                bf16 | left,
+                bf16 | left | {"shares_ptr": "*fp32"},
                 dict(KIND=kind, LEAVE=LEAVE, TB=2, BN=64, EVEN=True, FAST=fast),
             )
             for kind in activation.KINDS
