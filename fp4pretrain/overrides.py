@@ -57,7 +57,7 @@ _MAY_BE_EMPTY = ("experiment",)
 
 def names_nothing(text: str) -> bool:
     """Whether an override sets a group to its default, null, which Hydra takes in a file only."""
-    override = _parsed(text)
+    override = parsed(text)
     return override.key_or_group in _MAY_BE_EMPTY and override.value() is None
 
 
@@ -80,7 +80,7 @@ def refuse_unknown(overrides: Sequence[str], *, keys: Collection[str]) -> None:
     option that its group lacks, or holds several values (a sweep's)."""
     offered = groups()
     for text in overrides:
-        override = _parsed(text)
+        override = parsed(text)
         name, _, value = text.partition("=")
         key = name.lstrip("+~")
         free = key.startswith(_NAMED) or _of_a_rule(key, keys)
@@ -147,7 +147,7 @@ def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     """
     runs: list[list[str]] = [[]]
     for text in overrides:
-        override = _parsed(text)
+        override = parsed(text)
         variants = [text]
         if override.is_sweep_override():
             try:
@@ -205,12 +205,13 @@ def one_line(error: Exception, overrides: Sequence[str], *, keys: Collection[str
 
 def key_and_value(text: str) -> tuple[str, Any]:
     """What an override sets, and to what, as plain data. Raises UserError."""
-    override = _parsed(text)
+    override = parsed(text)
     value = override.value()
     return override.key_or_group, value.text if isinstance(value, QuotedString) else value
 
 
-def _parsed(text: str) -> Override:
+def parsed(text: str) -> Override:
+    """An override as Hydra reads it. Raises UserError where it cannot be read."""
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException:

@@ -6,6 +6,7 @@ fails here, while composing; nothing below this module imports Hydra.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,10 +19,11 @@ from hydra import initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -35,6 +37,7 @@ from fp4pretrain.overrides import (
     names_nothing,
     naming_files,
     one_line,
+    parsed,
     refuse_unknown,
 )
 from fp4pretrain.precision import Plan, Recipe
@@ -123,14 +126,23 @@ def completed(config: RunConfig, given: Collection[str]) -> RunConfig:
     return config
 
 
-@lru_cache(maxsize=64)  # half a second each, and one process asks for the same more than once
+@lru_cache(maxsize=64)  # one process asks for the same more than once
 def _composed(
     overrides: tuple[str, ...], keys: frozenset[str], own: tuple[object, ...]
 ) -> tuple[Any, dict[str, Any]]:
     """The composed config under the schema, and the option chosen of every group. ``own``: which files
-    of the user's there were to choose from."""
+    of the user's there were to choose from. Raises UserError."""
+    options, values = _parted(overrides)
     try:
-        plain, choices = _by_hydra(overrides)
+        composed, choices = _by_hydra(options, own)
+        composed = copy.deepcopy(composed)
+        for override in values:
+            OmegaConf.update(
+                composed, override.key_or_group, override.value(), force_add=override.is_force_add()
+            )
+        sections = [f.name for f in dataclasses.fields(RunConfig)]
+        composed = OmegaConf.masked_copy(composed, sections)
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         # Once more through the schema: an interpolation of a whole section is not checked before.
         merged = OmegaConf.merge(_schema(), plain)
         OmegaConf.to_object(merged)
@@ -143,20 +155,35 @@ def _composed(
     return merged, choices
 
 
-def _by_hydra(overrides: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The sections of the run as plain data, and the option chosen of every group. Raises what Hydra does."""
+def _parted(overrides: Sequence[str]) -> tuple[tuple[str, ...], list[Override]]:
+    """Overrides that choose an option of a group, as typed, and those that set keys, as Hydra reads them.
+
+    Hydra parts them in the same way. Only the first decide which files are read.
+    """
+    offered = groups()
+    options, values = [], []
+    for text in adding_rules(overrides):
+        override = parsed(text)
+        if override.key_or_group in offered and not isinstance(override.value(), dict):
+            options.append(text)
+        else:
+            values.append(override)
+    return tuple(options), values
+
+
+@lru_cache(maxsize=64)  # a third of a second each; overrides that only set keys share one
+def _by_hydra(options: tuple[str, ...], own: tuple[object, ...]) -> tuple[Any, dict[str, Any]]:
+    """The sections of the run with the chosen option of every group, and these options; no key is set yet.
+
+    The result is shared: copy it before you change it. Raises what Hydra does.
+    """
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        composed = hydra_compose(
-            "train", overrides=adding_rules(overrides), return_hydra_config=True
-        )
+        composed = hydra_compose("train", overrides=list(options), return_hydra_config=True)
     choices = dict(composed.hydra.runtime.choices)
-    sections = [f.name for f in dataclasses.fields(RunConfig)]
-    composed = OmegaConf.masked_copy(composed, sections)
-    plain: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
-        composed, resolve=True, throw_on_missing=True
-    )
-    return plain, choices
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed, choices
 
 
 @cache
@@ -198,9 +225,7 @@ def _named_recipe(name: str, own: tuple[object, ...]) -> Recipe:
     offered = groups()["precision"]
     if name not in offered:
         raise UserError(f"{name!r} is no recipe; choose {offer(name, offered)}")
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        composed = hydra_compose("train", overrides=[f"precision={name}"])
-    plain = OmegaConf.to_container(composed.precision, resolve=True)
-    precision = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PrecisionConfig), plain))
+    composed, _ = _composed((f"precision={name}",), schema_keys(), own)
+    precision = OmegaConf.to_object(composed.precision)
     assert isinstance(precision, PrecisionConfig)
     return plan_from(precision, 1_000, rules=False).recipe

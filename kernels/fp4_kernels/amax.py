@@ -1,11 +1,12 @@
 """The largest magnitude of a matrix and of its rotated transpose, in one pass at copy speed.
 
-Magnitudes are compared as integers, so NaN outranks Inf outranks every number, and the result does not
-depend on the order of the programs. Scaling and rounding to bfloat16 keep order, so a rotated copy's amax
-is taken before them and they are applied to the winner alone.
+Magnitudes are compared as integers, where NaN is above Inf and Inf above every number, so the result does
+not depend on the order of the programs. Scaling and rounding to bfloat16 keep the order of magnitudes, so
+a rotated copy's amax is found before them, and they are applied to this one number.
 
-A launch leaves its scalars in a small workspace whose last program hands them over and clears it: no
-second kernel, no memset. Workspaces belong to a stream, where launches follow one another.
+The programs of a launch raise their maxima in a small workspace. The last program to end copies the
+maxima to the output and clears the workspace, so no second kernel and no memset is needed. Each stream
+has a workspace of its own, because its launches follow one another.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ _SIGNS = ("row_lo", "row_hi", "col_lo", "col_hi")
 
 @triton.jit
 def _row_peaks(peaks, xs, lo, hi, ROTATION: tl.constexpr, SIGNS: tl.constexpr, FAST: tl.constexpr):
-    """Sixteen tensors of magnitudes so far, and those of the tile's tokens rotated along the columns.
+    """``peaks`` raised, tensor by tensor, to the magnitudes of ``xs`` rotated along the columns.
 
-    FAST and no rotation: pairs of bfloat16, whose signs are left over.
+    With FAST and without a rotation, a tensor holds bfloat16 whose magnitudes count; their signs mean
+    nothing.
     """
     new = ()
     for i in tl.static_range(len(peaks)):

@@ -240,9 +240,10 @@ def apart(index, part, gap, PARTS: tl.constexpr):
 
 @triton.jit
 def store(ptr, value, mask, EVEN: tl.constexpr):
-    """A store that is masked only where the tile may hang over the edge.
+    """A store that is masked only where the tile may reach over the matrix's edge.
 
-    Streaming: a copy is read by another kernel, and the tile is about to be read again.
+    It is a streaming store: another kernel reads the copy, so the cache is left to the tile, which is
+    read again.
     """
     if EVEN:
         tl.store(ptr, value, cache_modifier=".cs")

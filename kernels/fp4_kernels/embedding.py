@@ -1,8 +1,8 @@
-"""The gradient of an embedding's rows, added to their FP32 main gradient: no matrix of the vocabulary's size
-is written, read and added for a few thousand tokens.
+"""The gradient of an embedding's rows, added to their FP32 main gradient in place. A batch has a few
+thousand tokens, so only their rows are read and written, and no gradient matrix of the vocabulary's size.
 
-Tokens are sorted, and one program a row of the vocabulary and block of columns adds that row's tokens in the
-order in which they stand: the same sum in every run.
+Tokens are sorted. One program for each row of the vocabulary and block of columns adds the gradients of
+that row's tokens in the order of the batch, so the sum has the same bits in every run.
 """
 
 from __future__ import annotations

@@ -67,5 +67,6 @@ def launch(
 
 
 def _tensor(argument: Argument) -> Tensor | int | None:
-    """What Triton itself is given."""
+    """An argument of ``launch`` as Triton takes it: a tensor under the dtype it is read as, or the
+    integer or None."""
     return argument[0].view(argument[1]) if isinstance(argument, tuple) else argument

@@ -1,8 +1,8 @@
 """What one copy of a matrix is: format, block, scale rule, rounding, rotation, noise, output.
 
-The words are those of public recipes; ``Copy.config`` turns them into the compile-time tuple that
-``copies.py`` documents. Everything a kernel must be compiled for is in that tuple; keys, signs and offsets
-are arguments of a launch.
+A copy is described in the words of fp4pretrain's recipes; ``Copy.config`` turns them into the
+compile-time tuple that ``copies.py`` documents. Everything a kernel must be compiled for is in that
+tuple; keys, signs and offsets are arguments of a launch.
 """
 
 from __future__ import annotations

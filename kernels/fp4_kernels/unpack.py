@@ -1,4 +1,4 @@
-"""Packed FP4 back to a GEMM's operand: what was kept for the backward pass, as it is needed.
+"""Packed FP4 back to a GEMM's operand: what the forward pass saved, expanded when the backward pass needs it.
 
 A packed copy is a quarter of the bfloat16 bytes. Expanding it reads that quarter and writes the operand, so
 keeping the packed form costs a little bandwidth and saves three quarters of the memory.
@@ -80,7 +80,7 @@ def _chosen(lo, hi, selector, FAST: tl.constexpr):
 def _e4m3_words(words, unit, FAST: tl.constexpr):
     """Words of eight codes of blocks as twice as many of E4M3; ``unit`` is what a block's 1.0 becomes.
 
-    Bytes chosen among a block's eight magnitudes, and signs.
+    Each byte is one of the block's eight E4M3 magnitudes, chosen by its code, with the code's sign.
     """
     lo = fp8_word(unit * 0.0, unit * 0.5, unit, unit * 1.5, False, FAST)
     hi = fp8_word(unit * 2.0, unit * 3.0, unit * 4.0, unit * 6.0, False, FAST)

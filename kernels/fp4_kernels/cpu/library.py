@@ -1,8 +1,9 @@
 """The C++ casts as a library: found in the cache, or compiled into it, and loaded with ctypes.
 
-Compiling takes seconds, once for each user, CPU, compiler and version of the source: the library's name is a
-hash of them. Processes that start together wait for the one that compiles; what it writes lies beside its
-place until it is whole. Its numbers are those of the CPU's own instructions, so nothing is compiled ahead.
+Compiling takes seconds, once for each user, CPU, compiler and version of the source: the library's name
+is a hash of them. Processes that start together wait for the one that compiles. The compiler writes into
+a temporary file, which is renamed when it is whole. The library uses all instructions of the CPU at hand,
+so none is shipped compiled.
 """
 
 from __future__ import annotations

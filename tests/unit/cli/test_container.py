@@ -41,7 +41,7 @@ def container(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in CHECKOUT:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, checkout / name)
-    ignored = shutil.ignore_patterns("__pycache__", ".hypothesis")
+    ignored = shutil.ignore_patterns(".hypothesis")
     for name in ("fp4pretrain", "kernels", "configs", "tests"):
         shutil.copytree(ROOT / name, checkout / name, symlinks=True, ignore=ignored)
     for made in (binaries, folder / "work", folder / "tmp"):
