@@ -31,7 +31,7 @@ from fp4pretrain.train.hooks.logging import flops_of
 from fp4pretrain.train.step import train_step
 from fp4pretrain.train.trainer import Trainer, build_trainer, join_run
 
-WARM = 4  # steps before the first that is timed: a rehearsal and a capture are among them
+WARM = 6  # steps before the first that is timed: rehearsed, captured, buffers allocated
 PROFILED = 2
 
 # The first pattern that is found in a kernel's name says what it does. Column sums end the gradients of

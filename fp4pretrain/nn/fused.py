@@ -123,7 +123,18 @@ class FusedNorm(Norm):
     reader: tuple[QuantLinear, ...] = ()  # none or one: a module would become part of this one
     _ahead: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, added: tuple[Tensor, QuantLinear, Tensor | None] | None = None
+    ) -> Tensor:
+        """The norm of x; with what ``add`` is given, the sum."""
+        if added is not None:
+            residual, writer, linear_bias = added
+            how = self._pass(writer)
+            out, total = FusedNormFunction.apply(
+                x, residual, self.weight, self.bias, linear_bias, how
+            )
+            self._ahead = total, out
+            return total
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] is x:
             return ahead[1]
@@ -147,10 +158,8 @@ class FusedNorm(Norm):
 
         ``writer``: the linear that wrote x, whose bias is left to add, and that reads the gradient of x.
         """
-        out, total = FusedNormFunction.apply(
-            x, residual, self.weight, self.bias, linear_bias, self._pass(writer)
-        )
-        self._ahead = total, out
+        # called as a module, since hooks gather a module's weights before they are read
+        total: Tensor = self(x, (residual, writer, linear_bias))
         return total
 
     def _pass(self, writer: QuantLinear | None) -> NormPass:

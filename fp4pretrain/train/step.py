@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from fp4pretrain.data import EvaluationSampler
 from fp4pretrain.nn.attention import document_mask
 from fp4pretrain.precision import BF16
+from fp4pretrain.train.gathering import forget_gathered
 from fp4pretrain.train.guard.update import Outcome, StepHealth
 
 if TYPE_CHECKING:
@@ -122,7 +123,9 @@ def train_step(
 def _begin(trainer: Trainer, iterators: list[Iterator[Batch] | None]) -> Begun:
     """Give the device the step after ``trainer.step``, and all that has to happen between two steps."""
     trainer.clock.step = trainer.step
+    forget_gathered(trainer.chunks)  # a captured step has to gather, whatever was done before it
     outcome = trainer.replays.step(trainer, iterators)
+    forget_gathered(trainer.chunks)  # a replayed one says nothing of itself
     lr = trainer.optimizer.learning_rate
     trainer.schedule.step(increment=1)
     trainer.clock.weights_changed()
@@ -181,7 +184,7 @@ def evaluate(trainer: Trainer, name: str, *, bf16: bool = False) -> Evaluated:
     In the run's recipe, or with every linear in BF16. Its microbatches are of the same sequences
     whatever train.micro_batch and the layout are, since a recipe may scale by a whole microbatch.
     """
-    trainer.settled()
+    trainer.settle()
     recipes = trainer.binding.recipes()
     if bf16:
         trainer.binding.set_recipes([BF16] * len(recipes))

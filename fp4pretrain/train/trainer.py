@@ -39,6 +39,7 @@ from fp4pretrain.parallel.agreement import agree
 from fp4pretrain.parallel.groups import World, join, pick_device
 from fp4pretrain.precision import Plan, Progress
 from fp4pretrain.train.asked import KINDS, Asked
+from fp4pretrain.train.gathering import gather
 from fp4pretrain.train.optimizer import build_optimizer, build_schedule
 from fp4pretrain.train.replay import Replays, why_not
 from fp4pretrain.train.step import Begun
@@ -100,13 +101,14 @@ class Trainer:
         fired = self.memory.get(TRIGGERS, {}).get("fired", ())
         return Progress(self.step, self.config.train.steps, self.tokens, frozenset(fired))
 
-    def settled(self) -> None:
-        """For what reads or writes weights and state between steps. Raises RuntimeError where the device is
-        a step ahead of ``step``."""
+    def settle(self) -> None:
+        """Before weights or state are read or written between steps: every rank has whole weights after it.
+        Collective. Raises RuntimeError where the device is a step ahead of ``step``."""
         if self.begun is not None:
             raise RuntimeError(
                 f"step {self.step + 1} has begun, and state of step {self.step} is asked"
             )
+        gather(self.chunks)
 
     def batches(self, consumed_samples: int) -> list[Iterator[Batch] | None]:
         """This rank's training microbatches from a position in the data on, for each of its model
@@ -279,15 +281,22 @@ def _count_parameters(gpts: Sequence[torch.nn.Module]) -> int:
     return int(total.item())
 
 
+def overlaps(config: RunConfig, world: World) -> bool:
+    """Whether data-parallel communication runs beside computing; on CPUs gloo would take its cores."""
+    return config.parallel.overlap and world.data_size > 1 and world.device.type == "cuda"
+
+
 def _wrap(
     config: RunConfig, world: World, transformer: TransformerConfig, gpts: Sequence[torch.nn.Module]
 ) -> list[DistributedDataParallel]:
     """Precision wrapper and DDP with FP32 gradients, and the hooks that schedules call."""
-    overlap = config.parallel.overlap and world.data_size > 1 and world.device.type == "cuda"
+    overlap = overlaps(config, world)
+    sharded = config.parallel.distributed_optimizer
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=overlap and sharded,
+        use_distributed_optimizer=sharded,
     )
     chunks = []
     for index, gpt in enumerate(gpts):

@@ -6,13 +6,10 @@ stay, and every test forms groups of its own among the first few of them.
 
 from __future__ import annotations
 
-import fcntl
 import gc
-import hashlib
 import importlib
 import json
 import os
-import pickle
 import sys
 import traceback
 import warnings
@@ -29,7 +26,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from started import started
 
-from fp4pretrain.config import compose, composing
+from fp4pretrain.config import compose
 from fp4pretrain.errors import UserError
 from fp4pretrain.parallel.groups import leave
 from fp4pretrain.train.guard.update import StepHealth
@@ -181,25 +178,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return reply
 
 
-def compose_once(folder: Path) -> None:
-    """Have Hydra compose each command line in one of the processes that share ``folder``: a second of CPU
-    time in each rank of each job otherwise. What a config means is worked out by every rank."""
-    by_hydra = composing._by_hydra
-
-    def shared(overrides: tuple[str, ...]) -> Any:
-        named = folder / hashlib.sha256("\n".join(overrides).encode()).hexdigest()
-        with open(named.with_suffix(".lock"), "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not named.exists():
-                written = pickle.dumps(by_hydra(overrides))  # what Hydra refuses is not kept
-                named.write_bytes(written)
-            return pickle.loads(named.read_bytes())
-
-    composing._by_hydra = shared
-
-
 if __name__ == "__main__":
-    compose_once(Path(sys.argv[1]))
     gc.freeze()  # what was imported is there for good: each collection would look through it
     replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not look like a reply
     torch.set_num_threads(1)

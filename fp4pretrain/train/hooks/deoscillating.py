@@ -32,6 +32,8 @@ class Deoscillating(Hook):
 
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
         plan, paths = trainer.binding.plan.deoscillation, trainer.paths
+        if plan:
+            trainer.settle()
         if paths.open:
             paths.step()
             if plan.closes(trainer.step):
