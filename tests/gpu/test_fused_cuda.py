@@ -31,6 +31,7 @@ RUNS = {
     "fp8, gpt2, biases": ["precision=fp8", *GPT2, BIASES],
     "fp8_delayed, gpt2": ["precision=fp8_delayed", *GPT2],
     "fp8, llama": ["precision=fp8"],
+    "fp8, llama, biases": ["precision=fp8", BIASES],
     "nvfp4, gpt2": ["precision=nvfp4", *GPT2],
     "nvfp4, gpt2, plain steps": ["precision=nvfp4", "train.graph=never", *GPT2],
     "nvfp4, gpt2, biases": ["precision=nvfp4", *GPT2, BIASES],
