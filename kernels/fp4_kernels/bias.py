@@ -17,9 +17,10 @@ TILE = (8, 512, 4)  # rows, columns, warps
 def bias_kernel(
     x_ptr, bias_ptr, rows, N, R: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """x += bias for a tile [R, BLOCK] of x [rows, N]."""
-    row = (tl.program_id(1) * R + tl.arange(0, R)).to(tl.int64)[:, None]
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    """x += bias for a tile [R, BLOCK] of x [rows, N]; the next program's is beside it."""
+    across = tl.cdiv(N, BLOCK)
+    row = (tl.program_id(0) // across * R + tl.arange(0, R)).to(tl.int64)[:, None]
+    column = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < N)
     x = tl.load(x_ptr + row * N + column, mask=inside, other=0.0).to(tl.float32)
     x += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
@@ -31,5 +32,5 @@ def add_bias(x: Tensor, bias: Tensor) -> None:
     rows, n = x.shape
     if rows:
         r, block, warps = TILE
-        grid = (triton.cdiv(n, block), triton.cdiv(rows, r))
-        bias_kernel[grid](x, bias, rows, n, r, block, num_warps=warps)
+        grid = triton.cdiv(n, block) * triton.cdiv(rows, r)
+        bias_kernel[(grid,)](x, bias, rows, n, r, block, num_warps=warps)
