@@ -307,9 +307,8 @@ class SplitFunction(torch.autograd.Function):
             from fp4_kernels.bias import add_bias
 
             add_bias(qkv.view(s * b, -1), bias)
-            if (
-                not qkv.is_inference()
-            ):  # autograd is told, should anyone have saved the linear's output
+            # autograd is told, should anyone have saved the linear's output
+            if not qkv.is_inference():
                 torch.autograd.graph.increment_version(qkv)
         q = qkv[..., : heads - 2, :].reshape(s, b, groups * (heads - 2), d)
         return q, qkv[..., heads - 2, :], qkv[..., heads - 1, :]
