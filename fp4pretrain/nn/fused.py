@@ -9,6 +9,14 @@ inside and rounded once, on GPUs with Triton; `fp4_kernels` has the kernels. Cro
     activation's gradient        fc1's dy            plain, rotated
     a norm's gradient + sum's    proj's, fc2's dy    plain
     gradients of q, k, v         qkv's dy            plain, rotated; with rotary embeddings none
+
+Linears' biases are added where their sums are read, rounded as sums of their own would be, and the gradients
+of biases are summed where their terms are written (`token_sums`).
+
+    bias of      added by                                    its gradient summed by
+    proj, fc2    the norm after the residual's addition      that norm's backward pass
+    fc1          the activation                              its backward pass
+    qkv          a kernel in place; the rotating split       the join of q's, k's and v's gradients
 """
 
 from __future__ import annotations
@@ -267,48 +275,69 @@ def fuse_layers(decoder: Any, activation: str) -> None:
 
 
 class SplitRotatedFunction(torch.autograd.Function):
-    """q, k, v of qkv [s, b, groups, heads + 2, d] by `fp4_kernels.rope`; ``angles``: fp32 [s, 1 or b, d]."""
+    """q, k, v of qkv [s, b, groups, heads + 2, d] + bias [groups * (heads + 2) * d] or None, by
+    `fp4_kernels.rope`; ``angles``: fp32 [s, 1 or b, d]."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, qkv: Tensor, bias: Tensor | None, angles: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         from fp4_kernels.rope import split_rotated
 
-        ctx.save_for_backward(angles)
-        return split_rotated(qkv, angles)
+        ctx.save_for_backward(angles, bias)
+        return split_rotated(qkv, angles, bias=bias)
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch's is variadic
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple:  # type: ignore[override]  # torch's is variadic
         from fp4_kernels.rope import split_rotated_backward
 
-        (angles,) = ctx.saved_tensors
-        return split_rotated_backward(dq, dk, dv, angles), None
+        angles, bias = ctx.saved_tensors
+        sums = TokenSums(bias if ctx.needs_input_grad[1] else None)
+        dqkv = split_rotated_backward(dq, dk, dv, angles, sums=sums.first)
+        return dqkv, *sums.gradients(), None
 
 
 class SplitFunction(torch.autograd.Function):
     """q, k, v as views of qkv [s, b, groups, heads + 2, d] (q a copy where heads share keys), whose gradients
-    are joined by `fp4_kernels.join`. ``awaited``: what the reader of that gradient will ask of it."""
+    are joined by `fp4_kernels.join`.
+
+    ``bias``: [groups * (heads + 2) * d], added to qkv in place, or None. ``awaited``: what the reader of
+    qkv's gradient will ask of it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, awaited: Awaited | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, qkv: Tensor, bias: Tensor | None, awaited: Awaited | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.awaited = awaited
+        ctx.save_for_backward(bias)
         s, b, groups, heads, d = qkv.shape
+        if bias is not None:
+            from fp4_kernels.bias import add_bias
+
+            add_bias(qkv.view(s * b, -1), bias)
+            # autograd is told, should anyone have saved the linear's output
+            if not qkv.is_inference():
+                torch.autograd.graph.increment_version(qkv)
         q = qkv[..., : heads - 2, :].reshape(s, b, groups * (heads - 2), d)
         return q, qkv[..., heads - 2, :], qkv[..., heads - 1, :]
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch's is variadic
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple:  # type: ignore[override]  # torch's is variadic
         from fp4_kernels.join import join
 
+        (bias,) = ctx.saved_tensors
         leave = ctx.awaited and ctx.awaited.leave(dq.device)
-        dqkv = join(dq, dk, dv, leave=leave)
+        sums = TokenSums(bias if ctx.needs_input_grad[1] else None)
+        dqkv = join(dq, dk, dv, leave=leave, sums=sums.first)
         if leave is not None:
             handed.give(dqkv.view(*dqkv.shape[:2], -1), ctx.awaited, leave)
-        return dqkv, None
+        return dqkv, *sums.gradients(), None
 
 
 class FusedSelfAttention(SelfAttention):
-    """megatron-core's self-attention that splits queries, keys and values in one kernel a pass, and rotates
-    queries and keys meanwhile where there are rotary embeddings.
+    """megatron-core's self-attention that splits queries, keys and values in one kernel a pass, which takes
+    their linear's bias too, and rotates queries and keys meanwhile where there are rotary embeddings.
 
     With a cache of keys, norms of queries and keys, or output gates it is megatron-core's.
     """
@@ -338,9 +367,9 @@ class FusedSelfAttention(SelfAttention):
         """(q [s, b, heads, d], k and v [s, b, groups, d]), rotated already inside ``forward``."""
         if not self._splits:
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
-        mixed, _ = self.linear_qkv(hidden_states)
+        mixed, bias = self.linear_qkv.apart(hidden_states)
         groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         qkv = mixed.view(*mixed.shape[:2], groups, -1, d)
         if self._angles is None:
-            return SplitFunction.apply(qkv, self.linear_qkv.awaits("dy"))
-        return SplitRotatedFunction.apply(qkv, self._angles)
+            return SplitFunction.apply(qkv, bias, self.linear_qkv.awaits("dy"))
+        return SplitRotatedFunction.apply(qkv, bias, self._angles)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fp4_kernels.amax import leave_amaxes
-from fp4_kernels.column_sums import add_shares, shares_for
+from fp4_kernels.column_sums import add_shares, leave_share, shares_for
 from fp4_kernels.device import has_fast_casts
 from fp4_kernels.quantize_kernel import load_tile
 from fp4_kernels.spec import ColumnSums, Leave
@@ -140,18 +140,6 @@ def _load_biased(
     return xs
 
 
-@triton.jit
-def _store_share(shares_ptr, stride, ys, n0, C, BN: tl.constexpr):
-    """The column sums of the program's tokens, to its row of shares; None: nothing."""
-    if shares_ptr is not None:
-        total = ys[0].to(tl.float32)
-        for i in tl.static_range(1, 16):
-            total += ys[i].to(tl.float32)
-        n = n0 + tl.arange(0, BN)
-        share = tl.program_id(1).to(tl.int64) * stride + n
-        tl.store(shares_ptr + share, tl.sum(total, axis=0), mask=n < C)
-
-
 @triton.jit(do_not_specialize=_SIGNS, do_not_specialize_on_alignment=_SIGNS)
 def activation_kernel(
     x_ptr, bias_ptr, out_ptr, amax_ptr, R, C, lo: tl.int64, hi: tl.int64,
@@ -210,19 +198,18 @@ def activation_backward_kernel(
             dx = dx * ups[i].to(tl.float32)
         dxs = dxs + (dx.to(dx_ptr.dtype.element_ty),)
     _store_tile(dx_ptr, width, dxs, m0, n0, R, C, TB, BN, EVEN)
+    n = n0 + tl.arange(0, BN)
+    share = tl.program_id(1).to(tl.int64) * width + n
+    leave_share(shares_ptr, dxs, share, n < C)
     leave_amaxes(amax_ptr, dxs, lo, hi, LEAVE, FAST)
-    _store_share(shares_ptr, width, dxs, n0, C, BN)
     if KIND == "swiglu":
         dups = ()
         for i in tl.static_range(16):
             dup = dys[i].to(tl.float32) * _value(xs[i].to(tl.float32), KIND)
             dups = dups + (dup.to(dx_ptr.dtype.element_ty),)
         _store_tile(dx_ptr + C, width, dups, m0, n0, R, C, TB, BN, EVEN)
+        leave_share(shares_ptr, dups, share + C, n < C)
         leave_amaxes(amax_ptr, dups, lo, hi, LEAVE, FAST)
-        up_shares_ptr = shares_ptr
-        if shares_ptr is not None:
-            up_shares_ptr = shares_ptr + C
-        _store_share(up_shares_ptr, width, dups, n0, C, BN)
 
 
 def _launch(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from function_laws import FUNCTION_CASES, check_function
 from fused_laws import FUSED_CASES, check_fused
 from megatron.core.transformer import TransformerConfig
 from records import curve
@@ -31,6 +32,7 @@ RUNS = {
     "fp8, gpt2, biases": ["precision=fp8", *GPT2, BIASES],
     "fp8_delayed, gpt2": ["precision=fp8_delayed", *GPT2],
     "fp8, llama": ["precision=fp8"],
+    "fp8, llama, biases": ["precision=fp8", BIASES],
     "nvfp4, gpt2": ["precision=nvfp4", *GPT2],
     "nvfp4, gpt2, plain steps": ["precision=nvfp4", "train.graph=never", *GPT2],
     "nvfp4, gpt2, biases": ["precision=nvfp4", *GPT2, BIASES],
@@ -55,6 +57,11 @@ def rows(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", FUSED_CASES)
 def test_a_fused_kernel_computes_what_float64_computes(case: str) -> None:
     assert check_fused(case, device="cuda") == []
+
+
+@pytest.mark.parametrize("case", FUNCTION_CASES)
+def test_a_bias_has_its_gradient_wherever_that_goes(case: str) -> None:
+    assert check_function(*case.split()[1:], device="cuda") == []
 
 
 @pytest.mark.parametrize("name", RUNS)

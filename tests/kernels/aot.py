@@ -6,6 +6,7 @@ from typing import Any
 
 import triton
 from fp4_kernels import activation, amax, block_gemm, cross_entropy, join, native, norm, unpack
+from fp4_kernels.bias import bias_kernel
 from fp4_kernels.column_sums import column_sums_kernel
 from fp4_kernels.embedding import embedding_backward_kernel
 from fp4_kernels.quantize_kernel import quantize_kernel
@@ -174,6 +175,7 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
     tile = dict(CENTERED=True, R=2, BLOCK=2048)
     places = [f"{part}_{axis}" for part in "qkv" for axis in "sbh"]
     rope = dict.fromkeys(("qkv_ptr", "q_ptr", "k_ptr", "v_ptr"), "*bf16") | {"angles_ptr": "*fp32"}
+    share = {"shares_ptr": "*fp32"}
     rope |= dict.fromkeys(("T", "batch", "groups", "H", "angle_s", "angle_b", *places), "i32")
     left = {"R": "i32", "C": "i32", "lo": "i64", "hi": "i64"}
     token = {"x_ptr": "*bf16", "labels_ptr": "*i64", "V": "i32", "start": "i32"}
@@ -191,7 +193,7 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
         **{
             f"{kind}{back}": (
                 activation.activation_backward_kernel if back else activation.activation_kernel,
-                bf16 | left | {"shares_ptr": "*fp32"},
+                bf16 | left | share,
                 dict(KIND=kind, LEAVE=LEAVE, TB=2, BN=64, EVEN=True, FAST=fast),
             )
             for kind in activation.KINDS
@@ -215,11 +217,14 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
         "join": (
             join.join_kernel,
             dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr", "out_ptr"), "*bf16")
-            | left | {"amax_ptr": "*i32"} | dict.fromkeys(("T", "batch", "D", *places), "i32"),
+            | left | share | {"amax_ptr": "*i32"} | dict.fromkeys(("T", "batch", "D", *places), "i32"),
             dict(HEADS=4, LEAVE=LEAVE, TB=4, BD=128, FAST=fast),
         ),
-        "rope": (rope_kernel, rope, dict(HEADS=4, BACKWARD=False, TOKENS=16, HALF=64)),
-        "rope backward": (rope_kernel, rope, dict(HEADS=4, BACKWARD=True, TOKENS=16, HALF=64)),
+        "rope": (
+            rope_kernel, rope | {"bias_ptr": "*bf16"}, dict(HEADS=4, BACKWARD=False, TOKENS=16, HALF=64),
+        ),
+        "rope backward": (rope_kernel, rope | share, dict(HEADS=4, BACKWARD=True, TOKENS=16, HALF=64)),
+        "bias": (bias_kernel, bf16 | row, dict(R=8, BLOCK=512)),
         "token statistics": (
             cross_entropy.token_statistics_kernel,
             token | {"out_ptr": "*fp32", "T": "i32"},

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from fp4_kernels.activation import KINDS, activation, activation_backward
 from fp4_kernels.amax import amax
+from fp4_kernels.bias import add_bias
 from fp4_kernels.cross_entropy import token_gradients, token_statistics
 from fp4_kernels.embedding import embedding_backward
 from fp4_kernels.join import join
@@ -48,6 +49,8 @@ FUSED_CASES = (
     "left join",
     "rope whole",
     "rope positions",
+    "rope positions bias",
+    "split_rounds",
     "cross_entropy whole",
     "cross_entropy parts",
 )
@@ -183,13 +186,16 @@ def check_embedding(*, device: str = "cpu") -> list[str]:
 
 
 def check_join(shape: str, *, device: str = "cpu") -> list[str]:
-    """Gradients as attention returns them, heads outside of positions; no element is another's."""
+    """Gradients as attention returns them, heads outside of positions; no element is another's; a
+    bias's gradient is added to what is there."""
     heads, d = map(int, shape.split("x"))
     parts = _parts(heads, d, torch.float32, device)
     s, b, groups, _ = parts[1].shape
-    want = [p.reshape(s, b, groups, -1, d) for p in parts]
-    joined = join(*parts)
-    return [] if torch.equal(joined, torch.cat(want, dim=3)) else ["the parts are mixed up"]
+    want = torch.cat([p.reshape(s, b, groups, -1, d) for p in parts], dim=3)
+    found = torch.ones(want[0, 0].numel(), device=device)
+    joined = join(*parts, sums=ColumnSums(found, True))
+    bad = far("sums", found, want.double().sum((0, 1)).view(-1) + 1)
+    return bad if torch.equal(joined, want) else [*bad, "the parts are mixed up"]
 
 
 def _parts(heads: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,26 +254,30 @@ def _written(
     return [("y", y, leaves[0]), ("dx", dx, leaves[1])]
 
 
-def check_rope(kind: str, *, device: str = "cpu") -> list[str]:
+def check_rope(kind: str, biased: str = "", *, device: str = "cpu") -> list[str]:
     """Heads that share keys, a head size that is no power of two, gradients in another layout."""
     s, b, groups, heads, d = 9, 2, 3, 2, 24
     g = torch.Generator().manual_seed(1)
     qkv = torch.randn(s, b, groups, heads + 2, d, generator=g)
     half = torch.randn(s, b if kind == "positions" else 1, d // 2, generator=g) * 50
     angles = torch.cat([half, half], dim=-1)
-    x64 = qkv.double().requires_grad_()
+    bias = torch.randn(qkv[0, 0].numel(), generator=g) if biased else None
+    b64 = torch.zeros(qkv[0, 0].numel()).double() if bias is None else bias.double()
+    x64, b64 = qkv.double().requires_grad_(), b64.requires_grad_()
 
     def turned(t: Tensor) -> Tensor:
         a = angles.double()[:, :, None]
         other = torch.cat((-t[..., d // 2 :], t[..., : d // 2]), dim=-1)
         return t * a.cos() + other * a.sin()
 
-    q = turned(x64[..., :heads, :].reshape(s, b, groups * heads, d))
-    want = q, turned(x64[..., heads, :]), x64[..., heads + 1, :]
+    added = x64 + b64.view(groups, heads + 2, d)
+    q = turned(added[..., :heads, :].reshape(s, b, groups * heads, d))
+    want = q, turned(added[..., heads, :]), added[..., heads + 1, :]
     gradients = [torch.randn(*w.shape, generator=g) for w in want]
     products = [(w * dw.double()).sum() for w, dw in zip(want, gradients, strict=True)]
     torch.stack(products).sum().backward()
-    got = split_rotated(qkv.to(device), angles.to(device))
+    bias = None if bias is None else bias.to(device)
+    got = split_rotated(qkv.to(device), angles.to(device), bias=bias)
     bad = []
     for name, have, expected in zip("qkv", got, want, strict=True):
         bad += far(name, have, expected)
@@ -275,7 +285,25 @@ def check_rope(kind: str, *, device: str = "cpu") -> list[str]:
     dq, dk, dv = (
         t.to(device).permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for t in gradients
     )
-    return bad + far("dqkv", split_rotated_backward(dq, dk, dv, angles.to(device)), _grad(x64))
+    found = torch.ones(b64.numel(), device=device)
+    sums = ColumnSums(found, True) if biased else None
+    dqkv = split_rotated_backward(dq, dk, dv, angles.to(device), sums=sums)
+    bad += far("db", found, _grad(b64) + 1) if biased else []
+    return bad + far("dqkv", dqkv, _grad(x64))
+
+
+def check_split_rounds(*, device: str = "cpu") -> list[str]:
+    """In float16: a bias in the kernels gives the bits of a sum beforehand, alone (with edges) and before
+    rotary embeddings."""
+    g = torch.Generator().manual_seed(3)
+    qkv = torch.randn(9, 1, 3, 4, 144, generator=g).half().to(device)
+    bias = torch.randn(qkv[0, 0].numel(), generator=g).half().to(device)
+    angles = torch.randn(9, 1, 72, generator=g).to(device)
+    want = qkv + bias.view(3, 4, 144)
+    inside, before = split_rotated(qkv, angles, bias=bias), split_rotated(want, angles)
+    add_bias(qkv.view(9, -1), bias)
+    named = [("sum", qkv, want), *zip("qkv", inside, before, strict=True)]
+    return [f"{name}: other bits" for name, a, b in named if not torch.equal(a, b)]
 
 
 def check_cross_entropy(kind: str, *, device: str = "cpu") -> list[str]:
@@ -317,6 +345,7 @@ def check_fused(case: str, *, device: str = "cpu") -> list[str]:
         "join": check_join,
         "left": check_left,
         "rope": check_rope,
+        "split_rounds": check_split_rounds,
         "cross_entropy": check_cross_entropy,
     }
     return checks[name](*words, device=device)

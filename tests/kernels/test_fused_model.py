@@ -23,10 +23,10 @@ GPT2 = [
 ]  # fmt: skip
 CASES = {
     "llama": (1, LLAMA),
-    "qk norm": (1, [*LLAMA, "model.qk_norm=true"]),
+    "qk norm and biases": (1, [*LLAMA, "model.qk_norm=true", "model.bias=true"]),
     "gpt2": (1, GPT2),
     "gpt2, recompute": (1, [*GPT2, "parallel.recompute=full"]),
-    "llama on TP 2": (2, LLAMA),
+    "llama with biases on TP 2": (2, [*LLAMA, "model.bias=true"]),
     "gpt2 on TP 2 + SP": (2, [*GPT2, "parallel.sequence=true"]),
 }
 
