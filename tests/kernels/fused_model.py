@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from patch_once import patch_once
 
 from fp4pretrain.config import compose
 from fp4pretrain.model import build
@@ -107,6 +108,7 @@ def compared(overrides: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
+    patch_once()
     told = {}
     for case, overrides in json.loads(sys.argv[1]).items():
         quantized = any(word.startswith("precision=") for word in overrides)

@@ -26,6 +26,7 @@ from function_laws import FUNCTION_CASES, check_function
 from fused_laws import FUSED_CASES, check_fused
 from gemm_laws import BLOCK_GEMMS, check_block_gemm, check_block_linear, check_native
 from inputs import INPUTS, sample
+from patch_once import patch_once
 
 from fp4pretrain import numerics
 from fp4pretrain.ops import Cast, triton_backend
@@ -33,6 +34,7 @@ from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.ops.triton_backend import TritonBackend
 
 provide()
+patch_once()
 TE = numerics.signs_te()
 NOISE = Noise(0x9E3779B97F4A7C15, 7, 48)
 GAPS = Noise(5, 3, 32, row_part=24, row_gap=40, col_part=64, col_gap=128)
