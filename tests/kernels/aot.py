@@ -203,9 +203,9 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
             f"{kind} of rows{back}": (
                 activation.activation_row_backward_kernel if back else activation.activation_row_kernel,
                 bf16 | row,
-                dict(KIND=kind, BLOCK=1024),
+                dict(KIND=kind, BLOCK=1024, ROWS=4),
             )
-            for kind in ("squared_relu", "swiglu")
+            for kind in activation.KINDS
             for back in ("", " backward")
         },
         "embedding backward": (
