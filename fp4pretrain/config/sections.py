@@ -122,10 +122,10 @@ class TrainConfig:
     the sequences of every microbatch rotated by n: the same sums in another order, to see what rounding
     alone does.
     ``graph``: whether steps are captured as a CUDA graph and replayed: auto (where they can be), always (or
-    an error) or never. ``fusion``: auto, norms with the sums before them, activations, the split of queries,
-    keys and values, embeddings' gradients and cross entropy by fused kernels where there is a GPU for them,
-    or never. ``deterministic``: kernels of GPUs that add in a fixed order, so that two runs of one config,
-    or a run and its restart, are the same bits; they are slower. CPUs always do.
+    an error) or never. ``fusion``: auto, norms with the sums before them, activations, linears' biases, the
+    split of queries, keys and values, embeddings' gradients and cross entropy by fused kernels where there
+    is a GPU for them, or never. ``deterministic``: kernels of GPUs that add in a fixed order, so that two
+    runs of one config, or a run and its restart, are the same bits; they are slower. CPUs always do.
     """
 
     steps: int = 200

@@ -9,6 +9,14 @@ inside and rounded once, on GPUs with Triton; `fp4_kernels` has the kernels. Cro
     activation's gradient        fc1's dy            plain, rotated
     a norm's gradient + sum's    proj's, fc2's dy    plain
     gradients of q, k, v         qkv's dy            plain, rotated; with rotary embeddings none
+
+Linears' biases are added where their sums are read, rounded as sums of their own would be, and the gradients
+of biases are summed where their terms are written (`token_sums`).
+
+    bias of      added by                                    its gradient summed by
+    proj, fc2    the norm after the residual's addition      that norm's backward pass
+    fc1          the activation                              its backward pass
+    qkv          a kernel in place; the rotating split       the join of q's, k's and v's gradients
 """
 
 from __future__ import annotations
@@ -24,9 +32,9 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-from fp4pretrain.nn.gemms import added_to_main_grad
 from fp4pretrain.nn.linear import QuantLinear
 from fp4pretrain.nn.norm import Norm
+from fp4pretrain.nn.token_sums import TokenSums
 from fp4pretrain.ops import handed
 
 if TYPE_CHECKING:
@@ -52,7 +60,8 @@ def _plain(awaited: Awaited | None) -> Awaited | None:
 class FusedNormFunction(torch.autograd.Function):
     """(norm of t, t) of t = x [..., n] + residual, or (norm of x, None) without one, by `fp4_kernels.norm`.
 
-    The gradient of t that comes from elsewhere is added in the same pass.
+    ``linear_bias``: [n], of the linear that wrote x, or None; beside a residual t has it too. The gradient of
+    t that comes from elsewhere is added in the same pass, which also sums the three parameters' gradients.
     """
 
     @staticmethod
@@ -62,6 +71,7 @@ class FusedNormFunction(torch.autograd.Function):
         residual: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
+        linear_bias: Tensor | None,
         how: NormPass,
     ) -> tuple[Tensor, Tensor | None]:
         from fp4_kernels.norm import NormCall, norm
@@ -69,8 +79,9 @@ class FusedNormFunction(torch.autograd.Function):
         x_tn = x.reshape(-1, x.shape[-1]).contiguous()  # heads of a split matrix are not
         added = None if residual is None else residual.reshape(x_tn.shape).contiguous()
         leave = how.awaited and how.awaited.leave(x.device)
-        out_tn, total_tn = norm(x_tn, weight, bias, NormCall(how.eps, how.centered, added, leave))
-        ctx.save_for_backward(x_tn if total_tn is None else total_tn, weight, bias)
+        call = NormCall(how.eps, how.centered, added, leave, linear_bias)
+        out_tn, total_tn = norm(x_tn, weight, bias, call)
+        ctx.save_for_backward(x_tn if total_tn is None else total_tn, weight, bias, linear_bias)
         ctx.how, ctx.summed = how, total_tn is not None
         ctx.set_materialize_grads(False)
         # not views: megatron-core wants none between layers
@@ -81,41 +92,33 @@ class FusedNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple:  # type: ignore[override]  # torch's is variadic
-        from fp4_kernels.norm import NormCall, norm_backward
+        from fp4_kernels.norm import NormCall, NormGradients, norm_backward
 
-        x_tn, weight, bias = ctx.saved_tensors
+        x_tn, weight, bias, linear_bias = ctx.saved_tensors
         how: NormPass = ctx.how
+        linear_bias = linear_bias if ctx.needs_input_grad[4] else None
         if dy is None:
-            return dtotal, dtotal, None, None, None
+            db = None if linear_bias is None or dtotal is None else _sum_to(linear_bias, dtotal)
+            return dtotal, dtotal, None, None, db, None
         added = None if dtotal is None else dtotal.reshape(x_tn.shape).contiguous()
         leave = how.awaited_back and how.awaited_back.leave(dy.device)
-        gradients = _norm_gradients(weight, bias)
+        sums = TokenSums(weight, bias, linear_bias)
         dx = norm_backward(
             x_tn,
             weight,
             dy.reshape(x_tn.shape).contiguous(),
-            gradients,
+            NormGradients(*sums.out, add=sums.add),
             NormCall(how.eps, how.centered, added, leave),
         )
         if how.awaited_back is not None and leave is not None:
             handed.give(dx, how.awaited_back, leave)
         dx = dx.view(dy.shape)
-        dw, db = (
-            None if p is None else added_to_main_grad(p) if gradients.add else found.to(p.dtype)
-            for p, found in ((weight, gradients.weight), (bias, gradients.bias))
-        )
-        return dx, dx if ctx.summed else None, dw, db, None
+        return dx, dx if ctx.summed else None, *sums.gradients(), None
 
 
-def _norm_gradients(weight: Any, bias: Any) -> Any:
-    """Where a norm's weight gradients go: added to FP32 main gradients, or tensors of their own."""
-    from fp4_kernels.norm import NormGradients
-
-    mains = [getattr(p, "main_grad", None) for p in (weight, bias) if p is not None]
-    if all(main is not None and main.dtype == torch.float32 for main in mains):
-        return NormGradients(mains[0], None if bias is None else mains[1], add=True)
-    made = [torch.empty(weight.shape, dtype=torch.float32, device=weight.device) for _ in mains]
-    return NormGradients(made[0], None if bias is None else made[1], add=False)
+def _sum_to(vector: Tensor, dy: Tensor) -> Tensor:
+    """The sum of dy [..., n] over all but the last dimension, in the dtype of ``vector`` [n]."""
+    return dy.reshape(-1, dy.shape[-1]).sum(0).to(vector.dtype)
 
 
 class FusedNorm(Norm):
@@ -128,15 +131,25 @@ class FusedNorm(Norm):
     reader: tuple[QuantLinear, ...] = ()  # none or one: a module would become part of this one
     _ahead: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, added: tuple[Tensor, QuantLinear, Tensor | None] | None = None
+    ) -> Tensor:
+        """The norm of x; with what ``add`` is given, the sum."""
+        if added is not None:
+            residual, writer, linear_bias = added
+            how = self._pass(writer)
+            out, total = FusedNormFunction.apply(
+                x, residual, self.weight, self.bias, linear_bias, how
+            )
+            self._ahead = total, out
+            return total
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] is x:
             return ahead[1]
         if not self.holds(x):
             return super().forward(x)
-        found: Tensor = FusedNormFunction.apply(x, None, self.weight, self.bias, self._pass(None))[
-            0
-        ]
+        how = self._pass(None)
+        found: Tensor = FusedNormFunction.apply(x, None, self.weight, self.bias, None, how)[0]
         return found
 
     def holds(self, x: Tensor) -> bool:
@@ -145,16 +158,16 @@ class FusedNorm(Norm):
 
         return x.shape[-1] <= WIDEST
 
-    def add(self, x: Tensor, residual: Tensor, writer: QuantLinear) -> Tensor:
-        """x + residual. The same kernel norms the sum; ``forward`` returns that norm when it is called
-        with this sum.
+    def add(
+        self, x: Tensor, residual: Tensor, writer: QuantLinear, *, linear_bias: Tensor | None
+    ) -> Tensor:
+        """x [+ linear_bias] + residual. The same kernel norms the sum; ``forward`` returns that norm when it
+        is called with this sum.
 
-        ``writer``: the linear that wrote x, and that reads the gradient of it.
+        ``writer``: the linear that wrote x, whose bias is left to add, and that reads the gradient of x.
         """
-        out, total = FusedNormFunction.apply(
-            x, residual, self.weight, self.bias, self._pass(writer)
-        )
-        self._ahead = total, out
+        # called as a module, since hooks gather a module's weights before they are read
+        total: Tensor = self(x, (residual, writer, linear_bias))
         return total
 
     def _pass(self, writer: QuantLinear | None) -> NormPass:
@@ -164,7 +177,7 @@ class FusedNorm(Norm):
 
 
 class AddThenNorm:
-    """megatron-core's bias-dropout-add, whose sum the ``norm`` that comes next makes.
+    """megatron-core's bias-dropout-add, whose sums the ``norm`` that comes next makes.
 
     With dropout it is megatron-core's. ``writer``: the linear whose output is added.
     """
@@ -181,57 +194,63 @@ class AddThenNorm:
             if drops or residual.dtype != x.dtype or not self.norm.holds(x):
                 found: Tensor = get_bias_dropout_add(training, fused)(x_with_bias, residual, prob)
                 return found
-            return self.norm.add(x if bias is None else x + bias, residual, self.writer)
+            return self.norm.add(x, residual, self.writer, linear_bias=bias)
 
         return add
 
 
 class ActivationFunction(torch.autograd.Function):
-    """`fp4_kernels.activation` of x [..., n] (swiglu: [..., 2 n], gate first).
+    """`fp4_kernels.activation` of x [..., n] + bias [n] or None (swiglu: [..., 2 n], gate first).
 
     ``awaited``: what the readers of the output and of the gradient will ask of them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kind: str, awaited: tuple[Awaited | None, Awaited | None]
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        kind: str,
+        awaited: tuple[Awaited | None, Awaited | None],
     ) -> Tensor:
         from fp4_kernels.activation import activation
 
         x_tn = x.reshape(-1, x.shape[-1]).contiguous()
-        ctx.save_for_backward(x_tn)
+        ctx.save_for_backward(x_tn, bias)
         ctx.kind, ctx.awaited = kind, awaited[1]
         leave = awaited[0] and awaited[0].leave(x.device)
-        y = activation(x_tn, kind, leave=leave)
+        y = activation(x_tn, kind, bias=bias, leave=leave)
         if awaited[0] is not None and leave is not None:
             handed.give(y, awaited[0], leave)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # torch's is variadic
+    def backward(ctx: Any, dy: Tensor) -> tuple:  # type: ignore[override]  # torch's is variadic
         from fp4_kernels.activation import activation_backward
 
-        (x_tn,) = ctx.saved_tensors
+        x_tn, bias = ctx.saved_tensors
         dy_tn = dy.reshape(x_tn.shape[0], -1).contiguous()
         leave = ctx.awaited and ctx.awaited.leave(dy.device)
-        dx = activation_backward(x_tn, dy_tn, ctx.kind, leave=leave)
+        sums = TokenSums(bias if ctx.needs_input_grad[1] else None)
+        added = None if bias is None else (bias, sums.first)
+        dx = activation_backward(x_tn, dy_tn, ctx.kind, bias=added, leave=leave)
         if leave is not None:
             handed.give(dx, ctx.awaited, leave)
-        return dx.view(*dy.shape[:-1], -1), None, None
+        return dx.view(*dy.shape[:-1], -1), *sums.gradients(), None, None
 
 
 class FusedMLP(MLP):
-    """megatron-core's MLP whose activation is one kernel."""
+    """megatron-core's MLP whose activation, and the addition of fc1's bias before it, are one kernel."""
 
     kind: str | None = None  # one of `fp4_kernels.activation.KINDS`
 
     def forward(self, hidden_states: Tensor, per_token_scale: Any = None, **kwargs: Any) -> Any:
-        """Input and output [s, b, hidden_size], and the bias that is left to add (None)."""
-        if self.kind is None or per_token_scale is not None or self.config.add_bias_linear:
+        """Input and output [s, b, hidden_size], and the bias that is left to add (None without biases)."""
+        if self.kind is None or per_token_scale is not None:
             return super().forward(hidden_states, per_token_scale=per_token_scale, **kwargs)
-        x, _ = self.linear_fc1(hidden_states)
+        x, bias = self.linear_fc1(hidden_states)
         awaited = self.linear_fc2.awaits("x"), self.linear_fc1.awaits("dy")
-        return self.linear_fc2(ActivationFunction.apply(x, self.kind, awaited))
+        return self.linear_fc2(ActivationFunction.apply(x, bias, self.kind, awaited))
 
 
 def fuse_layers(decoder: Any, activation: str) -> None:
@@ -256,48 +275,69 @@ def fuse_layers(decoder: Any, activation: str) -> None:
 
 
 class SplitRotatedFunction(torch.autograd.Function):
-    """q, k, v of qkv [s, b, groups, heads + 2, d] by `fp4_kernels.rope`; ``angles``: fp32 [s, 1 or b, d]."""
+    """q, k, v of qkv [s, b, groups, heads + 2, d] + bias [groups * (heads + 2) * d] or None, by
+    `fp4_kernels.rope`; ``angles``: fp32 [s, 1 or b, d]."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, qkv: Tensor, bias: Tensor | None, angles: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         from fp4_kernels.rope import split_rotated
 
-        ctx.save_for_backward(angles)
-        return split_rotated(qkv, angles)
+        ctx.save_for_backward(angles, bias)
+        return split_rotated(qkv, angles, bias=bias)
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch's is variadic
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple:  # type: ignore[override]  # torch's is variadic
         from fp4_kernels.rope import split_rotated_backward
 
-        (angles,) = ctx.saved_tensors
-        return split_rotated_backward(dq, dk, dv, angles), None
+        angles, bias = ctx.saved_tensors
+        sums = TokenSums(bias if ctx.needs_input_grad[1] else None)
+        dqkv = split_rotated_backward(dq, dk, dv, angles, sums=sums.first)
+        return dqkv, *sums.gradients(), None
 
 
 class SplitFunction(torch.autograd.Function):
     """q, k, v as views of qkv [s, b, groups, heads + 2, d] (q a copy where heads share keys), whose gradients
-    are joined by `fp4_kernels.join`. ``awaited``: what the reader of that gradient will ask of it."""
+    are joined by `fp4_kernels.join`.
+
+    ``bias``: [groups * (heads + 2) * d], added to qkv in place, or None. ``awaited``: what the reader of
+    qkv's gradient will ask of it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, awaited: Awaited | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, qkv: Tensor, bias: Tensor | None, awaited: Awaited | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.awaited = awaited
+        ctx.save_for_backward(bias)
         s, b, groups, heads, d = qkv.shape
+        if bias is not None:
+            from fp4_kernels.bias import add_bias
+
+            add_bias(qkv.view(s * b, -1), bias)
+            # autograd is told, should anyone have saved the linear's output
+            if not qkv.is_inference():
+                torch.autograd.graph.increment_version(qkv)
         q = qkv[..., : heads - 2, :].reshape(s, b, groups * (heads - 2), d)
         return q, qkv[..., heads - 2, :], qkv[..., heads - 1, :]
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch's is variadic
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple:  # type: ignore[override]  # torch's is variadic
         from fp4_kernels.join import join
 
+        (bias,) = ctx.saved_tensors
         leave = ctx.awaited and ctx.awaited.leave(dq.device)
-        dqkv = join(dq, dk, dv, leave=leave)
+        sums = TokenSums(bias if ctx.needs_input_grad[1] else None)
+        dqkv = join(dq, dk, dv, leave=leave, sums=sums.first)
         if leave is not None:
             handed.give(dqkv.view(*dqkv.shape[:2], -1), ctx.awaited, leave)
-        return dqkv, None
+        return dqkv, *sums.gradients(), None
 
 
 class FusedSelfAttention(SelfAttention):
-    """megatron-core's self-attention that splits queries, keys and values in one kernel a pass, and rotates
-    queries and keys meanwhile where there are rotary embeddings.
+    """megatron-core's self-attention that splits queries, keys and values in one kernel a pass, which takes
+    their linear's bias too, and rotates queries and keys meanwhile where there are rotary embeddings.
 
     With a cache of keys, norms of queries and keys, or output gates it is megatron-core's.
     """
@@ -327,9 +367,9 @@ class FusedSelfAttention(SelfAttention):
         """(q [s, b, heads, d], k and v [s, b, groups, d]), rotated already inside ``forward``."""
         if not self._splits:
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
-        mixed, _ = self.linear_qkv(hidden_states)
+        mixed, bias = self.linear_qkv.apart(hidden_states)
         groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         qkv = mixed.view(*mixed.shape[:2], groups, -1, d)
         if self._angles is None:
-            return SplitFunction.apply(qkv, self.linear_qkv.awaits("dy"))
-        return SplitRotatedFunction.apply(qkv, self._angles)
+            return SplitFunction.apply(qkv, bias, self.linear_qkv.awaits("dy"))
+        return SplitRotatedFunction.apply(qkv, bias, self._angles)

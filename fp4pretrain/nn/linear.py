@@ -222,6 +222,16 @@ class ColumnParallelQuantLinear(QuantLinear, ColumnParallelLinear):
 
     parallel = "column"
     gathered = "x"
+    skip_bias_add: bool
+
+    def apart(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(product without bias, bias or None), for a caller that adds the bias in a kernel of its own."""
+        skips, self.skip_bias_add = self.skip_bias_add, True
+        try:
+            product, bias = self(x)
+        finally:
+            self.skip_bias_add = skips
+        return product, bias
 
     def _shard(self) -> Shard:
         split = self.tp_group.size() > 1

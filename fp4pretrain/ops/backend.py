@@ -82,11 +82,11 @@ class Backend(Protocol):
         ``fast_accum``: FP8 tensor cores may hold the sum in their own registers, about 14 bits wide.
         """
 
-    def counters(self, recipes: Sequence[Recipe], device: torch.device) -> dict[str, int]:
+    def counters(self, recipes: Sequence[Recipe], device: torch.device) -> dict[str, Tensor]:
         """What this process counted since it started, by the names of metrics rows.
 
-        The names depend on recipes and device alone, so that ranks agree on them. May wait for the
-        device: read it where a row is written, not in every step.
+        int64 scalars on the device. The names depend on recipes and device alone, so that ranks agree
+        on them.
         """
 
 

@@ -214,7 +214,7 @@ class EngineBackend:
         result = (result.t() if swapped else result)[:rows, :cols]
         return result.contiguous() if out is None else out.add_(result)
 
-    def counters(self, recipes: Sequence[Recipe], device: torch.device) -> dict[str, int]:
+    def counters(self, recipes: Sequence[Recipe], device: torch.device) -> dict[str, Tensor]:
         """Nothing: its casts lose no more than the formats do."""
         return {}
 

@@ -102,7 +102,7 @@ class ReferenceBackend:
             return accumulate_into.add_(out)
         return out.to(out_dtype)
 
-    def counters(self, recipes: Sequence[Recipe], device: torch.device) -> dict[str, int]:
+    def counters(self, recipes: Sequence[Recipe], device: torch.device) -> dict[str, Tensor]:
         """Nothing: every operand is exact."""
         return {}
 

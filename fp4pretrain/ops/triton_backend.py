@@ -12,7 +12,7 @@ What an operand becomes, by its format (FP8 tensor cores: Ada, Hopper and later)
 
 A row-wise and a column-wise copy come from one read of the tensor, and their amaxes from another. An
 operand that is saved for the backward pass is packed where that is smaller (nvfp4, mxfp4) and expanded when
-its GEMM comes. Nothing here waits for the GPU but ``counters``.
+its GEMM comes. Nothing here waits for the GPU.
 """
 
 from __future__ import annotations
@@ -235,12 +235,12 @@ class TritonBackend:
             self._lost[device] = torch.zeros(2, dtype=torch.int64, device=device)
         return self._lost[device]
 
-    def counters(self, recipes: Sequence[Recipe], device: torch.device) -> dict[str, int]:
-        """``mxfp4_inexact``: elements that E4M3 could not hold, where MXFP4 goes to FP8. Waits."""
+    def counters(self, recipes: Sequence[Recipe], device: torch.device) -> dict[str, Tensor]:
+        """``mxfp4_inexact``: elements that E4M3 could not hold, where MXFP4 goes to FP8."""
         specs = [spec for recipe in recipes for _, _, spec in recipe.operands()]
         if not any(s.format == "mxfp4" and self._in_fp8(s, device) for s in specs):
             return {}
-        return {"mxfp4_inexact": int(self._lost_counts(device).sum())}
+        return {"mxfp4_inexact": self._lost_counts(device).sum()}
 
     def gemm(
         self,

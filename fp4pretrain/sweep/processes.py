@@ -26,7 +26,7 @@ from fp4pretrain.errors import UserError
 from fp4pretrain.sweep.planning import Outcome, Planned
 from fp4pretrain.sweep.progress import Progress
 from fp4pretrain.sweep.starting import arguments, last_words, open_log, outcome
-from fp4pretrain.train.hooks.signals import SIGNALS
+from fp4pretrain.train.asked import SIGNALS
 from fp4pretrain.train.main import Stopped
 
 

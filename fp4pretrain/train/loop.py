@@ -25,6 +25,13 @@ class Hook:
         it do not see the step that is gone.
         """
 
+    def only_reads(self, trainer: Trainer, step: int) -> bool:
+        """Whether ``after_step`` of ``step`` will do nothing but read its row: no collective, nothing of the
+        device's, no change of the trainer. Where all hooks say so the device begins the next step before.
+        Asked before the step, and answered alike by every rank.
+        """
+        return False
+
     def after_rollback(self, trainer: Trainer) -> None:
         """After a hook took the trainer back, to ``trainer.step``."""
 
@@ -51,7 +58,8 @@ def fit(trainer: Trainer, hooks: Sequence[Hook]) -> None:
             for hook in hooks:
                 hook.before_step(trainer)
             switched = trainer.binding.apply(trainer.progress)
-            row: dict[str, Any] = train_step(trainer, iterators)
+            go_on = all(hook.only_reads(trainer, trainer.step + 1) for hook in hooks)
+            row: dict[str, Any] = train_step(trainer, iterators, go_on=go_on)
             row = {"event": "train", "step": trainer.step, "tokens": trainer.tokens, **row}
             if switched:
                 row["recipe_switched"] = True

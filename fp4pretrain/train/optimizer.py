@@ -15,7 +15,7 @@ from fp4pretrain.config import RunConfig
 from fp4pretrain.train.guard.update import GuardedOptimizer
 
 
-def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> GuardedOptimizer:
+def build_optimizer(config: RunConfig, chunks: Sequence[Any]) -> GuardedOptimizer:
     """megatron-core's optimizer over DDP-wrapped chunks: sharded over data-parallel ranks where
     ``parallel.distributed_optimizer`` says so. Weight decay skips norms and biases, and an update
     that is not finite is left out."""
@@ -34,6 +34,7 @@ def build_optimizer(config: RunConfig, chunks: Sequence[torch.nn.Module]) -> Gua
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,
             use_distributed_optimizer=config.parallel.distributed_optimizer,
+            overlap_param_gather=any(c.ddp_config.overlap_param_gather for c in chunks),
         ),
         list(chunks),
     )

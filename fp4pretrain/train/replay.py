@@ -7,6 +7,8 @@
 What changes between steps lies on the device: batches, noise keys, redrawn signs, learning rates, whether
 the update is written. So a replayed step computes the bits of a plain one. A switch of recipes, and a
 loaded checkpoint, begin with a rehearsal again; a step that somebody watches (observers) runs as ever.
+A replayed step's numbers are copied to the host behind it, so the next replay may be launched before they are
+read: `train_step` says when.
 Where a run cannot be captured, ``why_not`` says it in one clause, and every step runs as ever.
 
 Several ranks capture their collectives too, so in every step all of them replay or none: what decides is the
@@ -16,7 +18,7 @@ replayed collectives; a rank that is gone is noticed by ``guard.hang_timeout``.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,8 @@ from fp4pretrain.ops import Backend, Draws, watching
 from fp4pretrain.ops.choice import ENGINE, TRITON_BACKENDS
 from fp4pretrain.parallel.groups import World, let_go_before_leaving
 from fp4pretrain.precision import Plan
-from fp4pretrain.train.step import Outcome, forward_backward, update
+from fp4pretrain.train.guard.update import Outcome
+from fp4pretrain.train.step import forward_backward, update
 
 if TYPE_CHECKING:
     from fp4pretrain.train.trainer import Batch, Trainer
@@ -66,7 +69,7 @@ def why_not(config: RunConfig, plan: Plan, backend: Backend, *, device: torch.de
 class Replays:
     """How the steps of one run are computed. ``reason``: why they are not captured, None where they are.
 
-    After a step a caller reads the outcome before it asks for the next one.
+    At most two steps may be asked for before the outcome of the first one is read.
     """
 
     def __init__(self, reason: str | None) -> None:
@@ -75,6 +78,11 @@ class Replays:
         self._rehearsed: tuple[tuple[int, ...], Draws, _Inputs] | None = None
         self._ahead: tuple[Iterators, Batches] | None = None
         let_go_before_leaving(self)
+
+    @property
+    def whole(self) -> bool:
+        """Whether steps are replayed, their updates with them."""
+        return self._captured is not None and self._captured.whole
 
     def step(self, trainer: Trainer, iterators: Iterators) -> Outcome:
         """One step: gradients and update."""
@@ -97,10 +105,20 @@ class Replays:
         else:
             self._captured.inputs.copy(batches)
         outcome = self._captured.replay(trainer)
-        if trainer.step + 1 < trainer.config.train.steps:  # the device is busy: read on
+        following = trainer.clock.step + 1
+        if following < trainer.config.train.steps:  # the device is busy: read on
             self._ahead = iterators, _read(iterators, trainer.layout.microbatches)
-            self._captured.prepare(trainer.clock.seed, trainer.step + 1)
+            self._captured.prepare(trainer.clock.seed, following)
         return outcome
+
+    def ready(self, trainer: Trainer) -> bool:
+        """Whether the step after ``trainer.step`` would be replayed as the one before it was, with nothing to
+        decide on the host: the same on every rank."""
+        if not self.whole or watching.attached is not None:
+            return False
+        binding = trainer.binding
+        last = trainer.step >= trainer.config.train.steps
+        return not last and not binding.plan.switches(binding.progress, trainer.progress)
 
     def forget(self) -> None:
         """Drop the captured step: recipes, or the memory that a step reads, have changed."""
@@ -176,6 +194,7 @@ def _iterators(batches: Batches) -> list[Iterator[Batch] | None]:
 def _plain(trainer: Trainer, iterators: Iterators) -> Outcome:
     loss = forward_backward(trainer, iterators)
     trainer.optimizer.fill_learning_rates()
+    trainer.asked.fill()
     return update(trainer, loss)
 
 
@@ -200,7 +219,8 @@ class _Inputs:
 
 
 class _Captured:
-    """One captured step. ``recipes``: identities of the linears' recipes it was captured with."""
+    """One captured step. ``recipes``: identities of the linears' recipes it was captured with; ``whole``: the
+    update is part of it."""
 
     def __init__(
         self, trainer: Trainer, recipes: tuple[int, ...], draws: Draws, inputs: _Inputs
@@ -219,9 +239,10 @@ class _Captured:
         trainer.clock.draws = draws
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        self._updates = trainer.optimizer.on_device
+        self.whole = trainer.optimizer.on_device
         self._loss: torch.Tensor | None = None
         self._outcome: Outcome | None = None
+        self._landings: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
         try:
             with torch.cuda.graph(
                 self._graph,
@@ -229,7 +250,7 @@ class _Captured:
                 capture_error_mode="thread_local",
             ):
                 self._loss = forward_backward(trainer, inputs.iterators())
-                if self._updates:
+                if self.whole:
                     self._outcome = update(trainer, self._loss)
         finally:
             trainer.clock.draws = None
@@ -237,10 +258,13 @@ class _Captured:
             self._cast: Counter[Any] = sites.cast - cast
             self._multiplied: Counter[Any] = sites.multiplied - multiplied
             sites.cast, sites.multiplied = cast, multiplied
+        if self._outcome is not None:  # two: one is read while the other is written
+            for _ in range(2):
+                landing = torch.empty_like(self._outcome.numbers, device="cpu", pin_memory=True)
+                self._landings.append((landing, torch.cuda.Event()))
 
     def release(self) -> None:
-        """End the graph at once, even if somebody still holds this object. Its last outcome must have been
-        read."""
+        """End the graph at once, even if somebody still holds this object."""
         self._graph.reset()
 
     def prepare(self, seed: int, step: int) -> None:
@@ -251,6 +275,7 @@ class _Captured:
         """Replay the graph for the current step."""
         self._draws.fill(trainer.clock.seed, trainer.clock.step)
         trainer.optimizer.fill_learning_rates()
+        trainer.asked.fill()
         self._graph.replay()
         sites = trainer.binding.sites
         if sites.recording:
@@ -258,4 +283,8 @@ class _Captured:
             sites.multiplied.update(self._multiplied)
         if self._outcome is None:
             return update(trainer, self._loss)
-        return Outcome(self._outcome.health.renewed(), self._outcome.grad_norm)
+        landing, ready = self._landings[0]
+        self._landings.rotate()
+        landing.copy_(self._outcome.numbers, non_blocking=True)
+        ready.record()
+        return Outcome(landing, self._outcome.data_size, ready)

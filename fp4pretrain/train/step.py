@@ -15,7 +15,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from fp4pretrain.data import EvaluationSampler
 from fp4pretrain.nn.attention import document_mask
 from fp4pretrain.precision import BF16
-from fp4pretrain.train.guard.update import StepHealth
+from fp4pretrain.train.gathering import forget_gathered
+from fp4pretrain.train.guard.update import Outcome, StepHealth
 
 if TYPE_CHECKING:
     from fp4pretrain.train.trainer import Batch, Trainer
@@ -87,29 +88,49 @@ class ForwardStep:
         return output, partial(self._loss, batch["loss_mask"])
 
 
-@dataclass
-class Outcome:
-    """What a step leaves on the device: its health, and the norm of its gradients (fp32 scalar)."""
+@dataclass(frozen=True)
+class Begun:
+    """A step that the device has been given. ``lr``: the learning rate of its update."""
 
-    health: StepHealth
-    grad_norm: torch.Tensor
+    outcome: Outcome
+    lr: float
 
 
-def train_step(trainer: Trainer, iterators: list[Iterator[Batch] | None]) -> dict[str, float]:
+def train_step(
+    trainer: Trainer, iterators: list[Iterator[Batch] | None], *, go_on: bool = False
+) -> dict[str, float]:
     """Forward, backward, clip and update once; returns loss, grad_norm and lr of this step.
 
-    Where loss or grad_norm is not finite the update was left out.
+    Where loss or grad_norm is not finite the update was left out. ``go_on``: the caller will do nothing but
+    read the returned numbers before it asks for the next step, from the same ``iterators``. Where steps are
+    replayed the device then gets the next one before the host waits for this one's numbers, so that it
+    never stands still; that step is ``trainer.begun``.
     """
+    begun, trainer.begun = trainer.begun, None
+    if begun is None:
+        begun = _begin(trainer, iterators)
+    trainer.step += 1
+    trainer.consumed_samples += trainer.config.train.global_batch
+    if go_on and trainer.replays.ready(trainer):
+        trainer.begun = _begin(trainer, iterators)
+    numbers = begun.outcome.read()
+    kinds = len(trainer.asked.flags)
+    trainer.asked_for = trainer.asked.most(numbers.carried[:kinds])
+    trainer.counted = dict(zip(_counters(trainer), map(int, numbers.carried[kinds:]), strict=True))
+    return {"loss": numbers.loss, "grad_norm": numbers.grad_norm, "lr": begun.lr}
+
+
+def _begin(trainer: Trainer, iterators: list[Iterator[Batch] | None]) -> Begun:
+    """Give the device the step after ``trainer.step``, and all that has to happen between two steps."""
     trainer.clock.step = trainer.step
+    forget_gathered(trainer.chunks)  # a captured step has to gather, whatever was done before it
     outcome = trainer.replays.step(trainer, iterators)
+    forget_gathered(trainer.chunks)  # a replayed one says nothing of itself
     lr = trainer.optimizer.learning_rate
     trainer.schedule.step(increment=1)
     trainer.clock.weights_changed()
-    trainer.step += 1
-    trainer.binding.sites.finish_step(trainer.step)
-    trainer.consumed_samples += trainer.config.train.global_batch
-    health, grad_norm = outcome.health, outcome.grad_norm
-    return {"loss": health.loss, "grad_norm": health.norm(float(grad_norm)), "lr": lr}
+    trainer.binding.sites.finish_step(trainer.step + 1)
+    return Begun(outcome, lr)
 
 
 def forward_backward(
@@ -130,15 +151,22 @@ def forward_backward(
     return _mean(losses)
 
 
+def _counters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What the backend counts of the run's recipes, on the device."""
+    return trainer.backend.counters(trainer.binding.plan.recipes(), trainer.world.device)
+
+
 def update(trainer: Trainer, loss: torch.Tensor | None) -> Outcome:
     """Clip, and write weights and moments where loss and gradients are finite."""
     health = StepHealth(
         loss,
         (parameter for chunk in trainer.chunks for parameter in chunk.parameters()),
-        device=trainer.world.device,
+        carried=torch.cat(
+            [trainer.asked.flags, *(n.reshape(1) for n in _counters(trainer).values())]
+        ),
         data_size=trainer.world.data_size,
     )
-    return Outcome(health, trainer.optimizer.update(health))
+    return health.outcome(trainer.optimizer.update(health))
 
 
 @dataclass(frozen=True)
@@ -156,6 +184,7 @@ def evaluate(trainer: Trainer, name: str, *, bf16: bool = False) -> Evaluated:
     In the run's recipe, or with every linear in BF16. Its microbatches are of the same sequences
     whatever train.micro_batch and the layout are, since a recipe may scale by a whole microbatch.
     """
+    trainer.settle()
     recipes = trainer.binding.recipes()
     if bf16:
         trainer.binding.set_recipes([BF16] * len(recipes))

@@ -38,8 +38,11 @@ from fp4pretrain.ops import Backend, choose
 from fp4pretrain.parallel.agreement import agree
 from fp4pretrain.parallel.groups import World, join, pick_device
 from fp4pretrain.precision import Plan, Progress
+from fp4pretrain.train.asked import KINDS, Asked
+from fp4pretrain.train.gathering import gather
 from fp4pretrain.train.optimizer import build_optimizer, build_schedule
 from fp4pretrain.train.replay import Replays, why_not
+from fp4pretrain.train.step import Begun
 from fp4pretrain.train.weight_paths import WeightPaths
 
 Batch = dict[str, torch.Tensor]
@@ -55,7 +58,10 @@ class Trainer:
     ``data`` has the training samples and the validation sets; ``fingerprint`` is what shapes the curve.
     ``paths`` follows weights while the plan looks for swinging ones; ``replays`` computes the steps.
     ``memory`` is what hooks remember across restarts: JSON values, stored with every checkpoint.
-    A hook that sets ``stopped`` ends the loop early.
+    ``begun``: the step that the device was given while the one before it was not read yet (`train_step`);
+    ``asked``: what is asked of the run from outside, ``asked_for``: the largest number of it over all ranks,
+    as of the last step that was read, and ``counted`` what the backends of all ranks counted since they
+    started. A hook that sets ``stopped`` ends the loop early.
     """
 
     config: RunConfig
@@ -74,6 +80,10 @@ class Trainer:
     backend_choice: str
     parameters: int
     replays: Replays
+    asked: Asked
+    asked_for: int = 0
+    counted: dict[str, int] = field(default_factory=dict)
+    begun: Begun | None = None
     step: int = 0
     consumed_samples: int = 0
     skipped_samples: int = 0
@@ -90,6 +100,15 @@ class Trainer:
         """How far the run is, for the plan."""
         fired = self.memory.get(TRIGGERS, {}).get("fired", ())
         return Progress(self.step, self.config.train.steps, self.tokens, frozenset(fired))
+
+    def settle(self) -> None:
+        """Before weights or state are read or written between steps: every rank has whole weights after it.
+        Collective. Raises RuntimeError where the device is a step ahead of ``step``."""
+        if self.begun is not None:
+            raise RuntimeError(
+                f"step {self.step + 1} has begun, and state of step {self.step} is asked"
+            )
+        gather(self.chunks)
 
     def batches(self, consumed_samples: int) -> list[Iterator[Batch] | None]:
         """This rank's training microbatches from a position in the data on, for each of its model
@@ -195,6 +214,7 @@ def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
         backend_choice=choice,
         parameters=parameters,
         replays=Replays(_graph_refused(config, plan, backend, world)),
+        asked=Asked(KINDS, world.device),
     )
 
 
@@ -261,15 +281,22 @@ def _count_parameters(gpts: Sequence[torch.nn.Module]) -> int:
     return int(total.item())
 
 
+def overlaps(config: RunConfig, world: World) -> bool:
+    """Whether data-parallel communication runs beside computing; on CPUs gloo would take its cores."""
+    return config.parallel.overlap and world.data_size > 1 and world.device.type == "cuda"
+
+
 def _wrap(
     config: RunConfig, world: World, transformer: TransformerConfig, gpts: Sequence[torch.nn.Module]
 ) -> list[DistributedDataParallel]:
     """Precision wrapper and DDP with FP32 gradients, and the hooks that schedules call."""
-    overlap = config.parallel.overlap and world.data_size > 1 and world.device.type == "cuda"
+    overlap = overlaps(config, world)
+    sharded = config.parallel.distributed_optimizer
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=overlap and sharded,
+        use_distributed_optimizer=sharded,
     )
     chunks = []
     for index, gpt in enumerate(gpts):

@@ -1,10 +1,12 @@
 """Queries, keys and values out of one matrix, the first two with rotary embeddings (arXiv:2104.09864).
 
-    forward     qkv [s, b, groups, heads + 2, d]  ->  q [s, b, groups * heads, d], k and v [s, b, groups, d]
-    backward    their gradients, of any strides with d adjacent  ->  dqkv
+    forward     qkv [s, b, groups, heads + 2, d] [+ bias]  ->  q [s, b, groups * heads, d],
+                                                               k and v [s, b, groups, d]
+    backward    their gradients, of any strides with d adjacent  ->  dqkv [, shares of the bias's gradient]
 
 ``heads``: queries a group. Channel c of the first half turns with channel c + d / 2, by the angle of c
-(Llama's order). A pass reads and writes every element once.
+(Llama's order). A pass reads and writes every element once. ``bias``: of the linear that wrote qkv; the sum
+is rounded to qkv's type before it turns, as a sum of its own would be.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fp4_kernels.column_sums import add_shares, shares_for
+from fp4_kernels.spec import ColumnSums
 
 
 @triton.jit
@@ -33,12 +38,14 @@ def _store_half(ptr, offset, first, second, H, HALF: tl.constexpr):
 
 @triton.jit
 def rope_kernel(
-    qkv_ptr, angles_ptr, q_ptr, k_ptr, v_ptr, T, batch, groups, H, angle_s, angle_b,
+    qkv_ptr, bias_ptr, shares_ptr, angles_ptr, q_ptr, k_ptr, v_ptr, T, batch, groups, H, angle_s, angle_b,
     q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h,
     HEADS: tl.constexpr, BACKWARD: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One group of TOKENS tokens (of s * b): all of its heads. BACKWARD writes qkv and turns back."""
+    """One group of TOKENS tokens (of s * b): all of its heads. BACKWARD writes qkv and turns back, and leaves
+    the column sums of its tokens as shares; bias (forward) and shares may be None."""
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    counts = (t < T)[:, None]
     # past the end: the last token again, which writes the same
     t = tl.minimum(t, T - 1).to(tl.int64)[:, None]
     g = tl.program_id(1)
@@ -64,45 +71,80 @@ def rope_kernel(
             x, y = _load_half(other, at, H, HALF)
         else:
             x, y = _load_half(qkv_ptr, whole, H, HALF)
+            if bias_ptr is not None:
+                more_x, more_y = _load_half(bias_ptr, (g * (HEADS + 2) + head) * (2 * H), H, HALF)
+                x = (x + more_x).to(qkv_ptr.dtype.element_ty).to(tl.float32)
+                y = (y + more_y).to(qkv_ptr.dtype.element_ty).to(tl.float32)
         if head <= HEADS:
             x, y = x * cos - y * sin, y * cos + x * sin
         if BACKWARD:
             _store_half(qkv_ptr, whole, x, y, H, HALF)
+            if shares_ptr is not None:
+                row = tl.program_id(0).to(tl.int64) * groups + g
+                share = (row * (HEADS + 2) + head) * (2 * H) + tl.arange(0, HALF)
+                column = tl.arange(0, HALF) < H
+                x = tl.where(counts, x.to(qkv_ptr.dtype.element_ty).to(tl.float32), 0.0)
+                y = tl.where(counts, y.to(qkv_ptr.dtype.element_ty).to(tl.float32), 0.0)
+                tl.store(shares_ptr + share, tl.sum(x, axis=0), mask=column)
+                tl.store(shares_ptr + share + H, tl.sum(y, axis=0), mask=column)
         else:
             _store_half(other, at, x, y, H, HALF)
 
 
-def _run(qkv: Tensor, angles: Tensor, parts: tuple[Tensor, ...], *, backward: bool) -> None:
+def _tokens(d: int) -> int:
+    """Tokens of a program, for heads of d channels."""
+    return max(1, min(64, 1024 // triton.next_power_of_2(d // 2)))
+
+
+def _run(
+    qkv: Tensor,
+    angles: Tensor,
+    parts: tuple[Tensor, ...],
+    *,
+    bias: Tensor | None = None,
+    shares: Tensor | None = None,
+    backward: bool,
+) -> None:
     s, b, groups, heads, d = qkv.shape
     if not s * b:
         return
-    half = triton.next_power_of_2(d // 2)
-    tokens = max(1, min(64, 1024 // half))
+    tokens = _tokens(d)
     strides = [n for part in parts for n in part.stride()[:3]]
     rope_kernel[(triton.cdiv(s * b, tokens), groups)](
-        qkv, angles, *parts, s * b, b, groups, d // 2,
+        qkv, bias, shares, angles, *parts, s * b, b, groups, d // 2,
         angles.stride(0), angles.stride(1) if angles.shape[1] > 1 else 0, *strides,
-        heads - 2, backward, tokens, half,
+        heads - 2, backward, tokens, triton.next_power_of_2(d // 2),
     )  # fmt: skip
 
 
-def split_rotated(qkv: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_rotated(
+    qkv: Tensor, angles: Tensor, *, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(q, k, v) of qkv [s, b, groups, heads + 2, d], contiguous; see the head of this file.
 
-    ``angles``: fp32 [s, 1 or b, d / 2 or more], whose first d / 2 columns count.
+    ``angles``: fp32 [s, 1 or b, d / 2 or more], whose first d / 2 columns count. ``bias``: [groups *
+    (heads + 2) * d] or None.
     """
     s, b, groups, heads, d = qkv.shape
     q = torch.empty(s, b, groups * (heads - 2), d, dtype=qkv.dtype, device=qkv.device)
     k, v = (torch.empty(s, b, groups, d, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
-    _run(qkv, angles, (q, k, v), backward=False)
+    _run(qkv, angles, (q, k, v), bias=bias, backward=False)
     return q, k, v
 
 
-def split_rotated_backward(dq: Tensor, dk: Tensor, dv: Tensor, angles: Tensor) -> Tensor:
-    """dqkv [s, b, groups, heads + 2, d] of ``split_rotated``'s gradients."""
+def split_rotated_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, angles: Tensor, *, sums: ColumnSums | None = None
+) -> Tensor:
+    """dqkv [s, b, groups, heads + 2, d] of ``split_rotated``'s gradients; ``sums``: where its bias's goes."""
     s, b, groups, d = dk.shape
     heads = dq.shape[2] // groups
     dqkv = torch.empty(s, b, groups, heads + 2, d, dtype=dq.dtype, device=dq.device)
+    shares = None
+    if sums is not None:
+        programs = triton.cdiv(s * b, _tokens(d))
+        shares = shares_for(1, programs, groups * (heads + 2) * d, dq.device)
     parts = tuple(part if part.stride(-1) == 1 else part.contiguous() for part in (dq, dk, dv))
-    _run(dqkv, angles, parts, backward=True)
+    _run(dqkv, angles, parts, shares=shares, backward=True)
+    if sums is not None and shares is not None:
+        add_shares(shares, [sums.out], add=sums.add)
     return dqkv

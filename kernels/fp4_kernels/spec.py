@@ -115,6 +115,13 @@ class Leave:
         return self.out, sign_words(signs), (self.plain, size, signs is not None, not fp32)
 
 
+class ColumnSums(NamedTuple):
+    """Where the sums of a written matrix's columns go: fp32 [N]; added to what is there, or written."""
+
+    out: torch.Tensor
+    add: bool
+
+
 @dataclass(frozen=True)
 class Copy:
     """One quantized copy of a matrix, its blocks along its last axis.

@@ -1,6 +1,7 @@
 """Speed of whole training steps on n GPUs beside one, through the front door, with one step profiled.
 
-strong: the batch of one GPU; weak: that batch for each rank of data parallelism.
+strong: the batch of one GPU; weak: that batch for each rank of data parallelism. Every GPU trains one GPU's
+run, and the slowest of them counts: ranks wait for the slowest, and cards of a kind differ by a few percent.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ MODELS = {
     "tiny": [*grid.MODEL],  # for CPUs: shows that the script works, and nothing else
 }
 RUN = (
-    "data.mock=true data.valid_tokens=256 train.steps=6 train.log_interval=1 train.eval_interval=0 "
-    "train.eval_bf16=false profile.start=5 profile.steps=1 checkpoint.at_end=false "
+    "data.mock=true data.valid_tokens=256 train.steps=9 train.log_interval=1 train.eval_interval=0 "
+    "train.eval_bf16=false profile.start=8 profile.steps=1 checkpoint.at_end=false "
     "logging.wandb.mode=disabled logging.console=quiet"
 ).split()
-TIMED = (3, 4, 5)  # after compiling and warming up, before the profiled step
+TIMED = (5, 6, 7)  # after compiling, capturing and warming up, before the profiled step
 # Of one GPU's tokens/s, for each GPU: what the issue asks of DP 8, TP 4 and TP 2 x PP 2 x DP 2.
 AIMS = {"DP": 7.7 / 8, "TP 4": 3.2 / 4, "TP 2 x PP 2": 6.4 / 8}
 # What is measured first where the time may not last.
@@ -68,7 +69,9 @@ def scale(
         for model in models
         for recipe in recipes
         if results.lacks(f"{model}, {recipe}, {layout}, {kind}")
+        for _ in range(lab.gpus if layout == grid.ONE else 1)
     ]
+    measured: set[str] = set()
     for task, reply in lab.run(tasks):
         model, recipe, layout, kind = task.key.split(", ")
         row = {"model": model, "recipe": recipe, "layout": layout, "kind": kind}
@@ -80,7 +83,10 @@ def scale(
         row["batch"] = batch[0] * (grid.LAYOUTS[layout].data if kind == "weak" else 1)
         row |= summary([json.loads(line) for line in lines])
         row |= {"seconds": reply["seconds"], "left_gib": reply["left"] / 2**30}
-        results.add(task.key, row)
+        before = results.rows[task.key] if task.key in measured else row
+        if before.get("tokens_per_second", 0.0) >= row["tokens_per_second"]:
+            results.add(task.key, row)
+        measured.add(task.key)
         shutil.rmtree(path)  # traces of all ranks are tens of MB
 
 

@@ -117,7 +117,7 @@ class Ranks:
             "PYTHONPATH": f"{root}:{root / 'kernels'}:{os.environ.get('PYTHONPATH', '')}",
         }
         return subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("worker.py")), str(self._folder)],
+            [sys.executable, str(Path(__file__).with_name("worker.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

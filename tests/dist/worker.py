@@ -6,9 +6,7 @@ stay, and every test forms groups of its own among the first few of them.
 
 from __future__ import annotations
 
-import fcntl
 import gc
-import hashlib
 import importlib
 import json
 import os
@@ -17,7 +15,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,10 +27,9 @@ import fp4pretrain  # noqa: F401  first of all: megatron-core then comes without
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from omegaconf import OmegaConf
 from started import started
 
-from fp4pretrain.config import compose, composing
+from fp4pretrain.config import compose
 from fp4pretrain.errors import UserError
 from fp4pretrain.parallel.groups import leave
 from fp4pretrain.train.guard.update import StepHealth
@@ -185,29 +181,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return reply
 
 
-def compose_once(folder: Path) -> None:
-    """Have Hydra compose each choice of options in one of the processes that share ``folder``: half a second
-    of CPU time in each rank otherwise. What a command line sets beside them every rank works out."""
-    by_hydra = composing._by_hydra
-
-    @cache
-    def shared(options: tuple[str, ...], own: tuple[object, ...]) -> Any:
-        named = folder / hashlib.sha256("\n".join(options).encode()).hexdigest()
-        with open(named.with_suffix(".lock"), "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not named.exists():
-                composed, choices = by_hydra(options, own)  # what Hydra refuses is not kept
-                named.write_text(json.dumps([OmegaConf.to_container(composed), choices]))
-            plain, choices = json.loads(named.read_text())
-        composed = OmegaConf.merge(OmegaConf.structured(composing._LooseRun), plain)
-        OmegaConf.set_struct(composed, True)
-        return composed, choices
-
-    composing._by_hydra = shared
-
-
 if __name__ == "__main__":
-    compose_once(Path(sys.argv[1]))
     gc.freeze()  # what was imported is there for good: each collection would look through it
     replies, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not look like a reply
     torch.set_num_threads(1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from function_laws import FUNCTION_CASES, check_function
 from fused_laws import FUSED_CASES, check_fused
 from megatron.core.transformer import TransformerConfig
 from records import curve
@@ -25,13 +26,17 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 GPT2 = [
     "model.normalization=layernorm", "model.activation=gelu", "model.position=learned", "model.bias=false",
 ]  # fmt: skip
+BIASES = "model.bias=true"
 RUNS = {
     "fp8, gpt2": ["precision=fp8", *GPT2],
+    "fp8, gpt2, biases": ["precision=fp8", *GPT2, BIASES],
     "fp8_delayed, gpt2": ["precision=fp8_delayed", *GPT2],
     "fp8, llama": ["precision=fp8"],
+    "fp8, llama, biases": ["precision=fp8", BIASES],
     "nvfp4, gpt2": ["precision=nvfp4", *GPT2],
     "nvfp4, gpt2, plain steps": ["precision=nvfp4", "train.graph=never", *GPT2],
-    "nvfp4, gpt2, recompute": ["precision=nvfp4", "parallel.recompute=full", *GPT2],
+    "nvfp4, gpt2, biases": ["precision=nvfp4", *GPT2, BIASES],
+    "nvfp4, gpt2, recompute, biases": ["precision=nvfp4", "parallel.recompute=full", *GPT2, BIASES],
     "nvfp4, squared relu": ["precision=nvfp4", "model.activation=squared_relu", "model.bias=false"],
     "nvfp4, llama": ["precision=nvfp4"],
 }
@@ -52,6 +57,11 @@ def rows(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("case", FUSED_CASES)
 def test_a_fused_kernel_computes_what_float64_computes(case: str) -> None:
     assert check_fused(case, device="cuda") == []
+
+
+@pytest.mark.parametrize("case", FUNCTION_CASES)
+def test_a_bias_has_its_gradient_wherever_that_goes(case: str) -> None:
+    assert check_function(*case.split()[1:], device="cuda") == []
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -93,6 +103,7 @@ def test_attention_on_hopper_is_cudnn_s() -> None:
     )
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         core(q, k, v).sum().backward()
+        torch.cuda.synchronize()  # while what the kernels leave is still collected
     kernels = [event.name for event in seen.events()]
     assert sum("cudnn" in name and "flash" in name for name in kernels) >= 2, kernels
     assert not [name for name in kernels if "pytorch_flash" in name]

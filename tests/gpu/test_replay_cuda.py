@@ -10,7 +10,9 @@ import torch
 from records import curve
 
 from fp4pretrain.config import compose
+from fp4pretrain.train.hooks import Signals
 from fp4pretrain.train.main import train
+from fp4pretrain.train.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -35,6 +37,28 @@ RECIPES = {
 }
 
 
+# Steps that were read while the next one had begun, where those are not 2, 3, 5, 6, 7 and 9.
+AHEAD = {
+    "a switch at 60%": {2, 3, 5, 9},
+    "observed": {7},
+}
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that are read while the next one has begun."""
+    found: list[int] = []
+    after_step = Signals.after_step
+
+    def seen(self: Signals, trainer: Trainer, row: dict[str, Any]) -> None:
+        if trainer.begun is not None:
+            found.append(trainer.step)
+        after_step(self, trainer, row)
+
+    monkeypatch.setattr(Signals, "after_step", seen)
+    return found
+
+
 def rows(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
     """What a run logs of steps and evaluations that is no time."""
     train(compose([*RUN, *overrides, f"run_dir={folder}"]))
@@ -42,10 +66,16 @@ def rows(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_captured_run_has_the_bits_of_a_plain_one(name: str, tmp_path: Path) -> None:
+def test_a_captured_run_has_the_bits_of_a_plain_one(
+    name: str, tmp_path: Path, ahead: list[int]
+) -> None:
     rows(tmp_path / "warm", [*RECIPES[name], "train.graph=never", "train.steps=2"])
     plain = rows(tmp_path / "plain", [*RECIPES[name], "train.graph=never"])
+    assert ahead == []
     assert rows(tmp_path / "captured", [*RECIPES[name], "train.graph=always"]) == plain
+    # The second step is captured, evaluations come after 4 and 8. A switch has step 7 rehearsed; steps 3,
+    # 6 and 9 are watched.
+    assert set(ahead) == AHEAD.get(name, {2, 3, 5, 6, 7, 9})
 
 
 def test_a_captured_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import triton
 from fp4_kernels import activation, amax, block_gemm, cross_entropy, join, native, norm, unpack
+from fp4_kernels.bias import bias_kernel
+from fp4_kernels.column_sums import column_sums_kernel
 from fp4_kernels.embedding import embedding_backward_kernel
 from fp4_kernels.quantize_kernel import quantize_kernel
 from fp4_kernels.rope import rope_kernel
@@ -166,12 +168,14 @@ LEAVE = (True, 16, True, True)  # both amaxes, with signs, rounded to bfloat16
 def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
     """Norm, activations, splits and cross entropy, forward and backward, with the amaxes they leave."""
     names = ("x_ptr", "residual_ptr", "total_ptr", "weight_ptr", "bias_ptr", "out_ptr", "dy_ptr")
-    bf16 = dict.fromkeys((*names, "dx_ptr", "dtotal_ptr"), "*bf16") | {"amax_ptr": "*i32"}
+    names += ("dx_ptr", "dtotal_ptr", "linear_bias_ptr")
+    bf16 = dict.fromkeys(names, "*bf16") | {"amax_ptr": "*i32"}
     row = {"rows": "i32", "N": "i32", "eps": "fp32"}
-    shares = dict.fromkeys(("dw_ptr", "db_ptr"), "*fp32")
+    shares = dict.fromkeys(("dw_ptr", "db_ptr", "dlinear_ptr"), "*fp32")
     tile = dict(CENTERED=True, R=2, BLOCK=2048)
     places = [f"{part}_{axis}" for part in "qkv" for axis in "sbh"]
     rope = dict.fromkeys(("qkv_ptr", "q_ptr", "k_ptr", "v_ptr"), "*bf16") | {"angles_ptr": "*fp32"}
+    share = {"shares_ptr": "*fp32"}
     rope |= dict.fromkeys(("T", "batch", "groups", "H", "angle_s", "angle_b", *places), "i32")
     left = {"R": "i32", "C": "i32", "lo": "i64", "hi": "i64"}
     token = {"x_ptr": "*bf16", "labels_ptr": "*i64", "V": "i32", "start": "i32"}
@@ -180,15 +184,16 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
         "norm backward": (
             norm.norm_backward_kernel, bf16 | row | shares | {"steps": "i32"}, tile,
         ),
-        "norm shares": (
-            norm.norm_shares_kernel,
-            shares | dict.fromkeys(("out_w_ptr", "out_b_ptr"), "*fp32") | {"programs": "i32", "N": "i32"},
+        "column sums": (
+            column_sums_kernel,
+            dict.fromkeys(("shares_ptr", "first_ptr", "second_ptr", "third_ptr"), "*fp32")
+            | {"programs": "i32", "N": "i32"},
             dict(ADD=True, P=64, BN=16),
         ),
         **{
             f"{kind}{back}": (
                 activation.activation_backward_kernel if back else activation.activation_kernel,
-                bf16 | left,
+                bf16 | left | share,
                 dict(KIND=kind, LEAVE=LEAVE, TB=2, BN=64, EVEN=True, FAST=fast),
             )
             for kind in activation.KINDS
@@ -198,9 +203,9 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
             f"{kind} of rows{back}": (
                 activation.activation_row_backward_kernel if back else activation.activation_row_kernel,
                 bf16 | row,
-                dict(KIND=kind, BLOCK=1024),
+                dict(KIND=kind, BLOCK=1024, ROWS=4),
             )
-            for kind in ("squared_relu", "swiglu")
+            for kind in activation.KINDS
             for back in ("", " backward")
         },
         "embedding backward": (
@@ -212,11 +217,14 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
         "join": (
             join.join_kernel,
             dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr", "out_ptr"), "*bf16")
-            | left | {"amax_ptr": "*i32"} | dict.fromkeys(("T", "batch", "D", *places), "i32"),
+            | left | share | {"amax_ptr": "*i32"} | dict.fromkeys(("T", "batch", "D", *places), "i32"),
             dict(HEADS=4, LEAVE=LEAVE, TB=4, BD=128, FAST=fast),
         ),
-        "rope": (rope_kernel, rope, dict(HEADS=4, BACKWARD=False, TOKENS=16, HALF=64)),
-        "rope backward": (rope_kernel, rope, dict(HEADS=4, BACKWARD=True, TOKENS=16, HALF=64)),
+        "rope": (
+            rope_kernel, rope | {"bias_ptr": "*bf16"}, dict(HEADS=4, BACKWARD=False, TOKENS=16, HALF=64),
+        ),
+        "rope backward": (rope_kernel, rope | share, dict(HEADS=4, BACKWARD=True, TOKENS=16, HALF=64)),
+        "bias": (bias_kernel, bf16 | row, dict(R=8, BLOCK=512)),
         "token statistics": (
             cross_entropy.token_statistics_kernel,
             token | {"out_ptr": "*fp32", "T": "i32"},

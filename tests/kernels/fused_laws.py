@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fp4_kernels.activation import activation, activation_backward
+from fp4_kernels.activation import KINDS, activation, activation_backward
 from fp4_kernels.amax import amax
+from fp4_kernels.bias import add_bias
 from fp4_kernels.cross_entropy import token_gradients, token_statistics
 from fp4_kernels.embedding import embedding_backward
 from fp4_kernels.join import join
 from fp4_kernels.norm import NormCall, NormGradients, norm, norm_backward
 from fp4_kernels.rope import split_rotated, split_rotated_backward
-from fp4_kernels.spec import NO_TURN, Leave, Turn
+from fp4_kernels.spec import NO_TURN, ColumnSums, Leave, Turn
 from torch import Tensor
 
 FUSED_CASES = (
@@ -29,9 +30,16 @@ FUSED_CASES = (
     "norm rms 5x4999",
     "norm layer 37x96 sum",
     "norm rms 37x96 sum",
+    "norm layer 37x96 sum bias",
+    "norm rms 37x96 sum bias",
+    "norm_rounds",
     "activation gelu",
     "activation squared_relu",
     "activation swiglu",
+    "activation gelu bias",
+    "activation squared_relu bias",
+    "activation swiglu bias",
+    "activation_rounds",
     "join 1x24",
     "join 3x136",
     "embedding",
@@ -41,6 +49,8 @@ FUSED_CASES = (
     "left join",
     "rope whole",
     "rope positions",
+    "rope positions bias",
+    "split_rounds",
     "cross_entropy whole",
     "cross_entropy parts",
 )
@@ -52,57 +62,111 @@ def far(name: str, got: Tensor, want: Tensor, *, limit: float = 2e-5) -> list[st
     return [] if error <= limit else [f"{name}: {error:.1e} from float64"]
 
 
-def check_norm(kind: str, shape: str, summed: str = "", *, device: str = "cpu") -> list[str]:
-    """Of x, or of the sum of x and a residual, whose gradient comes from another reader too; weight gradients
-    written the first time and added the second."""
+def check_norm(kind: str, shape: str, *words: str, device: str = "cpu") -> list[str]:
+    """Of x, or of the sum of x, a linear's bias and a residual, whose gradient comes from another reader too;
+    gradients of vectors written the first time and added the second."""
+    summed, biased = "sum" in words, "bias" in words
     rows, n = map(int, shape.split("x"))
     g = torch.Generator().manual_seed(n)
     x = torch.randn(rows, n, generator=g) * 2 + 0.5
     residual = torch.randn(rows, n, generator=g) if summed else torch.zeros(rows, n)
     weight, bias = torch.randn(n, generator=g), torch.randn(n, generator=g)
+    linear_bias = torch.randn(n, generator=g) if biased else torch.zeros(n)
     dy, dtotal = torch.randn(rows, n, generator=g), torch.randn(rows, n, generator=g)
-    x64, w64, b64 = (t.double().requires_grad_() for t in (x, weight, bias))
+    x64, w64, b64, l64 = (t.double().requires_grad_() for t in (x, weight, bias, linear_bias))
     centered = kind == "layer"
-    t64 = x64 + residual
+    t64 = x64 + l64 + residual
     want = F.layer_norm(t64, (n,), w64, b64, 1e-5) if centered else F.rms_norm(t64, (n,), w64, 1e-5)
     ((want * dy).sum() + ((t64 * dtotal).sum() if summed else 0)).backward()
-    x, residual, weight, bias, dy, dtotal = (
-        t.to(device) for t in (x, residual, weight, bias, dy, dtotal)
+    x, residual, weight, bias, linear_bias, dy, dtotal = (
+        t.to(device) for t in (x, residual, weight, bias, linear_bias, dy, dtotal)
     )
-    call = NormCall(1e-5, centered, residual if summed else None)
+    call = NormCall(
+        1e-5, centered, residual if summed else None, None, linear_bias if biased else None
+    )
     got, total = norm(x, weight, bias if centered else None, call)
     bad = far("total", total, t64) if total is not None else []
     seen = x if total is None else total
     call = NormCall(1e-5, centered, dtotal if summed else None)
     for times in (1, 2):
         if times == 1:
-            dw, db = torch.full((2, n), torch.nan, device=device)
-        found = NormGradients(dw, db if centered else None, add=times == 2)
+            dw, db, dl = torch.full((3, n), torch.nan, device=device)
+        found = NormGradients(dw, db if centered else None, dl if biased else None, add=times == 2)
         dx = norm_backward(seen, weight, dy, found, call)
         bad += far(f"dw {times}", dw, _grad(w64) * times)
         bad += far(f"db {times}", db, _grad(b64) * times) if centered else []
+        bad += far(f"dlinear {times}", dl, _grad(l64) * times) if biased else []
     return bad + far("y", got, want) + far("dx", dx, _grad(x64))
 
 
-def check_activation(kind: str, *, device: str = "cpu") -> list[str]:
-    """By the kernels that leave nothing, and by those that leave an amax; both with an edge."""
+def check_norm_rounds(*, device: str = "cpu") -> list[str]:
+    """In float16 (the interpreter cuts bfloat16 off): a linear's bias in the kernel gives the bits of a sum
+    beforehand, and the bias's gradient is the sum of what was written."""
+    g = torch.Generator().manual_seed(3)
+    x, residual, dy = (torch.randn(21, 40, generator=g).half().to(device) for _ in range(3))
+    weight, bias, added = torch.randn(3, 40, generator=g).half().to(device)
+    inside = norm(x, weight, bias, NormCall(1e-5, True, residual, None, added))
+    before = norm(x + added, weight, bias, NormCall(1e-5, True, residual))
+    found = NormGradients(*torch.zeros(3, 40, device=device), add=False)
+    assert found.linear_bias is not None and inside[1] is not None
+    dx = norm_backward(inside[1], weight, dy, found, NormCall(1e-5, True))
+    bad = far("dlinear", found.linear_bias, dx.double().sum(0))
+    pairs = zip(("y", "total"), inside, before, strict=True)
+    return bad + [f"{name}: other bits" for name, a, b in pairs if not torch.equal(a, b)]  # type: ignore[arg-type]
+
+
+_ACTIVATIONS: dict[str, Any] = {
+    "gelu": F.gelu,
+    "squared_relu": lambda x: F.relu(x).square(),
+    "swiglu": lambda x: F.silu(x[:, : x.shape[1] // 2]) * x[:, x.shape[1] // 2 :],
+}
+
+
+def check_activation(kind: str, biased: str = "", *, device: str = "cpu") -> list[str]:
+    """By the kernels that leave nothing, and by those that leave an amax; both with an edge. The first write
+    a bias's gradient, the second add it."""
     bad = []
-    for n, left in ((1030, False), (70, True)):
+    for n, left in ((70 if biased else 1030, False), (70, True)):
         g = torch.Generator().manual_seed(n)
-        x = torch.randn(13, 2 * n if kind == "swiglu" else n, generator=g) * 2
-        dy = torch.randn(13, n, generator=g)
-        x64 = x.double().requires_grad_()
-        want = {
-            "gelu": F.gelu,
-            "squared_relu": lambda x: F.relu(x).square(),
-            "swiglu": lambda x: F.silu(x[:, : x.shape[1] // 2]) * x[:, x.shape[1] // 2 :],
-        }[kind](x64)
+        width = 2 * n if kind == "swiglu" else n
+        x, bias = torch.randn(37, width, generator=g) * 2, torch.randn(width, generator=g)
+        dy = torch.randn(37, n, generator=g)
+        x64, b64 = x.double().requires_grad_(), bias.double().requires_grad_()
+        want = _ACTIVATIONS[kind](x64 + b64 if biased else x64)
         want.backward(dy.double())
-        x, dy = x.to(device), dy.to(device)
+        x, bias, dy = x.to(device), bias.to(device), dy.to(device)
         out = torch.zeros(2, dtype=torch.int32, device=device)
         leave = Leave(True, None, out) if left else None
-        bad += far(f"y, {left}", activation(x, kind, leave=leave), want)
-        bad += far(f"dx, {left}", activation_backward(x, dy, kind, leave=leave), _grad(x64))
+        y = activation(x, kind, bias=bias if biased else None, leave=leave)
+        sums = ColumnSums(torch.full((width,), 1.0 if left else torch.nan, device=device), left)
+        dx = activation_backward(x, dy, kind, bias=(bias, sums) if biased else None, leave=leave)
+        bad += far(f"y, {left}", y, want) + far(f"dx, {left}", dx, _grad(x64))
+        bad += far(f"db, {left}", sums.out, _grad(b64) + left) if biased else []
+    return bad
+
+
+def check_activation_rounds(*, device: str = "cpu") -> list[str]:
+    """In float16: a bias in the kernels gives the bits of a sum beforehand; its gradient is the sum of what
+    was written, and where nobody asks for it the rest is the same."""
+    g = torch.Generator().manual_seed(3)
+    x, dy = (torch.randn(20, 40, generator=g).half().to(device) for _ in range(2))
+    bias = torch.randn(40, generator=g).half().to(device)
+    zero, bad = torch.zeros_like(bias), []
+    for kind in KINDS:
+        grown = dy[:, :20].contiguous() if kind == "swiglu" else dy
+        sums = ColumnSums(torch.empty(40, device=device), False)
+        inside = [
+            activation(x, kind, bias=bias),
+            activation_backward(x, grown, kind, bias=(bias, sums)),
+            activation_backward(x, grown, kind, bias=(bias, None)),
+        ]
+        before = [
+            activation(x + bias, kind, bias=zero),
+            *[activation_backward(x + bias, grown, kind, bias=(zero, None))] * 2,
+        ]
+        pairs = zip(("y", "dx", "dx alone"), inside, before, strict=True)
+        bad += [f"{kind}, {name}: other bits" for name, a, b in pairs if not torch.equal(a, b)]
+        bad += far(f"{kind}, db", sums.out, inside[1].double().sum(0))
     return bad
 
 
@@ -122,13 +186,16 @@ def check_embedding(*, device: str = "cpu") -> list[str]:
 
 
 def check_join(shape: str, *, device: str = "cpu") -> list[str]:
-    """Gradients as attention returns them, heads outside of positions; no element is another's."""
+    """Gradients as attention returns them, heads outside of positions; no element is another's; a
+    bias's gradient is added to what is there."""
     heads, d = map(int, shape.split("x"))
     parts = _parts(heads, d, torch.float32, device)
     s, b, groups, _ = parts[1].shape
-    want = [p.reshape(s, b, groups, -1, d) for p in parts]
-    joined = join(*parts)
-    return [] if torch.equal(joined, torch.cat(want, dim=3)) else ["the parts are mixed up"]
+    want = torch.cat([p.reshape(s, b, groups, -1, d) for p in parts], dim=3)
+    found = torch.ones(want[0, 0].numel(), device=device)
+    joined = join(*parts, sums=ColumnSums(found, True))
+    bad = far("sums", found, want.double().sum((0, 1)).view(-1) + 1)
+    return bad if torch.equal(joined, want) else [*bad, "the parts are mixed up"]
 
 
 def _parts(heads: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,7 +239,7 @@ def _written(
         weight = torch.randn(40, generator=g).bfloat16().to(device)
         y, total = norm(x, weight, weight, NormCall(1e-5, True, dy, leaves[0]))
         assert total is not None
-        found = NormGradients(*torch.zeros(2, 40, device=device), add=False)
+        found = NormGradients(*torch.zeros(3, 40, device=device), add=False)
         dx = norm_backward(total, weight, dy, found, NormCall(1e-5, True, x, leaves[1]))
         return [("y", y, leaves[0]), ("dx", dx, leaves[1])]
     if kernel == "join":
@@ -187,26 +254,30 @@ def _written(
     return [("y", y, leaves[0]), ("dx", dx, leaves[1])]
 
 
-def check_rope(kind: str, *, device: str = "cpu") -> list[str]:
+def check_rope(kind: str, biased: str = "", *, device: str = "cpu") -> list[str]:
     """Heads that share keys, a head size that is no power of two, gradients in another layout."""
     s, b, groups, heads, d = 9, 2, 3, 2, 24
     g = torch.Generator().manual_seed(1)
     qkv = torch.randn(s, b, groups, heads + 2, d, generator=g)
     half = torch.randn(s, b if kind == "positions" else 1, d // 2, generator=g) * 50
     angles = torch.cat([half, half], dim=-1)
-    x64 = qkv.double().requires_grad_()
+    bias = torch.randn(qkv[0, 0].numel(), generator=g) if biased else None
+    b64 = torch.zeros(qkv[0, 0].numel()).double() if bias is None else bias.double()
+    x64, b64 = qkv.double().requires_grad_(), b64.requires_grad_()
 
     def turned(t: Tensor) -> Tensor:
         a = angles.double()[:, :, None]
         other = torch.cat((-t[..., d // 2 :], t[..., : d // 2]), dim=-1)
         return t * a.cos() + other * a.sin()
 
-    q = turned(x64[..., :heads, :].reshape(s, b, groups * heads, d))
-    want = q, turned(x64[..., heads, :]), x64[..., heads + 1, :]
+    added = x64 + b64.view(groups, heads + 2, d)
+    q = turned(added[..., :heads, :].reshape(s, b, groups * heads, d))
+    want = q, turned(added[..., heads, :]), added[..., heads + 1, :]
     gradients = [torch.randn(*w.shape, generator=g) for w in want]
     products = [(w * dw.double()).sum() for w, dw in zip(want, gradients, strict=True)]
     torch.stack(products).sum().backward()
-    got = split_rotated(qkv.to(device), angles.to(device))
+    bias = None if bias is None else bias.to(device)
+    got = split_rotated(qkv.to(device), angles.to(device), bias=bias)
     bad = []
     for name, have, expected in zip("qkv", got, want, strict=True):
         bad += far(name, have, expected)
@@ -214,7 +285,25 @@ def check_rope(kind: str, *, device: str = "cpu") -> list[str]:
     dq, dk, dv = (
         t.to(device).permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for t in gradients
     )
-    return bad + far("dqkv", split_rotated_backward(dq, dk, dv, angles.to(device)), _grad(x64))
+    found = torch.ones(b64.numel(), device=device)
+    sums = ColumnSums(found, True) if biased else None
+    dqkv = split_rotated_backward(dq, dk, dv, angles.to(device), sums=sums)
+    bad += far("db", found, _grad(b64) + 1) if biased else []
+    return bad + far("dqkv", dqkv, _grad(x64))
+
+
+def check_split_rounds(*, device: str = "cpu") -> list[str]:
+    """In float16: a bias in the kernels gives the bits of a sum beforehand, alone (with edges) and before
+    rotary embeddings."""
+    g = torch.Generator().manual_seed(3)
+    qkv = torch.randn(9, 1, 3, 4, 144, generator=g).half().to(device)
+    bias = torch.randn(qkv[0, 0].numel(), generator=g).half().to(device)
+    angles = torch.randn(9, 1, 72, generator=g).to(device)
+    want = qkv + bias.view(3, 4, 144)
+    inside, before = split_rotated(qkv, angles, bias=bias), split_rotated(want, angles)
+    add_bias(qkv.view(9, -1), bias)
+    named = [("sum", qkv, want), *zip("qkv", inside, before, strict=True)]
+    return [f"{name}: other bits" for name, a, b in named if not torch.equal(a, b)]
 
 
 def check_cross_entropy(kind: str, *, device: str = "cpu") -> list[str]:
@@ -249,11 +338,14 @@ def check_fused(case: str, *, device: str = "cpu") -> list[str]:
     name, *words = case.split()
     checks: dict[str, Any] = {
         "norm": check_norm,
+        "norm_rounds": check_norm_rounds,
         "activation": check_activation,
+        "activation_rounds": check_activation_rounds,
         "embedding": check_embedding,
         "join": check_join,
         "left": check_left,
         "rope": check_rope,
+        "split_rounds": check_split_rounds,
         "cross_entropy": check_cross_entropy,
     }
     return checks[name](*words, device=device)

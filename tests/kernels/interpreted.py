@@ -22,6 +22,7 @@ from fp4_kernels import amax as amax_kernels
 from fp4_kernels.quantize import Quantized, quantize
 from fp4_kernels.spec import Copy, Noise, Turn, draw_words
 from fp4_kernels.unpack import unpack, unpack_e4m3
+from function_laws import FUNCTION_CASES, check_function
 from fused_laws import FUSED_CASES, check_fused
 from gemm_laws import BLOCK_GEMMS, check_block_gemm, check_block_linear, check_native
 from inputs import INPUTS, sample
@@ -347,6 +348,7 @@ def cases() -> dict[str, Callable[[], list[str]]]:
     found |= {name: partial(check_amaxes, *name.split()[1:]) for name in AMAX_CASES}
     found |= {name: partial(check_drawn, *name.split()[1:]) for name in DRAWN_CASES}
     found |= {name: partial(check_fused, name) for name in FUSED_CASES}
+    found |= {name: partial(check_function, *name.split()[1:]) for name in FUNCTION_CASES}
     found |= {name: partial(check_saved, *name.split()[1:]) for name in SAVED_CASES}
     found |= {name: partial(check_seam, *name.split()[1:]) for name in SEAM_CASES}
     found |= {f"registry {part}": partial(check_registry, part) for part in "01"}

@@ -23,9 +23,11 @@ GPT2 = [
 ]  # fmt: skip
 CASES = {
     "llama": (1, LLAMA),
-    "qk norm": (1, [*LLAMA, "model.qk_norm=true"]),
+    "qk norm and biases": (1, [*LLAMA, "model.qk_norm=true", "model.bias=true"]),
     "gpt2": (1, GPT2),
-    "llama on TP 2": (2, LLAMA),
+    "gpt2, recompute": (1, [*GPT2, "parallel.recompute=full"]),
+    "llama with biases on TP 2": (2, [*LLAMA, "model.bias=true"]),
+    "gpt2 on TP 2 + SP": (2, [*GPT2, "parallel.sequence=true"]),
 }
 
 
@@ -39,7 +41,6 @@ HANDED = {
 }
 WHOLE = [
     "precision.keep.first_blocks=0", "precision.keep.last_blocks=0", "model.num_layers=1",
-    "model.bias=false",
 ]  # fmt: skip
 
 
@@ -67,8 +68,8 @@ def told_by(ranks: int) -> dict[str, dict]:
 @pytest.mark.parametrize("case", CASES)
 def test_fused_and_plain_models_have_one_loss_and_one_gradient(case: str) -> None:
     told = told_by(CASES[case][0])[case]
-    # sums of FP32 in another order; norms over eight small channels enlarge what that does
-    assert told["worst"][1] < 1e-4, told
+    # sums of at most 300 terms (the vocabulary) of FP32 in another order: 300 * 2^-24
+    assert told["worst"][1] < 2e-5, told
     assert told["loss"] < 1e-6
     modules = ["FusedMLP", "FusedNorm", "FusedSelfAttention", "FusedVocabEmbedding"]
     learned = "model.position=learned" in CASES[case][1]

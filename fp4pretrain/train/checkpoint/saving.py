@@ -56,6 +56,7 @@ class Saving:
     """A save under way. Making one and every method but ``finished`` are collective."""
 
     def __init__(self, trainer: Trainer, folder: Path, keep: Keep) -> None:
+        trainer.settle()
         self.step = trainer.step
         self._folder, self._keep, self._main = folder, keep, trainer.world.is_main
         self._device = trainer.world.device

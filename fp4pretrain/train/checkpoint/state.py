@@ -97,6 +97,7 @@ def restore(
     ``agree`` is given the error of this rank's reading, or None, and raises on every rank if any rank has
     one. Until it returns the trainer is not usable.
     """
+    trainer.settle()
     trainer.replays.forget()  # the optimizer's tensors are other ones after this
     # an open window's paths; a run that now asks for none lets them go
     stored = any(key.startswith(_PATHS) for key in manifest.tensors)

@@ -9,8 +9,9 @@ ranks know it, so asking there costs no second pass. Two things it does not hold
 - The loss. It is reduced together with what those ranks found, in one collective, before the update.
 
 Where PyTorch's Adam runs on GPUs, the norm, the clipping and the decision stay on the device, as inputs of
-one fused kernel: the host waits once a step, for the row's numbers, and the update may be captured in a
-CUDA graph. Elsewhere (CPU, apex, Transformer Engine) the host decides, by megatron-core's own functions.
+one fused kernel: the host waits once a step, for the row's numbers (``Outcome``), and the update may be
+captured in a CUDA graph. Elsewhere (CPU, apex, Transformer Engine) the host decides, by megatron-core's own
+functions.
 
 A skipped step changes neither weights nor optimizer state; the step count, the schedule, the data
 position and the tokens go on, as in Megatron-LM.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +36,8 @@ class StepHealth:
     """The loss of a step, known to all ranks, and whether its update may be written.
 
     Collective: every rank makes one after backward, before the optimizer's step. ``loss`` is this
-    rank's mean over its microbatches, None on pipeline stages that have none.
+    rank's mean over its microbatches, None on pipeline stages that have none. ``carried`` [n] (fp64):
+    numbers of this rank that are added up over the ranks on the way.
     """
 
     def __init__(
@@ -42,11 +45,11 @@ class StepHealth:
         loss: torch.Tensor | None,
         parameters: Iterable[Any],  # Parameters with megatron-core's attributes
         *,
-        device: torch.device,
+        carried: torch.Tensor,
         data_size: int,
     ) -> None:
         self._data_size = data_size
-        mine = torch.zeros(2, dtype=torch.float64, device=device)
+        mine = torch.cat([carried.new_zeros(2), carried])
         # tensor-parallel ranks hold the same loss: the first of them speaks for all
         if loss is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
             mine[0] = loss
@@ -55,35 +58,55 @@ class StepHealth:
             mine[1] = ~torch.isfinite(torch.nn.utils.get_total_norm(uncounted))
         dist.all_reduce(mine)
         self._reduced = mine
-        self._read: list[float] | None = None
-
-    @property
-    def loss(self) -> float:
-        """Mean over microbatches and data-parallel ranks (nats a token)."""
-        return self._values()[0] / self._data_size
 
     def finite(self, grad_norm: float) -> bool:
-        """Whether the loss, the norm and the gradients outside of it are finite, on every rank."""
-        return math.isfinite(self.norm(grad_norm)) and math.isfinite(self.loss)
+        """Whether the loss, the norm and the gradients outside of it are finite, on every rank. Waits."""
+        loss, uncounted = self._reduced[:2].tolist()
+        return math.isfinite(grad_norm) and math.isfinite(loss) and not uncounted
 
     def finite_on_device(self, grad_norm: torch.Tensor) -> torch.Tensor:
         """``finite`` of a norm that is on the device, without waiting for it: a bool scalar."""
         whole = torch.isfinite(grad_norm) & torch.isfinite(self._reduced[0])
         return whole & (self._reduced[1] == 0)
 
-    def norm(self, grad_norm: float) -> float:
-        """``grad_norm``, NaN where a gradient that it leaves out is not finite."""
-        return math.nan if self._values()[1] else grad_norm
+    def outcome(self, grad_norm: torch.Tensor) -> Outcome:
+        """What the step leaves, with its norm (fp32 scalar, on any device)."""
+        norm = grad_norm.to(self._reduced.device, torch.float64).reshape(1)
+        return Outcome(torch.cat([norm, self._reduced]), self._data_size)
 
-    def renewed(self) -> StepHealth:
-        """A health that reads the same memory again, after a replayed graph has rewritten it."""
-        self._read = None
-        return self
 
-    def _values(self) -> list[float]:
-        if self._read is None:
-            self._read = self._reduced.tolist()
-        return self._read
+@dataclass(frozen=True)
+class Numbers:
+    """A step on the host.
+
+    ``loss``: mean over microbatches and data-parallel ranks (nats a token). ``grad_norm``: of all gradients
+    before clipping, NaN where a gradient that it leaves out is not finite. ``carried``: sums over ranks.
+    """
+
+    loss: float
+    grad_norm: float
+    carried: list[float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step leaves, before anybody reads it.
+
+    ``numbers`` (fp64): norm, sum of losses, gradients outside of the norm that are not finite, what was
+    carried.
+    ``ready``: when they are there, for numbers that a device copies to the host; None: reading waits.
+    """
+
+    numbers: torch.Tensor
+    data_size: int
+    ready: torch.cuda.Event | None = None
+
+    def read(self) -> Numbers:
+        """The numbers on the host. Waits for the step."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        norm, loss, uncounted, *carried = self.numbers.tolist()
+        return Numbers(loss / self.data_size, math.nan if uncounted else norm, carried)
 
 
 class GuardedOptimizer(ChainedOptimizer):

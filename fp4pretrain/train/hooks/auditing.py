@@ -44,6 +44,9 @@ class Auditing(Hook):
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
         self._steps += 1
 
+    def only_reads(self, trainer: Trainer, step: int) -> bool:
+        return True
+
     def end(self, trainer: Trainer) -> None:
         if not self._steps:
             return

@@ -39,13 +39,18 @@ class Checkpointing(Hook):
         self._begun = -1
         if self._saving is not None and self._saving.finished():
             self.wait(trainer)
-        settings = trainer.config.checkpoint
-        last = trainer.step == trainer.config.train.steps and settings.at_end
-        due = settings.interval > 0 and trainer.step % settings.interval == 0
-        if last or due:
+        if self._due(trainer, trainer.step):
             self.begin(trainer)
-            if not settings.asynchronous:
+            if not trainer.config.checkpoint.asynchronous:
                 self.wait(trainer)
+
+    def only_reads(self, trainer: Trainer, step: int) -> bool:
+        return self._saving is None and not self._due(trainer, step)
+
+    def _due(self, trainer: Trainer, step: int) -> bool:
+        settings = trainer.config.checkpoint
+        last = step == trainer.config.train.steps and settings.at_end
+        return last or (settings.interval > 0 and step % settings.interval == 0)
 
     def end(self, trainer: Trainer) -> None:
         self.wait(trainer)

@@ -27,8 +27,13 @@ class Deoscillating(Hook):
     def start(self, trainer: Trainer) -> None:
         self._open(trainer)
 
+    def only_reads(self, trainer: Trainer, step: int) -> bool:
+        return not trainer.binding.plan.deoscillation
+
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
         plan, paths = trainer.binding.plan.deoscillation, trainer.paths
+        if plan:
+            trainer.settle()
         if paths.open:
             paths.step()
             if plan.closes(trainer.step):

@@ -26,11 +26,13 @@ class Evaluation(Hook):
         self._logging = logging
         self._gap = gap
 
-    def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+    def only_reads(self, trainer: Trainer, step: int) -> bool:
         train = trainer.config.train
-        last = trainer.step == train.steps
-        due = train.eval_interval > 0 and trainer.step % train.eval_interval == 0
-        if not (last or due):
+        due = train.eval_interval > 0 and step % train.eval_interval == 0
+        return step != train.steps and not due
+
+    def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        if self.only_reads(trainer, trainer.step):
             return
         with self._logging.throughput.paused():
             losses = self._losses(trainer)

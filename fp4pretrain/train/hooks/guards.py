@@ -59,6 +59,14 @@ class Guard(Hook):
         if found[0] is not None:
             self._go_on_from(trainer, found[0])
 
+    def only_reads(self, trainer: Trainer, step: int) -> bool:
+        settings, memory = trainer.config.guard, self._memory
+        skips = 0 < settings.max_skipped <= memory.streak + 1
+        spike = (
+            settings.spike.action != "none" and memory.losses.above + 1 >= settings.spike.patience
+        )
+        return not skips and not spike  # whatever the step's numbers are
+
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
         settings = trainer.config.guard
         before = self._memory

@@ -8,9 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from fp4pretrain.observe import Sink, Throughput, flops_per_token, memory_gib, peak_flops
 from fp4pretrain.train.loop import Hook
 from fp4pretrain.train.trainer import Trainer
@@ -39,6 +36,9 @@ class Logging(Hook):
             devices=trainer.world.size,
         )
 
+    def only_reads(self, trainer: Trainer, step: int) -> bool:
+        return True
+
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
         losses = [*trainer.memory.get(_KEY, []), row["loss"]]
         # JSON, in which a checkpoint keeps them, has no NaN
@@ -50,7 +50,7 @@ class Logging(Hook):
         memory = {"memory_gib": memory_gib(trainer.world.device)}
         row = {**row, **summary(trainer.memory[_KEY])}
         trainer.memory[_KEY] = []
-        self.write({**row, **rates, **memory, **_counters(trainer)})
+        self.write({**row, **rates, **memory, **trainer.counted})
 
     def after_rollback(self, trainer: Trainer) -> None:
         self._logged_tokens = trainer.tokens
@@ -100,13 +100,3 @@ def summary(losses: Sequence[float]) -> dict[str, float]:
     if len(losses) > 1:
         found["loss_std"] = statistics.stdev(losses)
     return found
-
-
-def _counters(trainer: Trainer) -> dict[str, int]:
-    """What the backend counted since the run (re)started, summed over all ranks."""
-    counted = trainer.backend.counters(trainer.binding.plan.recipes(), trainer.world.device)
-    if not counted:
-        return {}
-    total = torch.tensor(list(counted.values()), device=trainer.world.device)
-    dist.all_reduce(total)
-    return dict(zip(counted, total.tolist(), strict=True))

@@ -45,6 +45,9 @@ class Observing(Hook):
             watching.attach(self._watcher)
             self._watching = True
 
+    def only_reads(self, trainer: Trainer, step: int) -> bool:
+        return step % self._interval != 0 and (step + 1) % self._interval != 0
+
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
         if not self._watching:
             return

@@ -31,6 +31,10 @@ class Profiling(Hook):
     def start(self, trainer: Trainer) -> None:
         self._begin(trainer)
 
+    def only_reads(self, trainer: Trainer, step: int) -> bool:
+        settings = trainer.config.profile
+        return settings.steps == 0 or step not in (settings.start, settings.start + settings.steps)
+
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
         settings = trainer.config.profile
         if self._profile is not None and trainer.step == settings.start + settings.steps:

@@ -3,7 +3,8 @@
 A second Ctrl-C ends the process at once, without a save. A time that is over (``until``) stops like a
 signal.
 
-Ranks get a signal at slightly different moments, so after each step they agree by a maximum.
+Ranks get a signal at slightly different moments, so each step's numbers say what any rank has heard
+(``train.asked``). Where the device has begun the next step by then, that one is finished too.
 """
 
 from __future__ import annotations
@@ -12,15 +13,10 @@ import signal
 import time
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
+from fp4pretrain.train.asked import SIGNALS, TIME
 from fp4pretrain.train.hooks.checkpointing import Checkpointing
 from fp4pretrain.train.loop import Hook
 from fp4pretrain.train.trainer import Trainer
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_TIME = 1  # below every number of SIGNALS: a signal counts for more than the time
 
 
 class Signals(Hook):
@@ -39,18 +35,24 @@ class Signals(Hook):
     def start(self, trainer: Trainer) -> None:
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._catch)
+        trainer.asked.here = self._here
+
+    def _here(self) -> int:
+        over = self._until is not None and time.time() >= self._until
+        return self._caught or (TIME if over else 0)
+
+    def only_reads(self, trainer: Trainer, step: int) -> bool:
+        return trainer.asked_for == 0
 
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        over = self._until is not None and time.time() >= self._until
-        caught = torch.tensor(self._caught or (_TIME if over else 0), device=trainer.world.device)
-        dist.all_reduce(caught, op=dist.ReduceOp.MAX)
-        number = int(caught)
-        if number == 0 or trainer.step == trainer.config.train.steps:
+        number = trainer.asked_for
+        last = trainer.step == trainer.config.train.steps
+        if number == 0 or last or trainer.begun is not None:
             return
         self._checkpointing.begin(trainer)
         self._checkpointing.wait(trainer)
         trainer.stopped = True
-        self.by_signal = number != _TIME
+        self.by_signal = number != TIME
         if trainer.world.is_main:
             name = signal.Signals(number).name if self.by_signal else "the time is over"
             said = "stopped, but could not save"

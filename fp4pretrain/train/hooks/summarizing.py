@@ -27,6 +27,9 @@ class Summarizing(Hook):
         self._logging = logging
         self._gap = gap
 
+    def only_reads(self, trainer: Trainer, step: int) -> bool:
+        return True
+
     def end(self, trainer: Trainer) -> None:
         if not trainer.world.is_main:
             return

@@ -31,8 +31,11 @@ class Triggers(Hook):
         self._measured: dict[str, float] = {}
         logging.listen(self._hear)
 
+    def only_reads(self, trainer: Trainer, step: int) -> bool:
+        return not _triggered(trainer)
+
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        rules = [rule for rule in trainer.binding.plan.ordered if rule.trigger is not None]
+        rules = _triggered(trainer)
         if not rules:
             return
         found: list[Any] = [None]
@@ -82,6 +85,10 @@ class Triggers(Hook):
                 {"rule": rule.name, "holds": not fired, "why": str(condition), "value": value}
             )
         return changes
+
+
+def _triggered(trainer: Trainer) -> list[Rule]:
+    return [rule for rule in trainer.binding.plan.ordered if rule.trigger is not None]
 
 
 def remembered(memory: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,6 +71,9 @@ class Watchdog(Hook):
         self._stepped = True
         self._alive(self._timeout * _SLOW)
 
+    def only_reads(self, trainer: Trainer, step: int) -> bool:
+        return True
+
     def close(self) -> None:
         self._closed.set()
         if self._thread is not None:

@@ -224,7 +224,7 @@ def test_kernels_are_told_apart_by_their_names() -> None:
         "line_amax_kernel": "quantization",
         "token_gradients_kernel": "loss",
         "norm_backward_kernel": "norm",
-        "norm_shares_kernel": "norm",
+        "column_sums_kernel": "norm",
         "activation_row_backward_kernel": "activation",
         "join_kernel": "copies",
         "rope_kernel": "rope",

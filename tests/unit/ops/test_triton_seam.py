@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.ops.triton_backend import TritonBackend
 from fp4pretrain.ops.triton_operand import TritonOperand
 from fp4pretrain.precision import Dgrad, Fprop, Recipe, Wgrad
-from fp4pretrain.train.hooks import logging as logging_hook
 
 CPU = torch.device("cpu")
 
@@ -33,19 +31,6 @@ def test_inexact_mxfp4_is_counted_where_fp8_carries_it(monkeypatch: pytest.Monke
     assert backend.counters([recipe_in("nvfp4")], CPU) == {}
     assert TritonBackend(mxfp4_emulation="bf16").counters([recipe_in("mxfp4")], CPU) == {}
     assert ReferenceBackend().counters([recipe_in("mxfp4")], CPU) == {}
-
-
-def test_counts_of_a_row_are_summed_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def three_ranks(total: torch.Tensor) -> None:
-        total *= 3
-
-    monkeypatch.setattr(logging_hook.dist, "all_reduce", three_ranks)
-    trainer: Any = SimpleNamespace(
-        backend=SimpleNamespace(counters=lambda recipes, device: {"mxfp4_inexact": 7}),
-        binding=SimpleNamespace(plan=SimpleNamespace(recipes=lambda: [])),
-        world=SimpleNamespace(device=CPU),
-    )
-    assert logging_hook._counters(trainer) == {"mxfp4_inexact": 21}
 
 
 @pytest.mark.parametrize("refusing", [False, True])

@@ -5,6 +5,7 @@ PyTorch's fused Adam runs on CPUs too, so the path that GPUs take is walked here
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from fp4pretrain.config import compose
 from fp4pretrain.model.layout import check_layout
 from fp4pretrain.parallel.groups import join, leave, pick_device
 from fp4pretrain.train import replay
+from fp4pretrain.train.asked import TIME
 from fp4pretrain.train.guard import update
 from fp4pretrain.train.step import train_step
 from fp4pretrain.train.trainer import Trainer, build_trainer
@@ -102,6 +104,33 @@ def test_a_step_that_is_not_finite_writes_nothing_and_the_next_one_does(
         assert torch.equal(now, then)  # Adam's count of steps too
     train_step(trainer, iterators)
     assert not torch.equal(weights(trainer), before)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_what_backends_count_and_what_is_asked_travels_with_a_step_over_all_ranks(
+    monkeypatch: pytest.MonkeyPatch, on_device: bool
+) -> None:
+    trainer = build(monkeypatch, [], on_device=on_device)
+    count = torch.tensor(2**33 + 5)  # beyond 32 bits
+    monkeypatch.setattr(type(trainer.backend), "counters", lambda *_: {"lost": count})
+    trainer.asked.here = lambda: int(signal.SIGUSR1)
+    iterators, all_reduce = trainer.batches(0), torch.distributed.all_reduce
+
+    def three_ranks(numbers: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if numbers.dtype == torch.float64 and numbers.ndim == 1:
+            numbers.mul_(
+                3
+            )  # this rank and two that have its numbers, and one was asked something else
+            numbers[2] += 1
+        return all_reduce(numbers, *args, **kwargs)
+
+    monkeypatch.setattr(update.dist, "all_reduce", three_ranks)
+    train_step(trainer, iterators)
+    assert trainer.counted == {"lost": 3 * (2**33 + 5)}
+    assert trainer.asked_for == signal.SIGUSR1  # above TIME, which another rank was asked
+    trainer.asked.here = lambda: 0
+    train_step(trainer, iterators)
+    assert trainer.asked_for == TIME
 
 
 def test_restored_state_is_as_the_fused_kernel_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:

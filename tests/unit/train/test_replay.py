@@ -69,6 +69,7 @@ class Lab:
             clock=SimpleNamespace(seed=1, step=0, draws=None),
             binding=SimpleNamespace(recipes=lambda: self.recipes, switches=0),
             optimizer=SimpleNamespace(fill_learning_rates=lambda: None),
+            asked=SimpleNamespace(fill=lambda: None),
         )
         lab = self
 
@@ -101,7 +102,7 @@ class Lab:
     def run(self, replays: Replays, iterators: Any, steps: int) -> None:
         for _ in range(steps):
             assert replays.step(self.trainer, iterators) == "outcome"
-            self.trainer.step += 1
+            self.trainer.clock.step += 1
 
 
 def numbers(iterator: Any) -> list[int]:
