@@ -95,6 +95,9 @@ def test_a_run_that_is_handed_amaxes_has_the_bits_of_one_that_measures(
     reason="another GPU: PyTorch chooses attention's kernels there",
 )
 def test_attention_on_hopper_is_cudnn_s() -> None:
+    torch.use_deterministic_algorithms(
+        False
+    )  # runs of other tests ask for an order that cuDNN's lacks
     config = TransformerConfig(num_layers=1, hidden_size=256, num_attention_heads=2)
     core = CoreAttention(config, 1, None, "self", attention_dropout=0.0)
     q, k, v = (
@@ -103,7 +106,7 @@ def test_attention_on_hopper_is_cudnn_s() -> None:
     )
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         core(q, k, v).sum().backward()
-        torch.cuda.synchronize()  # while what the kernels leave is still collected
+        torch.cuda.synchronize()  # kernels that end later are not seen
     kernels = [event.name for event in seen.events()]
     assert sum("cudnn" in name and "flash" in name for name in kernels) >= 2, kernels
     assert not [name for name in kernels if "pytorch_flash" in name]
