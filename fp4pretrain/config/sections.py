@@ -99,8 +99,9 @@ class OptimConfig:
 class ParallelConfig:
     """Layout of the ranks; data parallelism takes what is left of the world size.
 
-    ``timeout_minutes``: how long a rank waits for the others before it fails (also while rank 0
-    builds the index of a dataset)."""
+    ``overlap``: on GPUs, data parallelism adds gradients up beside the backward pass and gathers weights
+    beside the next forward pass. ``timeout_minutes``: how long a rank waits for the others before it fails
+    (also while rank 0 builds the index of a dataset)."""
 
     tensor: int = 1
     pipeline: int = 1

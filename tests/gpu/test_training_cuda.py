@@ -23,8 +23,9 @@ SMALL = (
 
 # Activations are BF16: another order of a sum moves one in thousands by 2^-8, and a cast some of those by
 # a step of its format. On an H100 that was up to 1e-4 of the first loss, 1.2e-2 of the first gradient's norm
-# (mxfp4_rht_sr_fp8, whose stochastic gradients follow FP8 sums: 1e-3 to 5e-3 with four other seeds) and, after
-# updates with lr 3e-3, 2e-3 of a loss. Operands of one GEMM that are 5% too large move the norm by 5 to 16%.
+# (mxfp4_rht_sr_fp8, whose stochastic gradients follow FP8 sums; 1e-3 to 5e-3 with four other seeds) and,
+# after updates with lr 3e-3, 2e-3 of a loss. Operands of one GEMM that are 5% too large move the norm by 5
+# to 16%.
 FIRST_LOSS, FIRST_NORM, LATER_LOSS = 2e-4, 2e-2, 5e-3
 
 
