@@ -32,11 +32,11 @@ def _ours(name: str, x: Tensor, bias: Tensor, state: str) -> tuple[Tensor, ...]:
     if name == "norm":
         weight = torch.nn.Parameter(torch.ones(WIDTH, device=x.device))
         if state == "main":
-            weight.main_grad = torch.zeros(WIDTH, device=x.device)  # type: ignore[attr-defined]
+            weight.main_grad = torch.zeros(WIDTH, device=x.device)  # type: ignore[attr-defined]  # DDP sets it so
         how = fused.NormPass(1e-5, True, None, None)
         norm_bias = torch.nn.Parameter(torch.zeros_like(weight))
         if state == "main":
-            norm_bias.main_grad = torch.zeros(WIDTH, device=x.device)  # type: ignore[attr-defined]
+            norm_bias.main_grad = torch.zeros(WIDTH, device=x.device)  # type: ignore[attr-defined]  # as above
         found = fused.FusedNormFunction.apply(x, x.detach() * 2, weight, norm_bias, bias, how)
         return found[1:] if state == "total" else found
     if name == "gelu":

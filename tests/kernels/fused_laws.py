@@ -112,7 +112,7 @@ def check_norm_rounds(*, device: str = "cpu") -> list[str]:
     dx = norm_backward(inside[1], weight, dy, found, NormCall(1e-5, True))
     bad = far("dlinear", found.linear_bias, dx.double().sum(0))
     pairs = zip(("y", "total"), inside, before, strict=True)
-    return bad + [f"{name}: other bits" for name, a, b in pairs if not torch.equal(a, b)]  # type: ignore[arg-type]
+    return bad + [f"{name}: other bits" for name, a, b in pairs if not torch.equal(a, b)]  # type: ignore[arg-type]  # no None here: asserted above
 
 
 _ACTIVATIONS: dict[str, Any] = {

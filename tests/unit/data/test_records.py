@@ -49,7 +49,7 @@ KINDS = {
 
 def texts(path: Path, **how: object) -> list[str]:
     # keywords of several types, as the test gives them
-    return list(read_documents(list_files([path]), Reading(**how)))  # type: ignore[arg-type]
+    return list(read_documents(list_files([path]), Reading(**how)))  # type: ignore[arg-type]  # fields by name
 
 
 @pytest.mark.parametrize("name", KINDS)

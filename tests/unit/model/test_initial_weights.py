@@ -73,7 +73,7 @@ def drawn(first: int, last: int, *, seed: int = 1, **layout: Any) -> dict[str, t
     """Parameters by their name in the stage."""
     model = stage(first, last, **layout)
     # a stand-in with a GPT's parameter names, not a GPT
-    initialize(model, seed=seed, std=0.02, num_layers=LAYERS)  # type: ignore[arg-type]
+    initialize(model, seed=seed, std=0.02, num_layers=LAYERS)  # type: ignore[arg-type]  # a stand-in
     return {name: p.detach() for name, p in model.named_parameters()}
 
 

@@ -221,7 +221,7 @@ def test_a_resumed_offline_run_sends_each_step_once(tmp_path: Path) -> None:
         log, part = sink._run.log, []
 
         # defaults bind the loop's variables; their types are wandb's own
-        def recorded(values: dict, step: int, log=log, part=part) -> None:  # type: ignore[no-untyped-def]
+        def recorded(values: dict, step: int, log=log, part=part) -> None:  # type: ignore[no-untyped-def]  # as wandb
             part.append(step)
             log(values, step=step)
 

@@ -106,8 +106,8 @@ def test_a_manifest_is_not_believed(tmp_path: Path, change: object) -> None:
     part = write_boxes(tmp_path / "f", [Box("w", (4, 3), (0, 0), whole)])
     write_manifest(tmp_path, [part])
     body = json.loads((tmp_path / "manifest.json").read_text())["body"]
-    change(body)  # type: ignore[operator]
-    digest = checkpoint.files._digest(body)  # type: ignore[attr-defined]
+    change(body)  # type: ignore[operator]  # of the case
+    digest = checkpoint.files._digest(body)  # type: ignore[attr-defined]  # private
     (tmp_path / "manifest.json").write_text(json.dumps({"sha256": digest, "body": body}))
     with pytest.raises(Damaged, match=r"manifest\.json: "):
         read_manifest(tmp_path)

@@ -38,9 +38,9 @@ def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         )
         logging = _Logging()
         settings = GuardConfig(hang_timeout=timeout, hang_action=action)
-        dog = Watchdog(tmp_path / "stacks", logging, settings)  # type: ignore[arg-type]
+        dog = Watchdog(tmp_path / "stacks", logging, settings)  # type: ignore[arg-type]  # a stand-in
         made.append(dog)
-        dog.start(trainer)  # type: ignore[arg-type]
+        dog.start(trainer)  # type: ignore[arg-type]  # a stand-in
         return SimpleNamespace(
             dog=dog, trainer=trainer, rows=logging.rows, exits=exits, stacks=tmp_path / "stacks"
         )

@@ -203,7 +203,7 @@ def test_warmup_is_linear_and_no_update_is_without_a_rate(
 
     optimizer = Optimizer()
     # a stand-in with the parameter groups that a schedule reads
-    schedule = build_schedule(config, optimizer)  # type: ignore[arg-type]
+    schedule = build_schedule(config, optimizer)  # type: ignore[arg-type]  # a stand-in
     rates = []
     for _ in range(100):
         rates.append(optimizer.param_groups[0]["lr"])
