@@ -220,10 +220,10 @@ train_step = loop.train_step
 def standing_still():
     time.sleep(600)
 
-def hanging(trainer, iterators):
+def hanging(trainer, iterators, **how):
     if trainer.world.rank == 1 and trainer.step == 2:
         standing_still()
-    return train_step(trainer, iterators)
+    return train_step(trainer, iterators, **how)
 
 loop.train_step = hanging
 from fp4pretrain.cli import main
