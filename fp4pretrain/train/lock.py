@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ class RunLock:
     def acquire(self) -> None:
         """Take it, making the folder where there is none."""
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
             descriptor, alone = self._open()
         except OSError as error:
             raise UserError(
@@ -72,13 +72,20 @@ class RunLock:
         self._file.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None
-        if not any(self._file.parent.iterdir()):
+        with suppress(OSError):  # not empty, or another that came and went has removed it
             self._file.parent.rmdir()
 
     def _open(self) -> tuple[int, bool]:
         """The open file, and whether no process of this machine holds it."""
         while True:
-            descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            folder = self._file.parent
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            except (FileExistsError, FileNotFoundError):
+                if os.path.lexists(folder) and not folder.is_dir():
+                    raise
+                continue  # a holder that made the folder has removed it in between
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -77,6 +77,7 @@ def test_letting_go_leaves_nothing(tmp_path: Path) -> None:
 def test_many_at_once_have_one_holder(tmp_path: Path) -> None:
     """Each time one lets go, and the file with it, exactly one other may come in."""
     inside, most, turns = 0, 0, 0
+    refused: list[str] = []
     guard, end = threading.Lock(), time.monotonic() + 60
 
     def train() -> None:
@@ -85,7 +86,8 @@ def test_many_at_once_have_one_holder(tmp_path: Path) -> None:
             mine = RunLock(tmp_path / "run")
             try:
                 mine.acquire()
-            except UserError:
+            except UserError as error:
+                refused.append(str(error))
                 time.sleep(0.0005)
                 continue
             with guard:
@@ -103,6 +105,7 @@ def test_many_at_once_have_one_holder(tmp_path: Path) -> None:
         thread.join()
     assert most == 1
     assert turns >= 8
+    assert {why for why in refused if "is being trained by" not in why} == set()
 
 
 @pytest.mark.parametrize("alive", [True, False])
