@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from ahead import steps_ahead
 from records import curve
 
 from fp4pretrain.config import compose
-from fp4pretrain.train.hooks import Signals
 from fp4pretrain.train.main import train
-from fp4pretrain.train.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -47,16 +46,7 @@ AHEAD = {
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps that are read while the next one has begun."""
-    found: list[int] = []
-    after_step = Signals.after_step
-
-    def seen(self: Signals, trainer: Trainer, row: dict[str, Any]) -> None:
-        if trainer.begun is not None:
-            found.append(trainer.step)
-        after_step(self, trainer, row)
-
-    monkeypatch.setattr(Signals, "after_step", seen)
-    return found
+    return steps_ahead(monkeypatch)
 
 
 def rows(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from ahead import steps_ahead
 from records import curve, weights
 
 from fp4pretrain.config import compose, plan_of
-from fp4pretrain.train.hooks import Guard, Signals, Triggers
+from fp4pretrain.train.hooks import Guard, Triggers
 from fp4pretrain.train.loop import Hook
 from fp4pretrain.train.main import Stopped, train
 from fp4pretrain.train.replay import Replays
@@ -43,17 +44,8 @@ RUNS = {
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let plain steps begin ahead. The steps that were read while the next one had begun."""
-    found: list[int] = []
-    after_step = Signals.after_step
-
-    def seen(self: Signals, trainer: Trainer, row: dict[str, Any]) -> None:
-        if trainer.begun is not None:
-            found.append(trainer.step)
-        after_step(self, trainer, row)
-
     monkeypatch.setattr(Replays, "whole", property(lambda self: True))
-    monkeypatch.setattr(Signals, "after_step", seen)
-    return found
+    return steps_ahead(monkeypatch)
 
 
 @pytest.mark.parametrize("name", RUNS)
