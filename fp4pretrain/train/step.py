@@ -116,7 +116,7 @@ def train_step(
     numbers = begun.outcome.read()
     kinds = len(trainer.asked.flags)
     trainer.asked_for = trainer.asked.most(numbers.carried[:kinds])
-    trainer.counted = dict(zip(_counters(trainer), map(int, numbers.carried[kinds:]), strict=True))
+    trainer.counted = dict(zip(trainer.counted, map(int, numbers.carried[kinds:]), strict=True))
     return {"loss": numbers.loss, "grad_norm": numbers.grad_norm, "lr": begun.lr}
 
 
@@ -151,19 +151,13 @@ def forward_backward(
     return _mean(losses)
 
 
-def _counters(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """What the backend counts of the run's recipes, on the device."""
-    return trainer.backend.counters(trainer.binding.plan.recipes(), trainer.world.device)
-
-
 def update(trainer: Trainer, loss: torch.Tensor | None) -> Outcome:
     """Clip, and write weights and moments where loss and gradients are finite."""
+    counted = trainer.backend.counters(trainer.binding.plan.recipes(), trainer.world.device)
     health = StepHealth(
         loss,
         (parameter for chunk in trainer.chunks for parameter in chunk.parameters()),
-        carried=torch.cat(
-            [trainer.asked.flags, *(n.reshape(1) for n in _counters(trainer).values())]
-        ),
+        carried=torch.cat([trainer.asked.flags, *(n.reshape(1) for n in counted.values())]),
         data_size=trainer.world.data_size,
     )
     return health.outcome(trainer.optimizer.update(health))

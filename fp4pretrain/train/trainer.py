@@ -81,8 +81,8 @@ class Trainer:
     parameters: int
     replays: Replays
     asked: Asked
+    counted: dict[str, int]
     asked_for: int = 0
-    counted: dict[str, int] = field(default_factory=dict)
     begun: Begun | None = None
     step: int = 0
     consumed_samples: int = 0
@@ -215,6 +215,7 @@ def build_trainer(config: RunConfig, world: World, layout: Layout) -> Trainer:
         parameters=parameters,
         replays=Replays(_graph_refused(config, plan, backend, world)),
         asked=Asked(KINDS, world.device),
+        counted=dict.fromkeys(backend.counters(plan.recipes(), world.device), 0),
     )
 
 

@@ -6,8 +6,8 @@
 ``bias``: of the linear that wrote x; the sum is rounded to x's type, as a sum of its own would be, and kept
 nowhere. A program takes parts of a few rows. Where casts will ask for the amax of what is written, rotated
 along the tokens (`amax.leave_amaxes`), or a bias's gradient is summed, a program takes TB * 16 tokens by BN
-columns as sixteen tensors (``rotation.py`` says why): on an H100 such tiles are read at three quarters of a
-copy's speed, rows at 0.95 of it. GELU alone, with neither bias nor amaxes, is PyTorch's.
+columns as sixteen tensors (``rotation.py`` says why): on an H100 such tiles reach 0.55 to 0.8 of a copy's
+speed, rows 0.8 to 0.94 (docs/gpu.md). GELU alone, with neither bias nor amaxes, is PyTorch's.
 """
 
 from __future__ import annotations

@@ -83,9 +83,7 @@ class Float8Quantizer(_Quantizer):
 
 
 def _whole(q: _Quantizer, data: Tensor, scale: Tensor) -> Stored:
-    assert (
-        q.rowwise
-    )  # 2.20.2 refuses to make the transpose alone, with a NotImplementedError of its own
+    assert q.rowwise  # 2.20.2 refuses to make the transpose alone, by an error of its own
     turned = q.columnwise and not Float8CurrentScalingQuantizer.reads_both_ways
     col = data.t().contiguous() if turned else None
     return Stored("tensor", q.codes, _data=data, _transpose=col, _scale_inv=scale)

@@ -30,13 +30,13 @@ def _ours(name: str, x: Tensor, bias: Tensor, state: str) -> tuple[Tensor, ...]:
     from fp4pretrain.nn import fused
 
     if name == "norm":
-        weight = torch.nn.Parameter(torch.ones(WIDTH, device=x.device))
+        weight: Any = torch.nn.Parameter(torch.ones(WIDTH, device=x.device))
         if state == "main":
-            weight.main_grad = torch.zeros(WIDTH, device=x.device)  # type: ignore[attr-defined]  # DDP sets it so
+            weight.main_grad = torch.zeros(WIDTH, device=x.device)
         how = fused.NormPass(1e-5, True, None, None)
-        norm_bias = torch.nn.Parameter(torch.zeros_like(weight))
+        norm_bias: Any = torch.nn.Parameter(torch.zeros_like(weight))
         if state == "main":
-            norm_bias.main_grad = torch.zeros(WIDTH, device=x.device)  # type: ignore[attr-defined]  # as above
+            norm_bias.main_grad = torch.zeros(WIDTH, device=x.device)
         found = fused.FusedNormFunction.apply(x, x.detach() * 2, weight, norm_bias, bias, how)
         return found[1:] if state == "total" else found
     if name == "gelu":

@@ -111,8 +111,9 @@ def check_norm_rounds(*, device: str = "cpu") -> list[str]:
     assert found.linear_bias is not None and inside[1] is not None
     dx = norm_backward(inside[1], weight, dy, found, NormCall(1e-5, True))
     bad = far("dlinear", found.linear_bias, dx.double().sum(0))
-    pairs = zip(("y", "total"), inside, before, strict=True)
-    return bad + [f"{name}: other bits" for name, a, b in pairs if not torch.equal(a, b)]  # type: ignore[arg-type]  # no None here: asserted above
+    assert before[1] is not None
+    pairs = (("y", inside[0], before[0]), ("total", inside[1], before[1]))
+    return bad + [f"{name}: other bits" for name, a, b in pairs if not torch.equal(a, b)]
 
 
 _ACTIVATIONS: dict[str, Any] = {

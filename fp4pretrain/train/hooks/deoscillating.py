@@ -32,7 +32,7 @@ class Deoscillating(Hook):
 
     def after_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
         plan, paths = trainer.binding.plan.deoscillation, trainer.paths
-        if plan:
+        if paths.open or plan.opens(trainer.progress):
             trainer.settle()
         if paths.open:
             paths.step()

@@ -29,7 +29,9 @@ def _by_hydra_alone(overrides: list[str]) -> dict[str, Any]:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         whole = hydra_compose("train", overrides=adding_rules(overrides))
     plain = OmegaConf.to_container(whole, resolve=True)
-    return OmegaConf.to_container(OmegaConf.merge(composing._schema(), plain))  # type: ignore[return-value]  # a dict stays one
+    merged = OmegaConf.to_container(OmegaConf.merge(composing._schema(), plain))
+    assert isinstance(merged, dict)
+    return {str(key): value for key, value in merged.items()}
 
 
 @pytest.mark.parametrize("overrides", COMMANDS, ids=lambda overrides: overrides[0])

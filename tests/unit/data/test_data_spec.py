@@ -96,7 +96,7 @@ def test_blend_weights_are_shares(spec: DataSpec) -> None:
 def test_refusals(spec: DataSpec, change: dict[str, object], says: str) -> None:
     with pytest.raises(UserError, match=f"^{says}") as caught:
         # wrong types are what is tested
-        validate(replace(spec, **change))  # type: ignore[arg-type]  # a field by name
+        validate(replace(spec, **change))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 

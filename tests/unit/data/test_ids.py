@@ -131,4 +131,4 @@ def test_a_moved_tokenizer_does_not_hide_the_dataset(
 def test_home_folders_that_are_not_there(key: str) -> None:
     with pytest.raises(UserError, match=rf"^data.{key}: ~nosuch/x names a home folder that is not"):
         # the key varies, so mypy cannot match its type
-        validate(replace(DataSpec(), **{key: "~nosuch/x"}))  # type: ignore[arg-type]  # a field by name
+        validate(replace(DataSpec(), **{key: "~nosuch/x"}))  # type: ignore[arg-type]
