@@ -124,10 +124,15 @@ _ACTIVATIONS: dict[str, Any] = {
 
 
 def check_activation(kind: str, biased: str = "", *, device: str = "cpu") -> list[str]:
-    """By the kernels that leave nothing, and by those that leave an amax; both with an edge. The first write
-    a bias's gradient, the second add it."""
+    """By the kernels that leave nothing, an amax, and a rotated one too, each with an edge. The first write
+    a bias's gradient, the others add it."""
     bad = []
-    for n, left in ((70 if biased else 1030, False), (70, True)):
+    turned = Turn(16, None)
+    for n, left, turn in (
+        (70 if biased else 1030, False, None),
+        (70, True, None),
+        (70, True, turned),
+    ):
         g = torch.Generator().manual_seed(n)
         width = 2 * n if kind == "swiglu" else n
         x, bias = torch.randn(37, width, generator=g) * 2, torch.randn(width, generator=g)
@@ -137,12 +142,12 @@ def check_activation(kind: str, biased: str = "", *, device: str = "cpu") -> lis
         want.backward(dy.double())
         x, bias, dy = x.to(device), bias.to(device), dy.to(device)
         out = torch.zeros(2, dtype=torch.int32, device=device)
-        leave = Leave(True, None, out) if left else None
+        leave = Leave(True, turn, out) if left else None
         y = activation(x, kind, bias=bias if biased else None, leave=leave)
         sums = ColumnSums(torch.full((width,), 1.0 if left else torch.nan, device=device), left)
         dx = activation_backward(x, dy, kind, bias=(bias, sums) if biased else None, leave=leave)
-        bad += far(f"y, {left}", y, want) + far(f"dx, {left}", dx, _grad(x64))
-        bad += far(f"db, {left}", sums.out, _grad(b64) + left) if biased else []
+        bad += far(f"y, {left, turn}", y, want) + far(f"dx, {left, turn}", dx, _grad(x64))
+        bad += far(f"db, {left, turn}", sums.out, _grad(b64) + left) if biased else []
     return bad
 
 
