@@ -54,14 +54,19 @@ class LinearCall:
         """The part of x that the call is about, where ``dim`` counts output features."""
         return x if self.rows is None else x.index_select(dim, self.rows)
 
-    def cast(self, x: Tensor, casts: Sequence[Cast]) -> list[Operand]:
-        """Operands of x; scales that other ranks' elements take part in are reduced over them."""
+    def cast(
+        self, x: Tensor, casts: Sequence[Cast], partners: Sequence[Operand | None] = ()
+    ) -> list[Operand]:
+        """Operands of x; scales that other ranks' elements take part in are reduced over them.
+
+        ``partners``: what each will be multiplied with, as far as that exists (`ops.Backend.quantize`)."""
         return cast_operands(
             self.backend,
             x,
             casts,
             amax_group=self.tp_group,
             sites=self.sites,
+            partners=partners,
         )
 
     def multiply(self, gemm: str, a: Operand, b: Operand, **how: Any) -> Tensor:
@@ -73,12 +78,12 @@ class LinearCall:
             self.sites.multiplied[site, first.format, second.format] += 1
         return multiply(self.backend, a, b, fast_accum=chosen.fast_accum, **how)
 
-    def wgrad_x(self, x_tk: Tensor) -> Operand:
-        """wgrad's operand of x [t, k], made in the backward pass and multiplied at once."""
+    def wgrad_x(self, x_tk: Tensor, dy: Operand) -> Operand:
+        """wgrad's operand of x [t, k], made in the backward pass and multiplied at once with ``dy``."""
         cast = self.casts.wgrad_x
         if cast.spec.source == "forward":
             return self.wgrad_x_from(self.cast(x_tk, [self.casts.fprop_x])[0], x_tk.shape[1])
-        return self.cast(x_tk, [replace(cast, saved=False)])[0]
+        return self.cast(x_tk, [replace(cast, saved=False)], [dy])[0]
 
     def wgrad_x_from(self, fprop_x: Operand, k: int) -> Operand:
         """wgrad's operand of x [t, k] where its source is what fprop multiplied."""
@@ -132,17 +137,32 @@ class QuantLinearFunction(torch.autograd.Function):
         need_dx, need_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         dy_tn = dy.reshape(-1, dy.shape[-1])
 
+        saved_x: list[Operand | None] = [None] * len(calls)
+        if ctx.saved_x is not None and need_dw:
+            for number, hollow in enumerate(ctx.saved_x):
+                count = len(hollow.tensors())
+                saved_x[number], saved = hollow.filled(tuple(saved[:count])), saved[count:]
+
         # dy's amaxes are reduced over the group that gathers x. They go first: behind the gather
         # they would wait for all of it.
-        dy_operands = []
-        for call in calls:
-            casts = [call.casts.dgrad_dy] * need_dx + [call.casts.wgrad_dy] * need_dw
-            dy_operands.append(call.cast(call.of(dy_tn, 1), casts))
+        w_operands, dy_operands = [], []
+        for call, x_operand in zip(calls, saved_x, strict=True):
+            casts: list[Cast] = []
+            partners: list[Operand | None] = []
+            if need_dx:
+                w_operands.append(
+                    call.weights.backward(weight, call.casts, call.weights_version, call.cast)
+                )
+                casts, partners = [call.casts.dgrad_dy], [w_operands[-1]]
+            if need_dw:
+                casts, partners = [*casts, call.casts.wgrad_dy], [*partners, x_operand]
+            dy_operands.append(call.cast(call.of(dy_tn, 1), casts, partners))
         gathering = _gather(x, first.tp_group, wait=False) if x is not None and need_dw else None
         dx = dw = None
         reducing = None
         if need_dx:
-            dx_tk = _input_gradient(weight, calls, [one[0] for one in dy_operands], ctx.x_dtype)
+            dx_tk = _input_gradient(calls, [one[0] for one in dy_operands], w_operands, ctx.x_dtype)
+            w_operands.clear()
             dx, reducing = _reduce(dx_tk, ctx.x_shape, first)
         if need_dw:
             total = None
@@ -151,15 +171,13 @@ class QuantLinearFunction(torch.autograd.Function):
                 handle.wait()
                 total = total.reshape(-1, total.shape[-1])
             for number, call in enumerate(calls):
-                if total is not None:
-                    wgrad_x = call.wgrad_x(total)
-                else:
-                    hollow = ctx.saved_x[number]
-                    count = len(hollow.tensors())
-                    wgrad_x, saved = hollow.filled(tuple(saved[:count])), saved[count:]
-                    if call.casts.wgrad_x.spec.source == "forward":
-                        wgrad_x = call.wgrad_x_from(wgrad_x, ctx.x_shape[-1])
-                dw = _weight_gradient(weight, dy_operands[number][-1], wgrad_x, call, dw)
+                dy_operand, wgrad_x = dy_operands[number][-1], saved_x[number]
+                if wgrad_x is None:
+                    assert total is not None
+                    wgrad_x = call.wgrad_x(total, dy_operand)
+                elif call.casts.wgrad_x.spec.source == "forward":
+                    wgrad_x = call.wgrad_x_from(wgrad_x, ctx.x_shape[-1])
+                dw = _weight_gradient(weight, dy_operand, wgrad_x, call, dw)
         db = dy_tn.sum(dim=0) if ctx.use_bias else None
         if reducing is not None:
             reducing.wait()
@@ -173,21 +191,20 @@ def _forward(
     casts = call.casts
     from_forward = casts.wgrad_x.spec.source == "forward"
     x_casts = [casts.fprop_x] + ([casts.wgrad_x] if save and not from_forward else [])
-    x_operands = call.cast(x_tk, x_casts)
     w_operand = call.weights.forward(
         weight, casts, call.weights_version, call.cast, backward_too=call.training
     )
+    x_operands = call.cast(x_tk, x_casts, [w_operand, None][: len(x_casts)])
     return call.multiply("fprop", x_operands[0], w_operand, out_dtype=x_tk.dtype), x_operands[-1]
 
 
 def _input_gradient(
-    weight: Tensor, calls: Sequence[LinearCall], dy: Sequence[Operand], dtype: torch.dtype
+    calls: Sequence[LinearCall], dy: Sequence[Operand], w: Sequence[Operand], dtype: torch.dtype
 ) -> Tensor:
     """dx [t, k]: the product of dy and w, or the sum of those of all calls."""
     alone = len(calls) == 1
     dx_tk = None
-    for call, dy_operand in zip(calls, dy, strict=True):
-        w_operand = call.weights.backward(weight, call.casts, call.weights_version, call.cast)
+    for call, dy_operand, w_operand in zip(calls, dy, w, strict=True):
         dx_tk = call.multiply(
             "dgrad",
             dy_operand,

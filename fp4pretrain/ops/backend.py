@@ -51,7 +51,11 @@ class Backend(Protocol):
         """What multiplies there, for people: a matrix instruction, or the library that picks one."""
 
     def quantize(
-        self, x: Tensor, casts: Sequence[Cast], reduce_amax: ReduceAmax | None = None
+        self,
+        x: Tensor,
+        casts: Sequence[Cast],
+        reduce_amax: ReduceAmax | None = None,
+        partners: Sequence[Operand | None] = (),
     ) -> list[Any]:
         """One ``Operand`` of x [rows, cols] for each cast, from one read of x where the backend can.
 
@@ -59,6 +63,9 @@ class Backend(Protocol):
         one scale a tensor, [rows] for one a row) of the casts that ask (``Cast.asks``), in order, and
         returns what to use in their place: tensor parallelism all-reduces them there, and amaxes of
         earlier steps replace them.
+
+        ``partners``: one a cast or none at all, the operand that it will be multiplied with where that
+        exists already. What the two need together can be made on the way; no number depends on it.
         """
 
     def awaits(self, casts: Sequence[Cast], device: torch.device) -> Awaited | None:
@@ -97,16 +104,18 @@ def cast_operands(
     *,
     amax_group: dist.ProcessGroup | None = None,
     sites: SiteState | None = None,
+    partners: Sequence[Operand | None] = (),
 ) -> list[Operand]:
     """Operands of x [rows, cols], one for each cast; shown to the watch that is attached, if any.
 
     Args:
+        partners: as in ``Backend.quantize``.
         amax_group: the amaxes of casts that are ``shared`` are all-reduced (max) over this group, so
             that every shard of a tensor is cast by the scales of the whole tensor.
         sites: who answers casts whose ``spec.amax`` is not current, remembers and counts.
     """
     caster = Caster(backend, amax_group, sites)
-    operands = caster.operands(x, casts)
+    operands = caster.operands(x, casts, partners)
     if watching.attached is not None:
         watching.attached(watching.Seen(caster, x, casts, operands))
     return operands
@@ -135,28 +144,32 @@ class Caster:
         """The same, leaving nothing behind for later steps."""
         return Caster(self.backend, self.group, self.sites, record=False)
 
-    def operands(self, x: Tensor, casts: Sequence[Cast]) -> list[Operand]:
-        """One operand of x [rows, cols] for each cast."""
+    def operands(
+        self, x: Tensor, casts: Sequence[Cast], partners: Sequence[Operand | None] = ()
+    ) -> list[Operand]:
+        """One operand of x [rows, cols] for each cast; ``partners`` as in ``Backend.quantize``."""
         if self._record and self.sites is not None and self.sites.recording:
             for cast in casts:
                 self.sites.cast[cast.site, cast.spec.format] += 1
         whole = [cast for cast in casts if cast.spec.split == "none"]
         if len(whole) == len(casts):
-            return self._cast(x, casts)
+            return self._cast(x, casts, partners)
         made = dict(zip(map(id, whole), self._cast(x, whole), strict=True)) if whole else {}
         for cast in casts:
             if cast.spec.split != "none":
                 made[id(cast)] = split_operand(x, cast, self._cast)
         return [made[id(cast)] for cast in casts]
 
-    def _cast(self, x: Tensor, casts: Sequence[Cast]) -> list[Operand]:
+    def _cast(
+        self, x: Tensor, casts: Sequence[Cast], partners: Sequence[Operand | None] = ()
+    ) -> list[Operand]:
         asking = [
             c for c in casts if (c.shared and self.group is not None) or c.spec.amax != "current"
         ]
         if not asking:
-            return self.backend.quantize(x, casts)
+            return self.backend.quantize(x, casts, partners=partners)
         asking = [c for c in casts if c.asks and c.spec.amax_span != "block"]
-        return self.backend.quantize(x, casts, partial(self._answer, asking))
+        return self.backend.quantize(x, casts, partial(self._answer, asking), partners)
 
     def _answer(self, casts: Sequence[Cast], measured: Sequence[Tensor]) -> Sequence[Tensor]:
         """The amaxes to scale by, of casts that measured ``measured``."""

@@ -61,7 +61,11 @@ class CppBackend(ReferenceBackend):
         return super().instruction(gemm, device) + casts
 
     def quantize(
-        self, x: Tensor, casts: Sequence[Cast], reduce_amax: ReduceAmax | None = None
+        self,
+        x: Tensor,
+        casts: Sequence[Cast],
+        reduce_amax: ReduceAmax | None = None,
+        partners: Sequence[Operand | None] = (),
     ) -> list[Operand]:
         """One operand of x [rows, cols] for each cast; see ``Backend.quantize``."""
         ours = [_is_ours(x, cast) for cast in casts]

@@ -36,6 +36,7 @@ from fp4pretrain.ops.backend import ReduceAmax
 from fp4pretrain.ops.casts import Cast
 from fp4pretrain.ops.engine_check import why_wrong
 from fp4pretrain.ops.engine_operand import EngineOperand, code_type
+from fp4pretrain.ops.operand import Operand
 from fp4pretrain.precision import Gemm, Recipe, Wgrad
 from fp4pretrain.precision.recipe import Rotation
 
@@ -93,7 +94,11 @@ class EngineBackend:
         return f"{first.format}{fast} (Transformer Engine, cuBLASLt{noise})"
 
     def quantize(
-        self, x: Tensor, casts: Sequence[Cast], reduce_amax: ReduceAmax | None = None
+        self,
+        x: Tensor,
+        casts: Sequence[Cast],
+        reduce_amax: ReduceAmax | None = None,
+        partners: Sequence[Operand | None] = (),
     ) -> list[EngineOperand]:
         """One operand of x [rows, cols] for each cast; see ``Backend.quantize``.
 

@@ -77,7 +77,7 @@ class NativeBackend(TritonBackend):
             return super().gemm(
                 a, b, out_dtype=out_dtype, accumulate_into=accumulate_into, fast_accum=fast_accum
             )
-        alpha = product(a.alpha, b.alpha)
+        alpha = product(a, b)
         if native_path(_format(a), a.data.device)[0] == "scaled_mm":
             return _by_scaled_mm(a, b, alpha, out_dtype=out_dtype, out=accumulate_into)
         target = target_of(a, b, out_dtype, accumulate_into)

@@ -68,7 +68,11 @@ class ReferenceBackend:
         return "torch.mm, bf16" if exact and device.type == "cuda" else "torch matmul, fp32"
 
     def quantize(
-        self, x: Tensor, casts: Sequence[Cast], reduce_amax: ReduceAmax | None = None
+        self,
+        x: Tensor,
+        casts: Sequence[Cast],
+        reduce_amax: ReduceAmax | None = None,
+        partners: Sequence[Operand | None] = (),
     ) -> list[Operand]:
         """One operand of x [rows, cols] for each cast; see ``Backend.quantize``."""
         turned = [oriented(x, cast) for cast in casts]

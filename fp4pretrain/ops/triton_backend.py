@@ -40,6 +40,7 @@ from fp4pretrain.ops import handed
 from fp4pretrain.ops.backend import ReduceAmax
 from fp4pretrain.ops.casts import Cast
 from fp4pretrain.ops.handed import Awaited
+from fp4pretrain.ops.operand import Operand
 from fp4pretrain.ops.selfcheck import blocks_by_cublaslt
 from fp4pretrain.ops.triton_operand import TritonOperand, multiply, operand_of
 from fp4pretrain.precision import Gemm, Recipe
@@ -124,7 +125,11 @@ class TritonBackend:
         return spec.row.family == "fp8"
 
     def quantize(
-        self, x: Tensor, casts: Sequence[Cast], reduce_amax: ReduceAmax | None = None
+        self,
+        x: Tensor,
+        casts: Sequence[Cast],
+        reduce_amax: ReduceAmax | None = None,
+        partners: Sequence[Operand | None] = (),
     ) -> list[TritonOperand]:
         """One operand of x [rows, cols] for each cast; see ``Backend.quantize``."""
         if x.requires_grad:
@@ -152,8 +157,10 @@ class TritonBackend:
         amaxes = [_amaxes(job, copies, given if job.x is x else {}) for job in jobs]
         if reduce_amax is not None:
             _reduce(amaxes, casts, reduce_amax)
+        alphas = [p.alpha if isinstance(p, TritonOperand) else None for p in partners]
+        alphas = alphas or [None] * len(casts)
         for job, found in zip(jobs, amaxes, strict=True):
-            self._cast_pair(job, casts, copies, found, made)
+            self._cast_pair(job, casts, copies, found, alphas, made)
         return made
 
     def awaits(self, casts: Sequence[Cast], device: torch.device) -> Awaited | None:
@@ -178,6 +185,7 @@ class TritonBackend:
         casts: Sequence[Cast],
         copies: dict[int, Copy],
         amaxes: dict[int, Tensor],
+        alphas: Sequence[Tensor | None],
         made: list[Any],
     ) -> None:
         x, (r, c) = job.x, job.pair
@@ -192,6 +200,7 @@ class TritonBackend:
             row_amax=None if r is None else amaxes.get(r),
             col_amax=None if c is None else amaxes.get(c),
             lost=self._lost_counts(x.device) if e4m3 else None,
+            partners=(None if r is None else alphas[r], None if c is None else alphas[c]),
         )
         for i, q in zip(job.pair, found, strict=True):
             if i is not None and q is not None:
@@ -199,7 +208,8 @@ class TritonBackend:
                 packed = copies[i].output == "codes" and spec.format == "mxfp4"
                 if packed and self._in_fp8(spec, x.device):
                     lost = self._lost_counts(x.device)[1]
-                made[i] = operand_of(_cut(q, copies[i], job.cut), spec, copies[i], lost=lost)
+                q = _cut(q, copies[i], job.cut)
+                made[i] = operand_of(q, spec, copies[i], lost=lost, partner=alphas[i])
 
     def _copy_of(self, cast: Cast, device: torch.device) -> Copy:
         """Launch arguments for a cast, cached by everything but its noise key and signs."""
@@ -320,7 +330,7 @@ def _cut(q: Quantized, copy: Copy, cut: tuple[int, int]) -> Quantized:
         scales = bytes_.contiguous().view(scales.dtype)
     elif scales is not None and scales.shape[0] == q.shape[0]:
         scales = scales[:rows]
-    return Quantized(q.out[:rows], scales, q.alpha, (rows, q.shape[1]))
+    return Quantized(q.out[:rows], scales, q.alpha, (rows, q.shape[1]), q.paired)
 
 
 def _uncast(x: Tensor, cast: Cast) -> TritonOperand:

@@ -32,6 +32,7 @@ class TritonOperand(Operand):
     ``alpha`` (fp32 scalar, None for 1) and its rows by ``factors`` (fp32 [rows], None for 1).
     ``blocks``: fp32 factors of FP8 values in blocks of 128, as ``cublaslt.block_layout`` lays them.
     ``lost``: given where packed codes go to FP8 tensor cores: int64, counts what E4M3 cannot hold.
+    ``paired``: (alpha of the operand that this one will meet, the product of both alphas), or None.
     """
 
     TENSORS: ClassVar[tuple[str, ...]] = ("data", "alpha", "factors", "scales", "blocks")
@@ -43,13 +44,15 @@ class TritonOperand(Operand):
     blocks: Tensor | None = None
     lost: Tensor | None = None
     swizzled: Tensor | None = None  # ``scales`` as the native backend's scaled_mm reads them
+    paired: tuple[Tensor, Tensor] | None = None
 
     def expanded(self) -> TritonOperand:
         """This operand with BF16 or FP8 values in place of packed codes."""
         if self.scales is None:
             return self
         if self.lost is None:
-            return TritonOperand(unpack(self.data, self.scales), self.shape, self.alpha)
+            values = unpack(self.data, self.scales)
+            return TritonOperand(values, self.shape, self.alpha, paired=self.paired)
         values, factors = unpack_e4m3(self.data, self.scales, lost=self.lost)
         return TritonOperand(values, self.shape, self.alpha, factors)
 
@@ -74,27 +77,37 @@ class TritonOperand(Operand):
 
 
 def operand_of(
-    q: Quantized, spec: QuantSpec, copy: Copy, *, lost: Tensor | None = None
+    q: Quantized,
+    spec: QuantSpec,
+    copy: Copy,
+    *,
+    lost: Tensor | None = None,
+    partner: Tensor | None = None,
 ) -> TritonOperand:
-    """The operand that one copy is; ``lost`` as in ``TritonOperand``."""
+    """The operand that one copy is; ``lost`` as in ``TritonOperand``; ``partner``: the alpha that it met."""
     alpha = q.alpha
+    paired = None if partner is None or q.paired is None else (partner, q.paired)
     if copy.scale == "unbiased" and spec.row.family == "mx":
         alpha = _four_thirds(q.out.device)
     if q.scales is None:
-        return TritonOperand(q.out, q.shape, alpha)
+        return TritonOperand(q.out, q.shape, alpha, paired=paired)
     if copy.output == "codes" and spec.row.scale_type != "fp32":
-        return TritonOperand(q.out, q.shape, alpha, scales=q.scales, lost=lost)
+        return TritonOperand(q.out, q.shape, alpha, scales=q.scales, lost=lost, paired=paired)
     if copy.block_length and copy.output == "codes":
         blocks = cublaslt.block_layout(q.scales, tiles=copy.block == "2d")
         return TritonOperand(q.out, q.shape, alpha, blocks=blocks)
     return TritonOperand(q.out, q.shape, alpha, q.scales.view(-1))
 
 
-def product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """a * b, None standing for 1."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a * b
+def product(a: TritonOperand, b: TritonOperand) -> Tensor | None:
+    """a.alpha * b.alpha, None standing for 1; made by the kernel that cast one of them where it knew the
+    other."""
+    if a.alpha is None or b.alpha is None:
+        return b.alpha if a.alpha is None else a.alpha
+    for one, other in ((a, b), (b, a)):
+        if one.paired is not None and one.paired[0] is other.alpha:
+            return one.paired[1]
+    return a.alpha * b.alpha
 
 
 def target_of(
@@ -158,7 +171,7 @@ def _multiply_aligned(
     a: TritonOperand, b: TritonOperand, out: Tensor | None, out_dtype: torch.dtype, fast: bool
 ) -> Tensor:
     """The product of expanded operands by cuBLASLt."""
-    alpha, scales = product(a.alpha, b.alpha), None
+    alpha, scales = product(a, b), None
     target = target_of(a, b, out_dtype, out)
     if a.factors is not None or b.factors is not None:
         scales = (_factors(a, alpha), _factors(b, None))

@@ -48,17 +48,20 @@ def tensor_scales(amax_ptr, CFG: tl.constexpr):
 
 
 @triton.jit
-def store_alpha(alpha_ptr, amax_ptr, CFG: tl.constexpr):
-    """What remains for the GEMM's result: amax / TENSOR_MAX (nvfp4), the scale (per-tensor fp8)."""
+def store_alpha(alpha_ptr, amax_ptr, partner_ptr, CFG: tl.constexpr):
+    """What remains for the GEMM's result: amax / TENSOR_MAX (nvfp4), the scale (per-tensor fp8); behind it
+    its product with the other operand's, where that is given."""
     if CFG[AMAX] == "tensor":
         amax = tl.load(amax_ptr)
         if CFG[KIND] == "nvfp4":
-            tl.store(alpha_ptr, tl.div_rn(amax, tl.zeros_like(amax) + CFG[TENSOR_MAX]))
+            alpha = tl.div_rn(amax, tl.zeros_like(amax) + CFG[TENSOR_MAX])
         else:
-            decode, _ = arith.fp8_scales(
+            alpha, _ = arith.fp8_scales(
                 amax, tl.constexpr(CFG[TENSOR_MAX]), tl.constexpr(CFG[RULE] == "pow2")
             )
-            tl.store(alpha_ptr, decode)
+        tl.store(alpha_ptr, alpha)
+        if partner_ptr is not None:
+            tl.store(alpha_ptr + 1, alpha * tl.load(partner_ptr))
 
 
 @triton.jit

@@ -36,12 +36,14 @@ class Quantized:
             None for exact values.
         alpha: fp32 scalar that remains for a GEMM's result, or None for 1.
         shape: (rows, cols) of the copy.
+        paired: fp32 scalar, ``alpha`` times the partner's, where one was given and there is an alpha.
     """
 
     out: Tensor
     scales: Tensor | None
     alpha: Tensor | None
     shape: tuple[int, int]
+    paired: Tensor | None = None
 
 
 def quantize(
@@ -52,6 +54,7 @@ def quantize(
     row_amax: Tensor | None = None,
     col_amax: Tensor | None = None,
     lost: Tensor | None = None,
+    partners: tuple[Tensor | None, Tensor | None] = (None, None),
     tile: tuple[int, int, int] | None = None,
 ) -> tuple[Quantized | None, Quantized | None]:
     """A copy of ``x`` [R, C] with blocks along its columns, one of ``x.T``, or both from one read.
@@ -64,6 +67,8 @@ def quantize(
             "tensor", one a row of the copy where it is "row".
         col_amax: the column copy's, likewise.
         lost: int64 [2], to which the counts of elements that an e4m3 copy could not hold are added.
+        partners: alphas (fp32 scalars) of the operands that the row copy and the column copy will be
+            multiplied with; their products with the copies' own are made on the way.
         tile: tokens / 16, columns, warps of a program; None for the one that was measured best.
 
     Returns:
@@ -76,12 +81,13 @@ def quantize(
         raise ValueError(f"quantize takes a matrix with a unit stride, got strides {x.stride()}")
     if x.stride(1) != 1 and x.shape[1] > 1:
         c, r = quantize(
-            x.t(), row=col, col=row, row_amax=col_amax, col_amax=row_amax, lost=lost, tile=tile
-        )
+            x.t(), row=col, col=row, row_amax=col_amax, col_amax=row_amax, lost=lost,
+            partners=partners[::-1], tile=tile,
+        )  # fmt: skip
         return r, c
     rows, cols = x.shape
-    made_row = _allocate(x, row, (rows, cols), row_amax)
-    made_col = _allocate(x, col, (cols, rows), col_amax)
+    made_row = _allocate(x, row, (rows, cols), row_amax, partners[0])
+    made_col = _allocate(x, col, (cols, rows), col_amax, partners[1])
     tb, bn, warps = tile or _tile(row, col)
     even = rows % (tb * 16) == 0 and cols % bn == 0
     fast = has_fast_casts(x.device)
@@ -91,8 +97,8 @@ def quantize(
         grid,
         (
             x, x.stride(0), rows, cols,
-            *_pointers(row, made_row, row_amax, lost, 0),
-            *_pointers(col, made_col, col_amax, lost, 1),
+            *_pointers(row, made_row, row_amax, partners[0], lost, 0),
+            *_pointers(col, made_col, col_amax, partners[1], lost, 1),
         ),
         (
             *(row.launch_scalars() if row else _NO_SCALARS),
@@ -115,23 +121,32 @@ _NO_SCALARS = (0, 0, 0, 0, 1, 0, 0, 1, 0)
 
 
 def _pointers(
-    copy: Copy | None, made: Quantized | None, amax: Tensor | None, lost: Tensor | None, side: int
+    copy: Copy | None,
+    made: Quantized | None,
+    amax: Tensor | None,
+    partner: Tensor | None,
+    lost: Tensor | None,
+    side: int,
 ) -> tuple:
-    """(output, scales, amax, alpha, lost, draw): outputs are stored as words, scales as bytes."""
+    """(output, scales, amax, alpha, partner, lost, draw): outputs are stored as words, scales as bytes."""
     if copy is None or made is None:
-        return None, None, None, None, None, None
+        return None, None, None, None, None, None, None
     scales: Argument = made.scales
     if made.scales is not None and made.scales.dtype != torch.float32:
         scales = made.scales, torch.uint8
     counted = copy.output == "e4m3" and lost is not None
     return (
-        (made.out, torch.int32), scales, amax, made.alpha, lost[side:] if counted else None,
-        copy.draw,
+        (made.out, torch.int32), scales, amax, made.alpha, None if made.paired is None else partner,
+        lost[side:] if counted else None, copy.draw,
     )  # fmt: skip
 
 
 def _allocate(
-    x: Tensor, copy: Copy | None, shape: tuple[int, int], amax: Tensor | None
+    x: Tensor,
+    copy: Copy | None,
+    shape: tuple[int, int],
+    amax: Tensor | None,
+    partner: Tensor | None,
 ) -> Quantized | None:
     if copy is None:
         return None
@@ -156,7 +171,9 @@ def _allocate(
         elif length:
             blocks = (rows // length if copy.block == "2d" else rows, cols // length)
             scales = torch.empty(blocks, dtype=_SCALE_DTYPE[kind], device=x.device)
-    alpha = None
-    if copy.amax == "tensor":
+    alpha = paired = None
+    if copy.amax == "tensor" and partner is None:
         alpha = torch.empty((), dtype=torch.float32, device=x.device)
-    return Quantized(out, scales, alpha, shape)
+    elif copy.amax == "tensor":
+        alpha, paired = torch.empty(2, dtype=torch.float32, device=x.device).unbind()
+    return Quantized(out, scales, alpha, shape, paired)

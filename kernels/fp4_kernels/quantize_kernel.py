@@ -49,8 +49,8 @@ def drawn(draw_ptr, key, signs_lo, signs_hi):
 @triton.jit(do_not_specialize=_SCALARS, do_not_specialize_on_alignment=_SCALARS)
 def quantize_kernel(
     x_ptr, stride, R, C,
-    row_out, row_scales, row_amax, row_alpha, row_lost, row_draw,
-    col_out, col_scales, col_amax, col_alpha, col_lost, col_draw,
+    row_out, row_scales, row_amax, row_alpha, row_partner, row_lost, row_draw,
+    col_out, col_scales, col_amax, col_alpha, col_partner, col_lost, col_draw,
     row_key: tl.int64, row_signs_lo: tl.int64, row_signs_hi: tl.int64,
     row_row_offset: tl.int32, row_row_part: tl.int32, row_row_gap: tl.int32,
     row_call_offset: tl.int32, row_call_part: tl.int32, row_call_gap: tl.int32,
@@ -63,6 +63,7 @@ def quantize_kernel(
     """x [R, C] to a row copy (ROW: its config or None) and a column copy (COL).
 
     ``row_draw``, ``col_draw``: where key, signs_lo and signs_hi stand, if not in the arguments.
+    ``row_partner``, ``col_partner``: alpha of the operand that the copy will be multiplied with, or None.
     """
     n0 = tl.program_id(0) * BN
     m0 = tl.program_id(1) * (TB * 16)
@@ -78,7 +79,7 @@ def quantize_kernel(
         xs = load_tile(x_ptr, stride, m0, n0, R, C, TB, BN, EVEN)
         column_copy(xs, geo, ptr, noise, (col_signs_lo, col_signs_hi), COL, EVEN, FAST)
         if first:
-            store_alpha(col_alpha, col_amax, COL)
+            store_alpha(col_alpha, col_amax, col_partner, COL)
     if ROW is not None:
         row_key, row_signs_lo, row_signs_hi = drawn(row_draw, row_key, row_signs_lo, row_signs_hi)
         noise = (
@@ -91,4 +92,4 @@ def quantize_kernel(
             TB * 16, BN, COL is not None, ROW, EVEN, FAST,
         )  # fmt: skip
         if first:
-            store_alpha(row_alpha, row_amax, ROW)
+            store_alpha(row_alpha, row_amax, row_partner, ROW)

@@ -139,7 +139,7 @@ def _quantize(pair: str, fast: bool, tile: dict, options: dict, *, draws: bool =
     for side, copy in zip(("row", "col"), PAIRS[pair], strict=True):
         constants["ROW" if side == "row" else "COL"] = copy.config() if copy else None
         if copy is None:
-            absent = ("out", "scales", "amax", "alpha", "lost", "draw")
+            absent = ("out", "scales", "amax", "alpha", "partner", "lost", "draw")
             constants |= {f"{side}_{name}": None for name in absent}
             continue
         packed = copy.output == "codes" and copy.format.endswith("fp4")
@@ -151,6 +151,7 @@ def _quantize(pair: str, fast: bool, tile: dict, options: dict, *, draws: bool =
             "scales": scales,
             "amax": None if copy.amax == "none" else "*fp32",
             "alpha": "*fp32" if copy.amax == "tensor" else None,
+            "partner": "*fp32" if copy.amax == "tensor" else None,
             "lost": "*i64" if copy.output == "e4m3" else None,
             "draw": "*i64" if draws else None,
         }

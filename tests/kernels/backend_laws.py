@@ -18,6 +18,7 @@ from fp4pretrain.numerics import QuantSpec
 from fp4pretrain.ops import Backend, Cast, Moment, Shard, linear_casts
 from fp4pretrain.ops.reference import ReferenceBackend
 from fp4pretrain.ops.triton_backend import TritonBackend, TritonOperand
+from fp4pretrain.ops.triton_operand import product
 from fp4pretrain.precision import OPERANDS, Dgrad, Fprop, Recipe, Rotation, Wgrad
 
 
@@ -95,13 +96,15 @@ def check_recipe(
     casts = casts_of(recipe)
     made: dict[str, TritonOperand] = {}
     bad: list[str] = []
-    pairs = {"x": (x, "fprop.x", "wgrad.x"), "w": (w, "fprop.w", "dgrad.w")}
+    pairs = {"w": (w, "fprop.w", "dgrad.w"), "x": (x, "fprop.x", "wgrad.x")}
     pairs["dy"] = (dy, "dgrad.dy", "wgrad.dy")
+    partner = {"fprop.x": "fprop.w", "dgrad.dy": "dgrad.w", "wgrad.dy": "wgrad.x"}
     for tensor, first, second in pairs.values():
         both = [casts[first], casts[second]]
+        partners = [made.get(partner.get(one, "")) for one in (first, second)]
         for operand, a, b in zip(
             (first, second),
-            mine.quantize(tensor, both),
+            mine.quantize(tensor, both, None, partners),
             reference.quantize(tensor, both),
             strict=True,
         ):
@@ -111,6 +114,7 @@ def check_recipe(
         bad.append(f"lost exactness: {mine.counters([recipe], x.device)}")
     for gemm, operands in OPERANDS.items():
         left, right = (made[f"{gemm}.{operand}"] for operand in operands)
+        bad += alphas_differ(gemm, left, right)
         fast = recipe.gemm(gemm).fast_accum
         bad += _products_differ(gemm, mine, left, right, fast=fast, accumulate=gemm == "wgrad")
     return bad
@@ -205,6 +209,18 @@ def _operands_differ(name: str, a: TritonOperand, b: Any) -> list[str]:
     if wrong > 1e-6 * theirs.numel():
         return [f"{name}: {wrong} of {theirs.numel()} values differ"]
     return []
+
+
+def alphas_differ(name: str, a: TritonOperand, b: TritonOperand) -> list[str]:
+    """The product of both alphas is made while casting where both casts have one of their own."""
+    a, b = a.expanded(), b.expanded()
+    found = product(a, b)
+    own = [v for v in (a.alpha, b.alpha) if v is not None]
+    if len(own) < 2:
+        return [] if found is (own[0] if own else None) else [f"{name}: another alpha"]
+    bad = [] if torch.equal(found, own[0] * own[1]) else [f"{name}: {found} of {own}"]
+    made = any(v.paired is not None and v.paired[1] is found for v in (a, b))
+    return bad if made or a.factors is not None else [*bad, f"{name}: multiplied once more"]
 
 
 def _products_differ(

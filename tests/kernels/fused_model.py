@@ -42,7 +42,7 @@ SMALL = [
 class Exact(reference.ReferenceBackend):
     """The reference, whose BF16 is FP32."""
 
-    def quantize(self, x: Any, casts: Any, reduce_amax: Any = None) -> Any:
+    def quantize(self, x: Any, casts: Any, *_: Any, **__: Any) -> Any:
         return [reference.EmulatedOperand(reference.oriented(x, c).float(), None) for c in casts]
 
 
@@ -56,7 +56,7 @@ class Asking(reference.ReferenceBackend):
     def awaits(self, casts: Any, device: Any) -> Any:
         return TritonBackend().awaits(casts, device)
 
-    def quantize(self, x: Any, casts: Any, reduce_amax: Any = None) -> Any:
+    def quantize(self, x: Any, casts: Any, *how: Any, **named: Any) -> Any:
         for i, amax in handed.take(x, casts).items():
             oriented = reference.oriented(x, casts[i])
             want = reference.spanning_amax(oriented, casts[i].spec)
@@ -64,7 +64,7 @@ class Asking(reference.ReferenceBackend):
             self.handed[name] += 1
             if float(amax) != float(want):
                 self.wrong.append(f"{name}: {float(amax)}, not {float(want)}")
-        return super().quantize(x, casts, reduce_amax)
+        return super().quantize(x, casts, *how, **named)
 
 
 def handed_over(overrides: list[str]) -> dict[str, Any]:

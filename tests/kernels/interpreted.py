@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from backend_laws import check_operands
+from backend_laws import alphas_differ, check_operands
 from dot_scaled import provide
 from fp4_kernels import amax as amax_kernels
 from fp4_kernels.quantize import Quantized, quantize
@@ -121,7 +121,9 @@ def check_copy(copy: Copy, kind: str, *, device: str = "cpu", times: int = 1) ->
     shape = (shape[0] * times, shape[1] * times)
     x = sample(kind, shape, seed=len(kind)).to(device)
     amax = amaxes(x, copy)
-    made = quantize(x, row=copy, col=copy, row_amax=amax[0], col_amax=amax[1])
+    other = torch.tensor(0.7, device=device)  # alpha of what the copies will be multiplied with
+    partners = other, other * 3
+    made = quantize(x, row=copy, col=copy, row_amax=amax[0], col_amax=amax[1], partners=partners)
     values: tuple = (None, None)
     if kind != "plain":
         exact = replace(copy, output="exact")
@@ -134,6 +136,9 @@ def check_copy(copy: Copy, kind: str, *, device: str = "cpu", times: int = 1) ->
                 source, size=copy.rotation, signs=copy.signs, round_bf16=not copy.rotated_fp32
             )
         bad += check_one(name, copy, source.contiguous(), got, value)
+    for name, got, partner in zip(("row", "col"), made, partners, strict=True):
+        if got.alpha is not None:
+            bad += differ(f"{name} paired", got.paired, got.alpha * partner)
     return bad
 
 
@@ -268,7 +273,8 @@ def check_amaxes(row: str, col: str, *, device: str = "cpu") -> list[str]:
 
 
 def check_saved(format_: str, carrier: str) -> list[str]:
-    """What the backend saves for the backward pass is packed, and expands to the reference's numbers."""
+    """What the backend saves for the backward pass is packed, and expands to the reference's numbers. A later
+    cast that is told of it makes the product of both alphas."""
     triton_backend._has_fp8_rows = lambda _: True  # as on Hopper
     x = sample("plain", (96, 160), 6)
     spec = numerics.QuantSpec(format_)
@@ -280,6 +286,9 @@ def check_saved(format_: str, carrier: str) -> list[str]:
     in_fp8 = saved.expanded().data.dtype == torch.float8_e4m3fn
     if in_fp8 != (format_ == "mxfp4" and carrier == "fp8"):
         bad.append(f"expanded to {saved.expanded().data.dtype}")
+    turned = Cast(spec, transpose=True)
+    (dy,) = TritonBackend(mxfp4_emulation=carrier).quantize(x, [turned], None, [saved])
+    bad += alphas_differ("wgrad", dy, saved)
     return bad + differ("saved", saved.dequantize(), want.dequantize())
 
 

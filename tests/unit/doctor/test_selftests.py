@@ -38,8 +38,8 @@ class Faulty(ReferenceBackend):
     def __init__(self, change: Any) -> None:
         self.change = change
 
-    def quantize(self, x: Tensor, casts: Sequence[Cast], reduce_amax: Any = None) -> list:
-        return super().quantize(x, [self.change(cast) for cast in casts], reduce_amax)
+    def quantize(self, x: Tensor, casts: Sequence[Cast], *how: Any, **named: Any) -> list:
+        return super().quantize(x, [self.change(cast) for cast in casts], *how, **named)
 
 
 def one_key(cast: Cast) -> Cast:

@@ -37,9 +37,9 @@ class SpyBackend(ReferenceBackend):
     casts: list[tuple[int, Cast]] = field(default_factory=list)
     fast: list[bool] = field(default_factory=list)
 
-    def quantize(self, x: torch.Tensor, casts: Sequence[Cast], reduce_amax: Any = None) -> list:
+    def quantize(self, x: torch.Tensor, casts: Sequence[Cast], *how: Any, **named: Any) -> list:
         self.casts += [(x.data_ptr(), cast) for cast in casts]
-        return super().quantize(x, casts, reduce_amax)
+        return super().quantize(x, casts, *how, **named)
 
     def gemm(self, a: Any, b: Any, *, fast_accum: bool, **how: Any) -> torch.Tensor:
         self.fast.append(fast_accum)
