@@ -193,8 +193,8 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
         **{
             f"{kind}{back}": (
                 activation.activation_backward_kernel if back else activation.activation_kernel,
-                bf16 | left | share,
-                dict(KIND=kind, LEAVE=LEAVE, TB=2, BN=64, EVEN=True, FAST=fast),
+                bf16 | {n: left[n] for n in ("R", "lo", "hi")} | share,
+                dict(C=1728, KIND=kind, LEAVE=LEAVE, GROUPS=2, BN=256, EVEN=True, FAST=fast),
             )
             for kind in activation.KINDS
             for back in ("", " backward")
@@ -203,7 +203,7 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
             f"{kind} of rows{back}": (
                 activation.activation_row_backward_kernel if back else activation.activation_row_kernel,
                 bf16 | row,
-                dict(KIND=kind, BLOCK=1024, ROWS=4),
+                dict(KIND=kind, BLOCK=1024, ROWS=4, FAST=fast),
             )
             for kind in activation.KINDS
             for back in ("", " backward")
