@@ -228,7 +228,17 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
         "token statistics": (
             cross_entropy.token_statistics_kernel,
             token | {"out_ptr": "*fp32", "T": "i32"},
-            dict(BLOCK=4096),
+            dict(BLOCK=4096, FAST=fast),
+        ),
+        "token statistics and gradients": (
+            cross_entropy.token_statistics_kernel,
+            token | {"out_ptr": "*fp32", "upstream_ptr": "*fp32", "T": "i32"},
+            dict(BLOCK=4096, FAST=fast),
+        ),
+        "token rescale": (
+            cross_entropy.token_rescale_kernel,
+            token | dict.fromkeys(("known_ptr", "upstream_ptr"), "*fp32") | {"T": "i32"},
+            dict(TOKENS=16, BLOCK=4096),
         ),
         "token gradients": (
             cross_entropy.token_gradients_kernel,
