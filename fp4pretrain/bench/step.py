@@ -39,7 +39,7 @@ PROFILED = 2
 _KINDS: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl"),
     ("quantization", r"quantize_kernel|amax_kernel|unpack"),
-    ("loss", r"cross_entropy|log_softmax|nll_loss|token_statistics|token_gradients"),
+    ("loss", r"cross_entropy|log_softmax|nll_loss|token_statistics|token_gradients|token_rescale"),
     ("attention", r"flash|fmha|attention|sdpa"),
     ("GEMM", r"gemm|cutlass|xmma|nvjet|cublas|splitK|matmul"),
     (

@@ -63,6 +63,7 @@ class GPT(GPTModel):
         self.z_loss = z_loss
         self.fused = fused
         self._positions_bs: torch.Tensor | None = None
+        self._known_bs: torch.Tensor | None = None
         self.given_positions = given_positions and self.position_embedding_type == "rope"
         if self.given_positions:
             self.rotary_pos_emb.register_forward_hook(self._place)
@@ -70,10 +71,17 @@ class GPT(GPTModel):
             self.output_layer.__class__ = ColumnParallelQuantLinear
 
     def forward(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        *args: Any,
+        known_bs: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """megatron-core's signature; with ``given_positions`` every pipeline stage has to be
-        given the positions [b, s]."""
+        given the positions [b, s]. ``known_bs``: the gradient that the losses are going to get, where
+        the caller knows it (`fp4pretrain.nn.loss`)."""
+        self._known_bs = known_bs
         keeps = kwargs.get("inference_context") is not None
         self._positions_bs = position_ids if self.given_positions and not keeps else None
         return super().forward(input_ids, position_ids, *args, **kwargs)
@@ -90,7 +98,8 @@ class GPT(GPTModel):
         """Cross entropy [b, s] of this rank's logits [s, b, vocabulary / ranks] for labels [b, s]."""
         if not (self.z_loss and self.training):
             if self.fused:
-                return fused_cross_entropy(logits, labels, self.pg_collection.tp)
+                group = self.pg_collection.tp
+                return fused_cross_entropy(logits, labels, group, known_bs=self._known_bs)
             return super().compute_language_model_loss(labels, logits)
         # before the cross entropy, which works inside FP32 logits
         penalty_bs = (self.z_loss * log_denominator(logits) ** 2).transpose(0, 1)

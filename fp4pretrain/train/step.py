@@ -38,6 +38,11 @@ def masked_mean(
     return loss, {"loss": loss.detach().clone()}
 
 
+def known_gradients(loss_mask_bs: torch.Tensor, microbatches: int) -> torch.Tensor:
+    """The gradient [b, s] that each token's loss gets from ``masked_mean`` of one of so many microbatches."""
+    return loss_mask_bs.float() / (loss_mask_bs.sum().clamp(min=1) * microbatches)
+
+
 def masked_sum(
     loss_mask_bs: torch.Tensor, loss_bs: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -53,13 +58,20 @@ class ForwardStep:
     Each chunk sees its microbatches in order on every schedule, so counting its calls gives the
     microbatch; over data-parallel ranks microbatch m of rank r is m * ranks + r, the order in which
     one rank alone would read them. ``loss``: (loss_mask, losses [b, s]) -> what is minimized, record.
+    ``known``: loss_mask -> the gradient [b, s] that the losses are going to get, if that is known.
     """
 
     def __init__(
-        self, trainer: Trainer, *, loss: Callable[..., Any], first_microbatch: int = 0
+        self,
+        trainer: Trainer,
+        *,
+        loss: Callable[..., Any],
+        first_microbatch: int = 0,
+        known: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self._trainer = trainer
         self._loss = loss
+        self._known = known
         self._first = first_microbatch
         self._calls: dict[int, int] = {}
 
@@ -82,10 +94,18 @@ class ForwardStep:
                     dtype=self._trainer.transformer.params_dtype,
                 )
             batch = {k: v.to(world.device, non_blocking=True) for k, v in read.items()}
+        loss_mask = batch["loss_mask"]
+        known = {}
+        if self._known is not None and loss_mask is not None:
+            known = {"known_bs": self._known(loss_mask)}
         output = chunk(
-            batch["tokens"], batch["position_ids"], attention_mask=mask, labels=batch["labels"]
+            batch["tokens"],
+            batch["position_ids"],
+            attention_mask=mask,
+            labels=batch["labels"],
+            **known,
         )
-        return output, partial(self._loss, batch["loss_mask"])
+        return output, partial(self._loss, loss_mask)
 
 
 @dataclass(frozen=True)
@@ -140,12 +160,17 @@ def forward_backward(
     for chunk in trainer.chunks:
         chunk.zero_grad_buffer()
     trainer.optimizer.zero_grad()
+    microbatches = trainer.layout.microbatches
     losses = run_schedule(
         trainer,
         iterators,
-        ForwardStep(trainer, loss=masked_mean),
+        ForwardStep(
+            trainer,
+            loss=masked_mean,
+            known=partial(known_gradients, microbatches=microbatches),
+        ),
         micro_batch=trainer.config.train.micro_batch,
-        microbatches=trainer.layout.microbatches,
+        microbatches=microbatches,
         forward_only=False,
     )
     return _mean(losses)

@@ -151,28 +151,48 @@ def _finish_bits(bits, ROTATION: tl.constexpr, BF16: tl.constexpr):
 
 
 @triton.jit
+def raise_peaks(plain, turned, ys, lo, hi, LEAVE: tl.constexpr, FAST: tl.constexpr):
+    """int32 bits of magnitudes [TB, BN], raised to those of sixteen tensors [TB, BN] as ``load_tile`` has
+    them, and to those of their rotated transpose, each where LEAVE asks for it."""
+    if LEAVE is not None:
+        PLAIN: tl.constexpr = LEAVE[0]
+        ROTATION: tl.constexpr = LEAVE[1]
+        if PLAIN:
+            peak = _first(ys, 0, FAST)
+            for i in tl.static_range(len(ys)):
+                peak = _larger(peak, ys[i], FAST)
+            plain = tl.maximum(plain, _magnitude(peak))
+        if ROTATION > 0:
+            peak_c = _column_peak(ys, lo, hi, ROTATION, LEAVE[2], False, FAST)
+            turned = tl.maximum(turned, _magnitude(peak_c))
+    return plain, turned
+
+
+@triton.jit
+def leave_peaks(amax_ptr, plain, turned, LEAVE: tl.constexpr):
+    """Raise amax_ptr[0] and amax_ptr[1] to the amaxes whose magnitudes ``raise_peaks`` collected."""
+    if LEAVE is not None:
+        PLAIN: tl.constexpr = LEAVE[0]
+        ROTATION: tl.constexpr = LEAVE[1]
+        BF16: tl.constexpr = LEAVE[3]
+        if PLAIN:
+            tl.atomic_max(amax_ptr, tl.max(tl.max(plain, axis=1), axis=0), sem="relaxed")
+        if ROTATION > 0:
+            largest = tl.max(tl.max(turned, axis=1), axis=0)
+            found = bits_of(_finish_bits(largest, ROTATION, BF16))
+            tl.atomic_max(amax_ptr + 1, found, sem="relaxed")
+
+
+@triton.jit
 def leave_amaxes(amax_ptr, ys, lo, hi, LEAVE: tl.constexpr, FAST: tl.constexpr):
     """Raise amax_ptr[0] to the amax of sixteen tensors [TB, BN] as ``load_tile`` has them, and amax_ptr[1]
     to that of their rotated transpose: what ``amax_kernel`` would find in what was written.
 
     LEAVE: the last of ``Leave.arguments``, or None to do nothing.
     """
-    if LEAVE is not None:
-        PLAIN: tl.constexpr = LEAVE[0]
-        ROTATION: tl.constexpr = LEAVE[1]
-        SIGNS: tl.constexpr = LEAVE[2]
-        BF16: tl.constexpr = LEAVE[3]
-        if PLAIN:
-            peak = _first(ys, 0, FAST)
-            for i in tl.static_range(16):
-                peak = _larger(peak, ys[i], FAST)
-            largest = tl.max(tl.max(_magnitude(peak), axis=1), axis=0)
-            tl.atomic_max(amax_ptr, largest, sem="relaxed")
-        if ROTATION > 0:
-            peak_c = _column_peak(ys, lo, hi, ROTATION, SIGNS, False, FAST)
-            largest = tl.max(tl.max(_magnitude(peak_c), axis=1), axis=0)
-            found = bits_of(_finish_bits(largest, ROTATION, BF16))
-            tl.atomic_max(amax_ptr + 1, found, sem="relaxed")
+    none = tl.zeros(ys[0].shape, tl.int32)
+    plain, turned = raise_peaks(none, none, ys, lo, hi, LEAVE, FAST)
+    leave_peaks(amax_ptr, plain, turned, LEAVE)
 
 
 @triton.jit(do_not_specialize=_SIGNS, do_not_specialize_on_alignment=_SIGNS)

@@ -83,6 +83,28 @@ def round_bf16(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def near_reciprocal(x, FAST: tl.constexpr):
+    """1 / x of fp32 x, to an ulp; 0 for numbers above 2^126. FAST: one instruction, on NVIDIA's GPUs."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def near_exp2(x, FAST: tl.constexpr):
+    """2^x of fp32 x, to two ulps; 0 for x below -126. FAST: one instruction, on NVIDIA's GPUs."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
 def philox7(c0, c1, STREAM: tl.constexpr, key):
     """Philox4x32 with seven rounds on the counter (c0, c1, STREAM, 0): four uint32 words.
 
@@ -126,9 +148,7 @@ def nvfp4_encode(scale, s_dec, FAST: tl.constexpr):
     if FAST:
         far = tl.where(s_dec < 2.0**-60, 2.0**64, tl.where(s_dec > 2.0**60, 2.0**-32, 1.0))
         t = t * far
-        r = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [t], dtype=tl.float32, is_pure=True, pack=1
-        )
+        r = near_reciprocal(t, FAST)
         r = tl.minimum(r, FLT_MAX)  # a zero block: the step below then gives infinity, not NaN
         r = tl.fma(r, tl.fma(-t, r, 1.0), r)
         return tl.minimum(r * far, FLT_MAX)

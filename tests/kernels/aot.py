@@ -194,8 +194,8 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
         **{
             f"{kind}{back}": (
                 activation.activation_backward_kernel if back else activation.activation_kernel,
-                bf16 | left | share,
-                dict(KIND=kind, LEAVE=LEAVE, TB=2, BN=64, EVEN=True, FAST=fast),
+                bf16 | {n: left[n] for n in ("R", "lo", "hi")} | share,
+                dict(C=1728, KIND=kind, LEAVE=LEAVE, GROUPS=2, BN=256, EVEN=True, FAST=fast),
             )
             for kind in activation.KINDS
             for back in ("", " backward")
@@ -204,7 +204,7 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
             f"{kind} of rows{back}": (
                 activation.activation_row_backward_kernel if back else activation.activation_row_kernel,
                 bf16 | row,
-                dict(KIND=kind, BLOCK=1024, ROWS=4),
+                dict(KIND=kind, BLOCK=1024, ROWS=4, FAST=fast),
             )
             for kind in activation.KINDS
             for back in ("", " backward")
@@ -229,7 +229,17 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
         "token statistics": (
             cross_entropy.token_statistics_kernel,
             token | {"out_ptr": "*fp32", "T": "i32"},
-            dict(BLOCK=4096),
+            dict(BLOCK=4096, FAST=fast),
+        ),
+        "token statistics and gradients": (
+            cross_entropy.token_statistics_kernel,
+            token | {"out_ptr": "*fp32", "upstream_ptr": "*fp32", "T": "i32"},
+            dict(BLOCK=4096, FAST=fast),
+        ),
+        "token rescale": (
+            cross_entropy.token_rescale_kernel,
+            token | dict.fromkeys(("known_ptr", "upstream_ptr"), "*fp32") | {"T": "i32"},
+            dict(TOKENS=16, BLOCK=4096),
         ),
         "token gradients": (
             cross_entropy.token_gradients_kernel,
