@@ -1,5 +1,6 @@
 """Whose Adam updates the masters: megatron-core takes Transformer Engine's fused one where that package is,
-else apex's, else torch's. On a CPU it is torch's, since the others are CUDA kernels (``parallel.bridge``).
+else apex's, else torch's, whose steps our kernel then makes on a GPU (`fused_adam`, ``train.fusion``). On a
+CPU it is torch's, since the others are CUDA kernels (``parallel.bridge``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from fp4pretrain.nvidia import why_no_apex, why_no_engine
+from fp4pretrain.ops.choice import without_triton
+from fp4pretrain.train.fused_adam import FusedAdam
 
 _WHOSE = {"transformer_engine": "Transformer Engine's", "apex": "apex's", "torch": "torch's"}
 
@@ -16,8 +19,7 @@ _WHOSE = {"transformer_engine": "Transformer Engine's", "apex": "apex's", "torch
 def adam_of(optimizer: Any) -> str:
     """The Adam of a built optimizer as one phrase, such as ``apex's FusedAdam``; all of them where its
     parts differ."""
-    kinds = {type(part.optimizer) for part in optimizer.chained_optimizers}
-    return ", ".join(sorted(_named(kind) for kind in kinds))
+    return ", ".join(sorted({_whose(part.optimizer) for part in optimizer.chained_optimizers}))
 
 
 def adam_here(device: torch.device) -> str:
@@ -28,8 +30,16 @@ def adam_here(device: torch.device) -> str:
 
     passed = "; ".join(f"no {name}" for name in (why_no_engine(), why_no_apex()) if name)
     if optimizer.USING_PYTORCH_OPTIMIZER:
-        return f"torch's AdamW ({passed})"
+        ours = "" if without_triton() else ", by our kernel unless train.fusion=never"
+        return f"torch's AdamW{ours} ({passed})"
     return _named(optimizer.Adam)
+
+
+def _whose(inner: Any) -> str:
+    named = _named(type(inner))
+    return (
+        f"{named}, by our kernel" if isinstance(getattr(inner, "step", None), FusedAdam) else named
+    )
 
 
 def _named(kind: type) -> str:

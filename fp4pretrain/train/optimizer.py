@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from fp4pretrain.checks import schedule_steps
 from fp4pretrain.config import RunConfig
+from fp4pretrain.model.build import fuses
 from fp4pretrain.train.guard.update import GuardedOptimizer
 
 
@@ -38,7 +39,7 @@ def build_optimizer(config: RunConfig, chunks: Sequence[Any]) -> GuardedOptimize
         ),
         list(chunks),
     )
-    guarded = GuardedOptimizer(optimizer)
+    guarded = GuardedOptimizer(optimizer, fused=fuses(config))
     _allocate_moments(guarded)
     return guarded
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import triton
 from fp4_kernels import activation, amax, block_gemm, cross_entropy, join, native, norm, unpack
+from fp4_kernels.adam import adam_kernel
 from fp4_kernels.bias import bias_kernel
 from fp4_kernels.column_sums import column_sums_kernel
 from fp4_kernels.embedding import embedding_backward_kernel
@@ -225,6 +226,13 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
             rope_kernel, rope | {"bias_ptr": "*bf16"}, dict(HEADS=4, BACKWARD=False, TOKENS=16, HALF=64),
         ),
         "rope backward": (rope_kernel, rope | share, dict(HEADS=4, BACKWARD=True, TOKENS=16, HALF=64)),
+        "adam": (
+            adam_kernel,
+            dict.fromkeys(("rates_ptr", "scale_ptr", "blocked_ptr"), "*fp32")
+            | dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps"), "fp32")
+            | {"table_ptr": "*i64", "programs_ptr": "*i32"},
+            dict(FIELDS=6, ALIGNED=True, BLOCK=4096),
+        ),
         "bias": (bias_kernel, bf16 | row, dict(R=8, BLOCK=512)),
         "token statistics": (
             cross_entropy.token_statistics_kernel,

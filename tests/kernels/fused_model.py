@@ -5,7 +5,8 @@ usage: [torchrun --nproc-per-node 2] fused_model.py '{"a case": ["key=value", ..
 Both are built alike in FP32 on this many tensor-parallel ranks; loss and gradients of one step are compared.
 Linears multiply in FP32: an element that a last bit moves over a boundary of BF16 moves gradients by 4e-4.
 With a quantized recipe the fused model alone is run, and every amax that a kernel handed to a cast is held
-against the one that the reference backend measures, bit for bit.
+against the one that the reference backend measures, bit for bit. Cases that begin with "adam" take steps by
+our Adam and by PyTorch's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,8 +30,11 @@ from fp4pretrain.nn.fused import FusedMLP, FusedNorm, FusedSelfAttention
 from fp4pretrain.ops import handed, reference
 from fp4pretrain.ops.triton_backend import TritonBackend
 from fp4pretrain.parallel.groups import join, leave, world_size
+from fp4pretrain.train import checkpoint, optimizer, replay
 from fp4pretrain.train import trainer as training
-from fp4pretrain.train.step import forward_backward
+from fp4pretrain.train.adam import adam_of
+from fp4pretrain.train.guard import update
+from fp4pretrain.train.step import forward_backward, train_step
 from fp4pretrain.train.trainer import build_trainer
 
 SMALL = [
@@ -107,10 +113,51 @@ def compared(overrides: list[str]) -> dict[str, Any]:
     return {"worst": [worst, errors[worst]], "modules": mine["modules"], "loss": errors["loss"]}
 
 
+def adam_steps(overrides: list[str], folder: Path) -> dict[str, Any]:
+    """How far four steps by our Adam end from four by PyTorch's, of which the third is held back; and whether
+    the last two, from a checkpoint of the first two, end where they did."""
+    update._fuses = lambda _: True  # as on a GPU
+    training.choose = lambda *_, **__: (Exact(), "the test's")
+    config = compose([*SMALL, "optim.clip=0.05", "train.steps=9", *overrides])
+    world = join(device=torch.device("cpu"), seed=config.seed)
+    build.fuses = lambda config: False
+
+    def spoiled(*arguments: Any) -> torch.Tensor | None:
+        loss = forward_backward(*arguments)
+        return None if loss is None else loss * torch.nan
+
+    def trained(ours: bool, saved: Path | None = None) -> tuple[Any, torch.Tensor, list[Path]]:
+        optimizer.fuses = lambda config: ours
+        trainer = build_trainer(config, world, check_layout(config, 1))
+        paths = []
+        if saved is not None:
+            checkpoint.load(trainer, saved)
+        for step in range(trainer.step + 1, 5):
+            replay.forward_backward = spoiled if step == 3 else forward_backward
+            train_step(trainer, trainer.batches(trainer.consumed_samples))
+            if step == 2:
+                paths.append(checkpoint.save(trainer, folder / str(ours), keep_last=1))
+        weights = torch.cat([p.detach().double().flatten() for p in trainer.chunks[0].parameters()])
+        return trainer, weights, paths
+
+    plain, want, _ = trained(False)
+    ours, got, paths = trained(True)
+    again = trained(True, paths[0])[1]
+    return {
+        "adam": [adam_of(trainer.optimizer) for trainer in (plain, ours)],
+        "error": float((got - want).norm() / want.norm()),
+        "again": torch.equal(got, again),
+    }
+
+
 def main() -> None:
     patch_once()
     told = {}
     for case, overrides in json.loads(sys.argv[1]).items():
+        if case.startswith("adam"):
+            with TemporaryDirectory() as folder:
+                told[case] = adam_steps(overrides, Path(folder))
+            continue
         quantized = any(word.startswith("precision=") for word in overrides)
         told[case] = handed_over(overrides) if quantized else compared(overrides)
     if dist.get_rank() == 0:

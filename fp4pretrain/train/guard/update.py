@@ -8,10 +8,10 @@ ranks know it, so asking there costs no second pass. Two things it does not hold
   tensor parallelism, a tied head): their own ranks look at them.
 - The loss. It is reduced together with what those ranks found, in one collective, before the update.
 
-Where PyTorch's Adam runs on GPUs, the norm, the clipping and the decision stay on the device, as inputs of
-one fused kernel: the host waits once a step, for the row's numbers (``Outcome``), and the update may be
-captured in a CUDA graph. Elsewhere (CPU, apex, Transformer Engine) the host decides, by megatron-core's own
-functions.
+Where PyTorch's Adam or ours runs on GPUs, the norm, the clipping and the decision stay on the device, as
+inputs of one fused kernel: the host waits once a step, for the row's numbers (``Outcome``), and the update
+may be captured in a CUDA graph. Elsewhere (CPU, apex, Transformer Engine) the host decides, by
+megatron-core's own functions.
 
 A skipped step changes neither weights nor optimizer state; the step count, the schedule, the data
 position and the tokens go on, as in Megatron-LM.
@@ -30,6 +30,8 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
+
+from fp4pretrain.train.fused_adam import FusedAdam
 
 
 class StepHealth:
@@ -112,11 +114,11 @@ class Outcome:
 class GuardedOptimizer(ChainedOptimizer):
     """megatron-core's optimizer, which writes nothing where a step's loss or gradients are not finite.
 
-    ``on_device``: it decides, clips and updates without the host. ``learning_rate``: the group's, as the
-    schedule set it.
+    ``on_device``: it decides, clips and updates without the host; ``fused``: then by our kernel
+    (`FusedAdam`). ``learning_rate``: the group's, as the schedule set it.
     """
 
-    def __init__(self, optimizer: ChainedOptimizer) -> None:
+    def __init__(self, optimizer: ChainedOptimizer, *, fused: bool = False) -> None:
         super().__init__(optimizer.chained_optimizers)
         self._may_write: Callable[[float], bool] = math.isfinite
         self._grad_norm: float = 0.0
@@ -127,6 +129,10 @@ class GuardedOptimizer(ChainedOptimizer):
             device = torch.cuda.current_device()
             self._rates = [torch.zeros((), device=device) for _ in self._groups()]
             self._settle()
+            if fused:
+                for part in self.chained_optimizers:
+                    if part.optimizer:
+                        FusedAdam(part)
 
     @property
     def learning_rate(self) -> float:

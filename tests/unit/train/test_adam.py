@@ -171,5 +171,10 @@ def test_without_either_the_reasons_are_told(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(adam, "why_no_engine", lambda: "Transformer Engine: install it")
     monkeypatch.setattr(adam, "why_no_apex", lambda: "apex: NVIDIA's")
     monkeypatch.setattr("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER", True)
-    told = adam_here(torch.device("cuda"))
-    assert told == "torch's AdamW (no Transformer Engine: install it; no apex: NVIDIA's)"
+    reasons = "(no Transformer Engine: install it; no apex: NVIDIA's)"
+    for reason, ours in (
+        ("Triton is not installed", ""),
+        (None, ", by our kernel unless train.fusion=never"),
+    ):
+        monkeypatch.setattr(adam, "without_triton", lambda reason=reason: reason)
+        assert adam_here(torch.device("cuda")) == f"torch's AdamW{ours} {reasons}"
