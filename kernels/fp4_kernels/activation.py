@@ -29,14 +29,11 @@ from fp4_kernels.device import has_fast_casts
 from fp4_kernels.spec import ColumnSums, Leave
 
 KINDS = ("gelu", "squared_relu", "swiglu")
-# Groups of sixteen rows, columns, warps, by whether SwiGLU's and whether backward: four columns to a thread,
-# but two where it holds three inputs. More groups make fewer shares of a bias's gradient.
-TILES = {
-    (False, False): (2, 512, 4),
-    (False, True): (4, 512, 4),
-    (True, False): (2, 256, 2),
-    (True, True): (4, 256, 4),
-}
+# Groups of sixteen rows, columns, warps, by whether SwiGLU's: four columns to a thread, but two where it holds
+# three inputs. The best of five to seven measured on an H100, which differ by up to a sixth.
+TILES = {False: (1, 512, 4), True: (1, 256, 2)}
+BACKWARD_TILES = {False: (1, 512, 4), True: (1, 256, 4)}
+SUMMED = 4  # groups where a bias's gradient is summed: fewer shares, and no slower
 ROWS = (1024, 4)  # columns and rows of a program; one row alone costs an amax a third more
 _SIGNS = ("lo", "hi")
 _PLAIN = tl.constexpr((True, 0, False, False))  # a ``Leave`` of the amax alone
@@ -364,7 +361,7 @@ def activation(
     rows, n = x.shape[0], x.shape[1] // (2 if kind == "swiglu" else 1)
     out = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     if rows and leave is not None and leave.turn is not None:
-        tile = TILES[kind == "swiglu", False]
+        tile = TILES[kind == "swiglu"]
         _launch_tiles(activation_kernel, (x, bias, out), (rows, n), kind, leave, tile)
     elif rows:
         _launch_rows(activation_row_kernel, (x, bias, out), (rows, n), kind, leave)
@@ -388,9 +385,10 @@ def activation_backward(
     rows, n = dy.shape
     dx = torch.empty_like(x)
     added, sums = (None, None) if bias is None else bias
-    tile = TILES[kind == "swiglu", True]
+    tile = BACKWARD_TILES[kind == "swiglu"]
     shares = None
     if sums is not None:
+        tile = (SUMMED, *tile[1:])
         shares = shares_for(1, triton.cdiv(rows, tile[0] * 16), x.shape[1], x.device)
     if rows and (shares is not None or (leave is not None and leave.turn is not None)):
         tensors = x, added, dy, dx, shares
