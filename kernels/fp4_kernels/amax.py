@@ -151,6 +151,37 @@ def _finish_bits(bits, ROTATION: tl.constexpr, BF16: tl.constexpr):
 
 
 @triton.jit
+def peaks_of(ys, lo, hi, LEAVE: tl.constexpr, FAST: tl.constexpr):
+    """(magnitudes of sixteen tensors [TB, BN] as ``load_tile`` has them, those of their rotated transpose):
+    int32 bits [TB, BN], maxima over the sixteen; zeros for the one that LEAVE does not want.
+
+    LEAVE: the last of ``Leave.arguments``. ``leave_peaks`` takes larger ones of several tiles.
+    """
+    plain = tl.zeros(ys[0].shape, tl.int32)
+    turned = plain
+    if LEAVE[0]:
+        peak = _first(ys, 0, FAST)
+        for i in tl.static_range(16):
+            peak = _larger(peak, ys[i], FAST)
+        plain = _magnitude(peak)
+    if LEAVE[1] > 0:
+        turned = _magnitude(_column_peak(ys, lo, hi, LEAVE[1], LEAVE[2], False, FAST))
+    return plain, turned
+
+
+@triton.jit
+def leave_peaks(amax_ptr, plain, turned, LEAVE: tl.constexpr):
+    """Raise amax_ptr[0] and amax_ptr[1] to the two of ``peaks_of``."""
+    if LEAVE[0]:
+        largest = tl.max(tl.max(plain, axis=1), axis=0)
+        tl.atomic_max(amax_ptr, largest, sem="relaxed")
+    if LEAVE[1] > 0:
+        largest = tl.max(tl.max(turned, axis=1), axis=0)
+        found = bits_of(_finish_bits(largest, LEAVE[1], LEAVE[3]))
+        tl.atomic_max(amax_ptr + 1, found, sem="relaxed")
+
+
+@triton.jit
 def leave_amaxes(amax_ptr, ys, lo, hi, LEAVE: tl.constexpr, FAST: tl.constexpr):
     """Raise amax_ptr[0] to the amax of sixteen tensors [TB, BN] as ``load_tile`` has them, and amax_ptr[1]
     to that of their rotated transpose: what ``amax_kernel`` would find in what was written.
@@ -158,21 +189,8 @@ def leave_amaxes(amax_ptr, ys, lo, hi, LEAVE: tl.constexpr, FAST: tl.constexpr):
     LEAVE: the last of ``Leave.arguments``, or None to do nothing.
     """
     if LEAVE is not None:
-        PLAIN: tl.constexpr = LEAVE[0]
-        ROTATION: tl.constexpr = LEAVE[1]
-        SIGNS: tl.constexpr = LEAVE[2]
-        BF16: tl.constexpr = LEAVE[3]
-        if PLAIN:
-            peak = _first(ys, 0, FAST)
-            for i in tl.static_range(16):
-                peak = _larger(peak, ys[i], FAST)
-            largest = tl.max(tl.max(_magnitude(peak), axis=1), axis=0)
-            tl.atomic_max(amax_ptr, largest, sem="relaxed")
-        if ROTATION > 0:
-            peak_c = _column_peak(ys, lo, hi, ROTATION, SIGNS, False, FAST)
-            largest = tl.max(tl.max(_magnitude(peak_c), axis=1), axis=0)
-            found = bits_of(_finish_bits(largest, ROTATION, BF16))
-            tl.atomic_max(amax_ptr + 1, found, sem="relaxed")
+        plain, turned = peaks_of(ys, lo, hi, LEAVE, FAST)
+        leave_peaks(amax_ptr, plain, turned, LEAVE)
 
 
 @triton.jit(do_not_specialize=_SIGNS, do_not_specialize_on_alignment=_SIGNS)
