@@ -34,7 +34,10 @@ FUSED_CASES = (
     "norm layer 7x1024 sum bias",
     "norm layer 37x96 sum bias",
     "norm rms 37x96 sum bias",
+    "norm layer 176x96 sum bias turned",
+    "norm rms 32x1024 turned",
     "norm_rounds",
+    "norm_refuses",
     "activation gelu",
     "activation squared_relu",
     "activation swiglu",
@@ -69,8 +72,11 @@ def far(name: str, got: Tensor, want: Tensor, *, limit: float = 2e-5) -> list[st
 
 def check_norm(kind: str, shape: str, *words: str, device: str = "cpu") -> list[str]:
     """Of x, or of the sum of x, a linear's bias and a residual, whose gradient comes from another reader too;
-    gradients of vectors written the first time and added the second."""
+    gradients of vectors written the first time and added the second. "turned": by the kernels that leave a
+    rotated amax."""
     summed, biased = "sum" in words, "bias" in words
+    left = torch.zeros(2, dtype=torch.int32, device=device)
+    leave = Leave(True, Turn(16, None), left) if "turned" in words else None
     rows, n = map(int, shape.split("x"))
     g = torch.Generator().manual_seed(n)
     x = torch.randn(rows, n, generator=g) * 2 + 0.5
@@ -87,12 +93,12 @@ def check_norm(kind: str, shape: str, *words: str, device: str = "cpu") -> list[
         t.to(device) for t in (x, residual, weight, bias, linear_bias, dy, dtotal)
     )
     call = NormCall(
-        1e-5, centered, residual if summed else None, None, linear_bias if biased else None
+        1e-5, centered, residual if summed else None, leave, linear_bias if biased else None
     )
     got, total, statistics = norm(x, weight, bias if centered else None, call)
     bad = far("total", total, t64) if total is not None else []
     seen = x if total is None else total
-    call = NormCall(1e-5, centered, dtotal if summed else None)
+    call = NormCall(1e-5, centered, dtotal if summed else None, leave)
     for times in (1, 2):
         if times == 1:
             dw, db, dl = torch.full((3, n), torch.nan, device=device)
@@ -119,6 +125,28 @@ def check_norm_rounds(*, device: str = "cpu") -> list[str]:
     assert before.total is not None
     pairs = (("y", inside.out, before.out), ("total", inside.total, before.total))
     return bad + [f"{name}: other bits" for name, a, b in pairs if not torch.equal(a, b)]
+
+
+def check_norm_refuses(*, device: str = "cpu") -> list[str]:
+    """An amax rotated over sixteen tokens of rows that they do not divide: both passes refuse it, as `amax`
+    does."""
+    x, weight = torch.ones(40, 32, device=device), torch.ones(32, device=device)
+    leave = Leave(True, Turn(16, None), torch.zeros(2, dtype=torch.int32, device=device))
+    normed = norm(x, weight, None, NormCall(1e-5, False))
+    asked = NormCall(1e-5, False, leave=leave)
+    found = NormGradients(torch.zeros(32, device=device), None, None, add=False)
+    calls = {
+        "norm": lambda: norm(x, weight, None, asked),
+        "norm_backward": lambda: norm_backward(x, normed.statistics, weight, x, found, asked),
+    }
+    bad = []
+    for name, call in calls.items():
+        try:
+            call()
+        except ValueError:
+            continue
+        bad.append(f"{name} left something")
+    return bad
 
 
 _ACTIVATIONS: dict[str, Any] = {
@@ -378,6 +406,7 @@ def check_fused(case: str, *, device: str = "cpu") -> list[str]:
     checks: dict[str, Any] = {
         "norm": check_norm,
         "norm_rounds": check_norm_rounds,
+        "norm_refuses": check_norm_refuses,
         "activation": check_activation,
         "activation_rounds": check_activation_rounds,
         "embedding": check_embedding,
