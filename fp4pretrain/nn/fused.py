@@ -4,10 +4,10 @@ They compute what `Norm`, megatron-core's MLP, its self-attention and its residu
 inside and rounded once, on GPUs with Triton; `fp4_kernels` has the kernels. Cross entropy is in `loss`.
 
     written here                 read by             amaxes left for its casts (`ops.handed`)
-    a norm's output              fc1, qkv            plain
+    a norm's output              fc1, qkv            plain, rotated
     an activation's output       fc2                 plain, rotated
     activation's gradient        fc1's dy            plain, rotated
-    a norm's gradient + sum's    proj's, fc2's dy    plain
+    a norm's gradient + sum's    proj's, fc2's dy    plain, rotated
     gradients of q, k, v         qkv's dy            plain, rotated; with rotary embeddings none
 
 Linears' biases are added where their sums are read, rounded as sums of their own would be, and the gradients
@@ -26,6 +26,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from fp4_kernels.spec import LEFT_TURN
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -52,9 +53,11 @@ class NormPass:
     awaited_back: Awaited | None
 
 
-def _plain(awaited: Awaited | None) -> Awaited | None:
-    """Of the awaited amaxes, those that a kernel of whole rows can measure: none rotated along the tokens."""
-    return None if awaited is None or awaited.turn is not None else awaited
+def _measurable(awaited: Awaited | None, x: Tensor) -> Awaited | None:
+    """The awaited amaxes, or None where one is rotated over sixteen tokens, which do not divide those of
+    x [..., n]: casts pad such a matrix, and measure what they have padded."""
+    rotated = awaited is not None and awaited.turn is not None
+    return None if rotated and x.numel() // x.shape[-1] % LEFT_TURN else awaited
 
 
 class FusedNormFunction(torch.autograd.Function):
@@ -80,8 +83,9 @@ class FusedNormFunction(torch.autograd.Function):
         added = None if residual is None else residual.reshape(x_tn.shape).contiguous()
         leave = how.awaited and how.awaited.leave(x.device)
         call = NormCall(how.eps, how.centered, added, leave, linear_bias)
-        out_tn, total_tn = norm(x_tn, weight, bias, call)
-        ctx.save_for_backward(x_tn if total_tn is None else total_tn, weight, bias, linear_bias)
+        out_tn, total_tn, statistics = norm(x_tn, weight, bias, call)
+        normed = x_tn if total_tn is None else total_tn
+        ctx.save_for_backward(normed, statistics, weight, bias, linear_bias)
         ctx.how, ctx.summed = how, total_tn is not None
         ctx.set_materialize_grads(False)
         # not views: megatron-core wants none between layers
@@ -94,7 +98,7 @@ class FusedNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple:  # type: ignore[override]  # torch's is variadic
         from fp4_kernels.norm import NormCall, NormGradients, norm_backward
 
-        x_tn, weight, bias, linear_bias = ctx.saved_tensors
+        x_tn, statistics, weight, bias, linear_bias = ctx.saved_tensors
         how: NormPass = ctx.how
         linear_bias = linear_bias if ctx.needs_input_grad[4] else None
         if dy is None:
@@ -105,6 +109,7 @@ class FusedNormFunction(torch.autograd.Function):
         sums = TokenSums(weight, bias, linear_bias)
         dx = norm_backward(
             x_tn,
+            statistics,
             weight,
             dy.reshape(x_tn.shape).contiguous(),
             NormGradients(*sums.out, add=sums.add),
@@ -137,7 +142,7 @@ class FusedNorm(Norm):
         """The norm of x; with what ``add`` is given, the sum."""
         if added is not None:
             residual, writer, linear_bias = added
-            how = self._pass(writer)
+            how = self._pass(x, writer)
             out, total = FusedNormFunction.apply(
                 x, residual, self.weight, self.bias, linear_bias, how
             )
@@ -148,7 +153,7 @@ class FusedNorm(Norm):
             return ahead[1]
         if not self.holds(x):
             return super().forward(x)
-        how = self._pass(None)
+        how = self._pass(x, None)
         found: Tensor = FusedNormFunction.apply(x, None, self.weight, self.bias, None, how)[0]
         return found
 
@@ -170,9 +175,9 @@ class FusedNorm(Norm):
         total: Tensor = self(x, (residual, writer, linear_bias))
         return total
 
-    def _pass(self, writer: QuantLinear | None) -> NormPass:
-        awaited = _plain(self.reader[0].awaits("x")) if self.reader else None
-        back = None if writer is None else _plain(writer.awaits("dy"))
+    def _pass(self, x: Tensor, writer: QuantLinear | None) -> NormPass:
+        awaited = _measurable(self.reader[0].awaits("x"), x) if self.reader else None
+        back = None if writer is None else _measurable(writer.awaits("dy"), x)
         return NormPass(self.eps, self.bias is not None, awaited, back)
 
 

@@ -1,49 +1,67 @@
 """LayerNorm and RMSNorm of the last dimension, and of a sum that is made on the way.
 
-    forward     x [, linear's bias], [residual] -> out [, total = x + linear's bias + residual]
-    backward    x or total, dy [, dtotal] -> dx = the norm's gradient [+ dtotal], shares of column sums
+    forward     x [, linear's bias], [residual] -> out, statistics [, total = x + linear's bias + residual]
+    backward    x or total, statistics, dy [, dtotal] -> dx = the norm's gradient [+ dtotal], shares of sums
     then        shares -> dw, db and the gradient of the linear's bias, or added to main gradients
 
 Every tensor is read or written once. PyTorch's backward pass reads x and dy twice, once for dx and once for
 the weight's gradient; here a program keeps its rows' share of that gradient in registers. Statistics and
-sums are FP32; x + bias and a total are rounded to their type, as sums of their own would be.
+sums are FP32; x + bias and a total are rounded to their type, as sums of their own would be. The backward
+pass reads a row's statistics, at most 8 bytes, which spares it the sums that they are made of.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from fp4_kernels.arith import bits_of
 from fp4_kernels.column_sums import add_shares, shares_for
-from fp4_kernels.spec import Leave
+from fp4_kernels.device import has_fast_casts
+from fp4_kernels.norm_kernel import norm_backward_kernel, norm_kernel
+from fp4_kernels.spec import LEFT_TURN, Leave
 
-# Elements of a program's tile where a row is shorter, and warps at that size: the best of four and, in the
-# backward pass, of nine measured on an H100.
+# Elements of a forward program's tile where a row is shorter, and its warps at that size: the best of four
+# measured on an H100.
 TILE = (2048, 4)
-BACKWARD_TILE = (4096, 8)
-# Registers of a thread of that tile where a linear's bias is summed too. It would take 150 to 162, and one
-# program would fit a multiprocessor; so two do, for at most six registers that wait in memory (sm_90).
-REGISTERS = 128
-PROGRAMS = 2  # a multiprocessor, in the backward pass
+# In the backward pass, and in the forward pass with a rotated amax: the warps that share a multiprocessor,
+# and the registers that each of their threads may then have (sm_90).
+WARPS, REGISTERS = 16, 128
+LEAST_WARPS = 4  # of a program in the backward pass without one
+ROWS = 2  # rows that a thread takes at once
+# How the backward pass reads ahead: 1 into registers, more into so many stages of shared memory. With a
+# rotated amax it is registers: Triton does not pipeline a loop that has a barrier of its own.
+STAGES = 1
+# Up to this many columns the forward pass keeps sixteen tokens in registers for the rotated amax. Beyond, it
+# reads them again from the cache, as the backward pass does.
+KEEP = 4096
 WIDEST = 16384  # columns that a program can hold
+_THREAD = 8  # neighbours of a row in one thread
 
 
 class NormCall(NamedTuple):
     """``centered``: LayerNorm, otherwise RMSNorm. ``residual``: what is added to x before it is normed, and
     in the backward pass the gradient of that sum that comes from elsewhere; [rows, N] in x's dtype or None.
-    ``leave``: amaxes of what is written (no turn). ``linear_bias``: [N], of the linear that wrote x, added
-    before the residual; forward, and beside a residual alone."""
+    ``leave``: amaxes of what is written; the rotated one only where sixteen divides the rows.
+    ``linear_bias``: [N], of the linear that wrote x, added before the residual; forward, and beside a
+    residual alone."""
 
     eps: float
     centered: bool
     residual: Tensor | None = None
     leave: Leave | None = None
     linear_bias: Tensor | None = None
+
+
+class Normed(NamedTuple):
+    """``out`` and ``total`` (the sum that was normed, None without a residual) [rows, N] in x's dtype.
+    ``statistics``: fp32 [1 or 2, rows], 1 / deviation of each row and for LayerNorm its mean."""
+
+    out: Tensor
+    total: Tensor | None
+    statistics: Tensor
 
 
 class NormGradients(NamedTuple):
@@ -58,148 +76,103 @@ class NormGradients(NamedTuple):
     add: bool
 
 
-@triton.jit
-def _moments(x, inside, N, eps, CENTERED: tl.constexpr):
-    """(x minus its mean where CENTERED, 1 / standard deviation) of rows [R, BLOCK]; zeros outside."""
-    if CENTERED:
-        x = tl.where(inside, x - (tl.sum(x, axis=1) / N)[:, None], 0.0)
-    return x, tl.rsqrt(tl.sum(x * x, axis=1) / N + eps)[:, None]
+class _Tile(NamedTuple):
+    """The kernels' constants T, U, R, BLOCK and BN, in their order, and a program's warps."""
+
+    tokens: int
+    rows: int
+    beside: int
+    block: int
+    chunk: int
+    warps: int
 
 
-@triton.jit
-def _peaks(written, inside, R: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest bits of magnitudes of the [R, BLOCK] written, [R, BLOCK / 8 or 1]: eight neighbours are of one
-    thread, so this moves nothing and leaves an eighth of the registers to keep."""
-    bits = bits_of(tl.where(inside, written.to(tl.float32), 0.0)) & 0x7FFFFFFF
-    return tl.max(tl.reshape(bits, [R, (BLOCK + 7) // 8, min(BLOCK, 8)]), axis=2)
-
-
-@triton.jit
-def norm_kernel(
-    x_ptr, linear_bias_ptr, residual_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr, amax_ptr, rows, N, eps,
-    CENTERED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out = (t - mean) / deviation * weight + bias of the total t = (x + linear bias) + residual [rows, N].
-
-    No mean unless CENTERED; residual (with total), both biases and amax may be None.
-    """
-    row = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < N)
-    x = tl.load(x_ptr + row * N + column, mask=inside, other=0.0)
-    if residual_ptr is not None:
-        if linear_bias_ptr is not None:
-            added = tl.load(linear_bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
-            x = (x.to(tl.float32) + added).to(x_ptr.dtype.element_ty)
-        residual = tl.load(residual_ptr + row * N + column, mask=inside, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + row * N + column, x, mask=inside)
-    x, scale = _moments(x.to(tl.float32), inside, N, eps, CENTERED)
-    y = x * scale * tl.load(weight_ptr + column, mask=column < N, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)
-    y = y.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * N + column, y, mask=inside)
-    if amax_ptr is not None:
-        peak = _peaks(y, inside, R, BLOCK)
-        tl.atomic_max(amax_ptr, tl.max(tl.max(peak, axis=1), axis=0), sem="relaxed")
-
-
-@triton.jit
-def norm_backward_kernel(
-    x_ptr, weight_ptr, dy_ptr, dtotal_ptr, dx_ptr, dw_ptr, db_ptr, dlinear_ptr, amax_ptr, rows, N, eps, steps,
-    CENTERED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """dx [rows, N], and this program's share of gradients in a row of dw (the weight's), db (the bias's) and
-    dlinear (the linear bias's: sums of dx).
-
-    dtotal (added to dx), db, dlinear and amax may be None.
-    """
-    column = tl.arange(0, BLOCK)[None, :]
-    weight = tl.load(weight_ptr + column, mask=column < N, other=0.0).to(tl.float32)
-    dw = tl.zeros([R, BLOCK], tl.float32)
-    db = tl.zeros([R, BLOCK], tl.float32)
-    dlinear = tl.zeros([R, BLOCK], tl.float32)
-    peak = tl.zeros([R, (BLOCK + 7) // 8], tl.int32)
-    for step in range(steps):
-        tile = tl.program_id(0) + step * tl.num_programs(0)
-        row = (tile * R + tl.arange(0, R)).to(tl.int64)[:, None]
-        inside = (row < rows) & (column < N)
-        x = tl.load(x_ptr + row * N + column, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + row * N + column, mask=inside, other=0.0).to(tl.float32)
-        x, scale = _moments(x, inside, N, eps, CENTERED)
-        x = x * scale
-        g = dy * weight
-        dx = g - x * (tl.sum(g * x, axis=1) / N)[:, None]
-        if CENTERED:
-            dx -= (tl.sum(g, axis=1) / N)[:, None]
-            db += dy
-        dw += dy * x
-        dx = dx * scale
-        if dtotal_ptr is not None:
-            dx += tl.load(dtotal_ptr + row * N + column, mask=inside, other=0.0).to(tl.float32)
-        written = dx.to(dx_ptr.dtype.element_ty)
-        tl.store(dx_ptr + row * N + column, written, mask=inside)
-        if dlinear_ptr is not None:
-            dlinear += written.to(tl.float32)
-        if amax_ptr is not None:
-            peak = tl.maximum(peak, _peaks(written, inside, R, BLOCK))
-    share = tl.program_id(0) * N + tl.arange(0, BLOCK)
-    tl.store(dw_ptr + share, tl.sum(dw, axis=0), mask=tl.arange(0, BLOCK) < N)
-    if db_ptr is not None:
-        tl.store(db_ptr + share, tl.sum(db, axis=0), mask=tl.arange(0, BLOCK) < N)
-    if dlinear_ptr is not None:
-        tl.store(dlinear_ptr + share, tl.sum(dlinear, axis=0), mask=tl.arange(0, BLOCK) < N)
-    if amax_ptr is not None:
-        tl.atomic_max(amax_ptr, tl.max(tl.max(peak, axis=1), axis=0), sem="relaxed")
-
-
-def _tile(columns: int, tile: tuple[int, int]) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps."""
-    elements, warps = tile
+def _forward_tile(columns: int) -> _Tile:
+    """Of the forward pass without a rotated amax: one row of a thread, nothing read ahead, many programs."""
+    elements, warps = TILE
     block = triton.next_power_of_2(columns)
-    rows = max(1, elements // block)
-    return rows, block, warps if rows * block <= elements else 8
+    beside = max(1, elements // block)
+    return _Tile(1, 1, beside, block, block, warps if beside * block <= elements else 8)
 
 
-def norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, call: NormCall
-) -> tuple[Tensor, Tensor | None]:
-    """(LayerNorm or RMSNorm of x [+ linear's bias] + residual, that sum or None) of x [rows, N], contiguous,
-    N at most ``WIDEST``; in x's dtype."""
+def _tall_tile(columns: int, *, turned: bool) -> _Tile:
+    """Of the others: a thread has eight neighbours of ROWS rows, or more of one row where WARPS are not
+    enough."""
+    block = triton.next_power_of_2(columns)
+    a_warp = 32 * _THREAD
+    warps = min(WARPS, max(1 if turned else LEAST_WARPS, block // a_warp))
+    rows = ROWS if block <= warps * a_warp else 1
+    beside = 1 if turned else max(1, warps * a_warp // block)
+    return _Tile(LEFT_TURN if turned else rows, rows, beside, block, min(block, 64 * warps), warps)
+
+
+def _turns(leave: Leave | None, rows: int) -> bool:
+    """Whether a rotated amax is asked for. Raises ValueError where sixteen does not divide the rows."""
+    if leave is None or leave.turn is None:
+        return False
+    if rows % LEFT_TURN:
+        raise ValueError(f"a rotation of {LEFT_TURN} does not divide {rows} rows")
+    return True
+
+
+def _options(tile: _Tile) -> dict[str, Any]:
+    """Of a launch on a ``_tall_tile``; ROCm's compiler takes no number of registers."""
+    return {"num_warps": tile.warps} | ({} if torch.version.hip else {"maxnreg": REGISTERS})
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, call: NormCall) -> Normed:
+    """LayerNorm or RMSNorm of x [+ linear's bias] [+ residual] [rows, N], contiguous, N at most ``WIDEST``.
+
+    Raises ValueError where a rotated amax is wanted of rows that sixteen does not divide.
+    """
     out = torch.empty_like(x)
     total = None if call.residual is None else torch.empty_like(x)
     rows, n = x.shape
+    found = torch.empty(2 if call.centered else 1, rows, dtype=torch.float32, device=x.device)
+    turned = _turns(call.leave, rows)
+    tile = _tall_tile(n, turned=True) if turned else _forward_tile(n)
+    amaxes, words, config = (None, (0, 0), None) if call.leave is None else call.leave.arguments()
     if rows:
-        r, block, warps = _tile(n, TILE)
-        norm_kernel[(triton.cdiv(rows, r),)](
-            x, call.linear_bias, call.residual, weight, bias, total, out, call.leave and call.leave.out,
-            rows, n, call.eps, call.centered, r, block, num_warps=warps,
+        options = _options(tile) if turned else {"num_warps": tile.warps}
+        norm_kernel[(triton.cdiv(rows, tile.tokens * tile.beside),)](
+            x, call.linear_bias, call.residual, weight, bias, total, out, found, amaxes,
+            rows, n, call.eps, *words, call.centered, config if turned else None, n <= KEEP, *tile[:5],
+            n == tile.block, has_fast_casts(x.device), **options,
         )  # fmt: skip
-    return out, total
+    return Normed(out, total, found)
 
 
 def norm_backward(
-    x: Tensor, weight: Tensor, dy: Tensor, gradients: NormGradients, call: NormCall
+    x: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    dy: Tensor,
+    gradients: NormGradients,
+    call: NormCall,
 ) -> Tensor:
-    """dx [rows, N] of ``norm``; ``x`` is what was normed, x + residual where there was one."""
+    """dx [rows, N] of ``norm``; ``x`` is what was normed, so its total where there is one, and ``statistics``
+    are that call's. Raises as ``norm`` does."""
     dx = torch.empty_like(x)
     rows, n = x.shape
-    r, block, warps = _tile(n, BACKWARD_TILE)
-    tiles = triton.cdiv(rows, r)
+    turned = _turns(call.leave, rows)
+    tile = _tall_tile(n, turned=turned)
+    tiles = triton.cdiv(rows, tile.tokens * tile.beside)
     most = 8
     if x.is_cuda:
-        most = PROGRAMS * torch.cuda.get_device_properties(x.device).multi_processor_count
-    programs = max(1, min(tiles, most))
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        most = processors * (WARPS // tile.warps)
+    each = triton.cdiv(tiles, most)
+    programs = triton.cdiv(tiles, each) if tiles else 1
     wanted = (gradients.weight, gradients.bias, gradients.linear_bias)
     outs = [out for out in wanted if out is not None]
     shares = shares_for(len(outs), programs, n, x.device)
     parts = iter(shares)
     dw, db, dlinear = (None if out is None else next(parts) for out in wanted)
-    few = {"maxnreg": REGISTERS} if dlinear is not None and r * block <= BACKWARD_TILE[0] else {}
+    amaxes, words, config = (None, (0, 0), None) if call.leave is None else call.leave.arguments()
     norm_backward_kernel[(programs,)](
-        x, weight, dy, call.residual, dx, dw, db, dlinear, call.leave and call.leave.out,
-        rows, n, call.eps, triton.cdiv(tiles, programs), call.centered, r, block, num_warps=warps, **few,
+        x, statistics, weight, dy, call.residual, dx, dw, db, dlinear, amaxes,
+        rows, n, each, *words, call.centered, config if turned else None, *tile[:5],
+        1 if turned else STAGES, n == tile.block, has_fast_casts(x.device), **_options(tile),
     )  # fmt: skip
     add_shares(shares, outs, add=gradients.add)
     return dx

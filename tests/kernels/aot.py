@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import triton
-from fp4_kernels import activation, amax, block_gemm, cross_entropy, join, native, norm, unpack
+from fp4_kernels import activation, amax, block_gemm, cross_entropy, join, native, unpack
 from fp4_kernels.adam import adam_kernel
 from fp4_kernels.bias import bias_kernel
 from fp4_kernels.column_sums import column_sums_kernel
 from fp4_kernels.embedding import embedding_backward_kernel
+from fp4_kernels.norm_kernel import norm_backward_kernel, norm_kernel
 from fp4_kernels.quantize_kernel import quantize_kernel
 from fp4_kernels.rope import rope_kernel
 from fp4_kernels.spec import Copy, Noise
@@ -174,7 +175,10 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
     bf16 = dict.fromkeys(names, "*bf16") | {"amax_ptr": "*i32"}
     row = {"rows": "i32", "N": "i32", "eps": "fp32"}
     shares = dict.fromkeys(("dw_ptr", "db_ptr", "dlinear_ptr"), "*fp32")
-    tile = dict(CENTERED=True, R=2, BLOCK=2048)
+    statistics = {"statistics_ptr": "*fp32", "tiles": "i32", "lo": "i64", "hi": "i64"}
+    whole = dict(CENTERED=True, EVEN=True, FAST=fast, BLOCK=2048, BN=512)
+    plain = whole | dict(LEAVE=None, T=2, U=2, R=2)
+    turned = whole | dict(LEAVE=LEAVE, T=16, U=2, R=1)
     places = [f"{part}_{axis}" for part in "qkv" for axis in "sbh"]
     rope = dict.fromkeys(("qkv_ptr", "q_ptr", "k_ptr", "v_ptr"), "*bf16") | {"angles_ptr": "*fp32"}
     share = {"shares_ptr": "*fp32"}
@@ -182,10 +186,20 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
     left = {"R": "i32", "C": "i32", "lo": "i64", "hi": "i64"}
     token = {"x_ptr": "*bf16", "labels_ptr": "*i64", "V": "i32", "start": "i32"}
     kernels: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
-        "norm": (norm.norm_kernel, bf16 | row, tile),
-        "norm backward": (
-            norm.norm_backward_kernel, bf16 | row | shares | {"steps": "i32"}, tile,
-        ),
+        **{
+            f"norm, {name}": (norm_kernel, bf16 | row | statistics, tile | dict(KEEP=keep))
+            for name, tile, keep in (
+                ("plain", plain, False), ("kept", turned, True), ("read again", turned, False),
+            )
+        },
+        **{
+            f"norm backward, {name}": (
+                norm_backward_kernel, bf16 | row | shares | statistics, tile | dict(STAGES=stages),
+            )
+            for name, tile, stages in (
+                ("plain", plain, 1), ("plain, stages", plain, 3), ("turned", turned, 1),
+            )
+        },
         "column sums": (
             column_sums_kernel,
             dict.fromkeys(("shares_ptr", "first_ptr", "second_ptr", "third_ptr"), "*fp32")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import fp4_kernels.norm as norms
 import torch
 import torch.nn.functional as F
 from fp4_kernels.activation import KINDS, activation, activation_backward
@@ -25,14 +26,18 @@ from fp4_kernels.spec import NO_TURN, ColumnSums, Leave, Turn
 from torch import Tensor
 
 FUSED_CASES = (
-    "norm layer 37x96",
-    "norm rms 37x96",
+    "norm layer 170x96",
+    "norm rms 170x96",
     "norm rms 5x4999",
     "norm layer 37x96 sum",
     "norm rms 37x96 sum",
+    "norm layer 7x1024 sum bias",
     "norm layer 37x96 sum bias",
     "norm rms 37x96 sum bias",
+    "norm layer 176x96 sum bias turned",
+    "norm rms 32x1024 turned",
     "norm_rounds",
+    "norm_refuses",
     "activation gelu",
     "activation squared_relu",
     "activation swiglu",
@@ -43,7 +48,10 @@ FUSED_CASES = (
     "join 1x24",
     "join 3x136",
     "embedding",
-    "left norm",
+    "left norm layer 40",
+    "left norm layer 64",
+    "left norm rms 40 again",
+    "left norm layer 64 again",
     "left gelu",
     "left swiglu",
     "left join",
@@ -65,8 +73,11 @@ def far(name: str, got: Tensor, want: Tensor, *, limit: float = 2e-5) -> list[st
 
 def check_norm(kind: str, shape: str, *words: str, device: str = "cpu") -> list[str]:
     """Of x, or of the sum of x, a linear's bias and a residual, whose gradient comes from another reader too;
-    gradients of vectors written the first time and added the second."""
+    gradients of vectors written the first time and added the second. "turned": by the kernels that leave a
+    rotated amax."""
     summed, biased = "sum" in words, "bias" in words
+    left = torch.zeros(2, dtype=torch.int32, device=device)
+    leave = Leave(True, Turn(16, None), left) if "turned" in words else None
     rows, n = map(int, shape.split("x"))
     g = torch.Generator().manual_seed(n)
     x = torch.randn(rows, n, generator=g) * 2 + 0.5
@@ -83,17 +94,17 @@ def check_norm(kind: str, shape: str, *words: str, device: str = "cpu") -> list[
         t.to(device) for t in (x, residual, weight, bias, linear_bias, dy, dtotal)
     )
     call = NormCall(
-        1e-5, centered, residual if summed else None, None, linear_bias if biased else None
+        1e-5, centered, residual if summed else None, leave, linear_bias if biased else None
     )
-    got, total = norm(x, weight, bias if centered else None, call)
+    got, total, statistics = norm(x, weight, bias if centered else None, call)
     bad = far("total", total, t64) if total is not None else []
     seen = x if total is None else total
-    call = NormCall(1e-5, centered, dtotal if summed else None)
+    call = NormCall(1e-5, centered, dtotal if summed else None, leave)
     for times in (1, 2):
         if times == 1:
             dw, db, dl = torch.full((3, n), torch.nan, device=device)
         found = NormGradients(dw, db if centered else None, dl if biased else None, add=times == 2)
-        dx = norm_backward(seen, weight, dy, found, call)
+        dx = norm_backward(seen, statistics, weight, dy, found, call)
         bad += far(f"dw {times}", dw, _grad(w64) * times)
         bad += far(f"db {times}", db, _grad(b64) * times) if centered else []
         bad += far(f"dlinear {times}", dl, _grad(l64) * times) if biased else []
@@ -109,12 +120,34 @@ def check_norm_rounds(*, device: str = "cpu") -> list[str]:
     inside = norm(x, weight, bias, NormCall(1e-5, True, residual, None, added))
     before = norm(x + added, weight, bias, NormCall(1e-5, True, residual))
     found = NormGradients(*torch.zeros(3, 40, device=device), add=False)
-    assert found.linear_bias is not None and inside[1] is not None
-    dx = norm_backward(inside[1], weight, dy, found, NormCall(1e-5, True))
+    assert found.linear_bias is not None and inside.total is not None
+    dx = norm_backward(inside.total, inside.statistics, weight, dy, found, NormCall(1e-5, True))
     bad = far("dlinear", found.linear_bias, dx.double().sum(0))
-    assert before[1] is not None
-    pairs = (("y", inside[0], before[0]), ("total", inside[1], before[1]))
+    assert before.total is not None
+    pairs = (("y", inside.out, before.out), ("total", inside.total, before.total))
     return bad + [f"{name}: other bits" for name, a, b in pairs if not torch.equal(a, b)]
+
+
+def check_norm_refuses(*, device: str = "cpu") -> list[str]:
+    """An amax rotated over sixteen tokens of rows that they do not divide: both passes refuse it, as `amax`
+    does."""
+    x, weight = torch.ones(40, 32, device=device), torch.ones(32, device=device)
+    leave = Leave(True, Turn(16, None), torch.zeros(2, dtype=torch.int32, device=device))
+    normed = norm(x, weight, None, NormCall(1e-5, False))
+    asked = NormCall(1e-5, False, leave=leave)
+    found = NormGradients(torch.zeros(32, device=device), None, None, add=False)
+    calls = {
+        "norm": lambda: norm(x, weight, None, asked),
+        "norm_backward": lambda: norm_backward(x, normed.statistics, weight, x, found, asked),
+    }
+    bad = []
+    for name, call in calls.items():
+        try:
+            call()
+        except ValueError:
+            continue
+        bad.append(f"{name} left something")
+    return bad
 
 
 _ACTIVATIONS: dict[str, Any] = {
@@ -209,9 +242,9 @@ def _parts(heads: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor,
     return q, k, v
 
 
-def check_left(kernel: str, *, device: str = "cpu") -> list[str]:
+def check_left(kernel: str, *words: str, device: str = "cpu") -> list[str]:
     """The amaxes that a kernel leaves are, bit for bit, those that a pass over what it wrote finds: with
-    edges that hang over tiles, a NaN, signs and none, a rotation that stays in FP32."""
+    edges that hang over tiles, a NaN, signs and none, a rotation that stays in FP32. ``words``: of a norm."""
     bad = []
     cases = (
         (Turn(16, (1, -1, -1, 1) * 4), None),
@@ -219,15 +252,50 @@ def check_left(kernel: str, *, device: str = "cpu") -> list[str]:
         (None, torch.inf),
     )
     for turn, special in cases:
-        turn = None if kernel == "norm" else turn
         leaves = [Leave(True, turn, torch.zeros(2, dtype=torch.int32, device=device))] * 2
         leaves[1] = replace(leaves[0], out=leaves[0].out.clone())
-        for name, y, leave in _written(kernel, special, leaves, device):
+        if kernel == "norm":
+            written = _normed(special, leaves, device, *words)
+        else:
+            written = _written(kernel, special, leaves, device)
+        for name, y, leave in written:
             want = amax(y, row=NO_TURN, col=turn)[: 1 if turn is None else 2]
             found = leave.amaxes[: len(want)]
             same = found.isnan().equal(want.isnan()) and found.nan_to_num().equal(want.nan_to_num())
             bad += [] if same else [f"{name}, {turn}, {special}: {found} is not {want}"]
     return bad
+
+
+def _normed(
+    special: float | None,
+    leaves: list[Leave],
+    device: str,
+    kind: str,
+    columns: str,
+    again: str = "",
+) -> list[tuple[str, Tensor, Leave]]:
+    """``_written`` by a norm, of more tiles of sixteen rows than the interpreter has programs.
+
+    ``again``: the forward pass reads what it has written, as the backward pass does.
+    """
+    n, centered = int(columns), kind == "layer"
+    g = torch.Generator().manual_seed(n)
+    x, dy = (torch.randn(176, n, generator=g).bfloat16().to(device) for _ in range(2))
+    weight = torch.randn(n, generator=g).bfloat16().to(device)
+    if special is not None:
+        x[17, 36] = dy[35, 3] = special
+    kept = norms.KEEP
+    norms.KEEP = 0 if again else kept
+    y, total, statistics = norm(
+        x, weight, weight if centered else None, NormCall(1e-5, centered, dy, leaves[0])
+    )
+    norms.KEEP = kept
+    assert total is not None
+    sums = torch.zeros(3, n, device=device)
+    found = NormGradients(sums[0], sums[1] if centered else None, sums[2], add=False)
+    call = NormCall(1e-5, centered, x, leaves[1])
+    dx = norm_backward(total, statistics, weight, dy, found, call)
+    return [("y", y, leaves[0]), ("dx", dx, leaves[1])]
 
 
 def _written(
@@ -238,13 +306,6 @@ def _written(
     x, dy = (torch.randn(48, 40, generator=g).bfloat16().to(device) for _ in range(2))
     if special is not None:
         x[17, 36] = dy[35, 3] = special
-    if kernel == "norm":
-        weight = torch.randn(40, generator=g).bfloat16().to(device)
-        y, total = norm(x, weight, weight, NormCall(1e-5, True, dy, leaves[0]))
-        assert total is not None
-        found = NormGradients(*torch.zeros(3, 40, device=device), add=False)
-        dx = norm_backward(total, weight, dy, found, NormCall(1e-5, True, x, leaves[1]))
-        return [("y", y, leaves[0]), ("dx", dx, leaves[1])]
     if kernel == "join":
         parts = tuple(p[:4] for p in _parts(1, 24, torch.bfloat16, device))
         if special is not None:
@@ -371,6 +432,7 @@ def check_fused(case: str, *, device: str = "cpu") -> list[str]:
     checks: dict[str, Any] = {
         "norm": check_norm,
         "norm_rounds": check_norm_rounds,
+        "norm_refuses": check_norm_refuses,
         "activation": check_activation,
         "activation_rounds": check_activation_rounds,
         "embedding": check_embedding,
