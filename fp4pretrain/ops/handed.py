@@ -23,6 +23,7 @@ from fp4pretrain.ops.casts import Cast
 from fp4pretrain.ops.keys import Site
 
 _MOST = 64  # entries before those of dead tensors are dropped
+_ZEROS = 512  # pairs that one small launch sets to 0
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,28 @@ class Awaited:
         return next((turn for _, turn in self.turns if turn.size), None)
 
     def leave(self, device: torch.device) -> Leave:
-        """What the writing kernel is given: memory for the amaxes, which one small launch sets to 0."""
-        return Leave(self.plain, self.turn, torch.zeros(2, dtype=torch.int32, device=device))
+        """What the writing kernel is given, with memory for the amaxes that is 0 and nobody else's."""
+        return Leave(self.plain, self.turn, _zeros(device))
+
+
+_POOLS: dict[torch.device, list[Tensor]] = {}
+
+
+def _zeros(device: torch.device) -> Tensor:
+    """int32 [2] of zeros, handed out once."""
+    pool = _POOLS.get(device)
+    if not pool:
+        with torch.inference_mode(False):  # an evaluation may come first, a training step second
+            # each at a multiple of 16 bytes: Triton compiles anew for other addresses
+            fresh = torch.zeros(_ZEROS, 4, dtype=torch.int32, device=device)
+            pool = _POOLS[device] = list(fresh[:, :2].unbind())
+    return pool.pop()
+
+
+def fresh_zeros() -> None:
+    """Hand out none of the memory that was set to 0 until now: before a step is captured, whose replays have
+    to set theirs to 0 themselves, and after it, since what is left is the graph's."""
+    _POOLS.clear()
 
 
 @dataclass(frozen=True)

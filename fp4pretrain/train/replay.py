@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from fp4pretrain.config import RunConfig
 from fp4pretrain.errors import UserError, first_line
-from fp4pretrain.ops import Backend, Draws, watching
+from fp4pretrain.ops import Backend, Draws, handed, watching
 from fp4pretrain.ops.choice import ENGINE, TRITON_BACKENDS
 from fp4pretrain.parallel.groups import World, let_go_before_leaving
 from fp4pretrain.precision import Plan
@@ -239,6 +239,7 @@ class _Captured:
         trainer.clock.draws = draws
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+        handed.fresh_zeros()
         self.whole = trainer.optimizer.on_device
         self._loss: torch.Tensor | None = None
         self._outcome: Outcome | None = None
@@ -254,6 +255,7 @@ class _Captured:
                     self._outcome = update(trainer, self._loss)
         finally:
             trainer.clock.draws = None
+            handed.fresh_zeros()
             # what this step counted on the host: a replay counts nothing, so it is added after each
             self._cast: Counter[Any] = sites.cast - cast
             self._multiplied: Counter[Any] = sites.multiplied - multiplied

@@ -29,8 +29,8 @@ from fp4_kernels.device import has_fast_casts
 from fp4_kernels.spec import ColumnSums, Leave
 
 KINDS = ("gelu", "squared_relu", "swiglu")
-# Groups of sixteen rows, columns, warps, by whether it is SwiGLU: four columns a thread, but two where one has
-# three inputs. The best of five to seven measured on an H100, which differ by up to a sixth.
+# Groups of sixteen rows, columns, warps, by whether it is SwiGLU: four columns a thread but two
+# where one has three inputs. The best of five to seven measured on an H100; they differ by up to a sixth.
 TILES = {False: (1, 512, 4), True: (1, 256, 2)}
 BACKWARD_TILES = {False: (1, 512, 4), True: (1, 256, 4)}
 SUMMED = 4  # groups where a bias's gradient is summed: fewer shares, and no slower
