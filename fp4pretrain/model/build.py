@@ -247,7 +247,10 @@ def build_model(
             std=config.model.init_std,
             num_layers=config.model.num_layers,
         )
-        bind = partial(Binding, backend, clock, global_amax=global_amax, sites=sites)
+        packed = config.train.packed_weights
+        bind = partial(
+            Binding, backend, clock, global_amax=global_amax, sites=sites, packed_weights=packed
+        )
         linears += _bind(chunk, bind, plan, blocks=config.model.implementation != ENGINE)
         chunks.append(chunk)
     binding = PlanBinding(plan, linears, sites)

@@ -44,7 +44,7 @@ _READ = {"x": ("fprop_x", "wgrad_x"), "dy": ("dgrad_dy", "wgrad_dy")}
 class Binding:
     """A linear's place in the model: which recipe it follows, who computes, and its noise keys.
 
-    ``linear``: as in ``Site``.
+    ``linear``: as in ``Site``. ``packed_weights``: how casts of the weight wait (`WeightCache`).
     """
 
     backend: Backend
@@ -54,6 +54,7 @@ class Binding:
     recipe: Recipe = BF16
     global_amax: bool = True
     sites: SiteState | None = None
+    packed_weights: bool = False
 
 
 class Bound:
@@ -69,7 +70,7 @@ class Bound:
     def bind(self, binding: Binding) -> None:
         """Attach recipe, backend and clock. Recipes may be swapped at any step after that."""
         self.binding = binding
-        self._cache = WeightCache(self.rows)
+        self._cache = WeightCache(self.rows, packed=binding.packed_weights)
         self._awaited = {}
 
     @property

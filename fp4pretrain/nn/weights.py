@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -23,10 +24,14 @@ class WeightCache:
 
     What changes every microbatch (``resample: gemm``) is made in the backward pass that needs it and
     not held: microbatches in flight would each hold their own.
+
+    ``packed``: operands wait as a saved one does, packed where their format can be, and each GEMM expands
+    them. Then dgrad's is fprop's transposed also where both are codes under one scale.
     """
 
-    def __init__(self, rows: Tensor | None = None) -> None:
+    def __init__(self, rows: Tensor | None = None, *, packed: bool = False) -> None:
         self._rows = rows
+        self._packed = packed
         self._moment: tuple[int, int, int] | None = None
         self._held: dict[Cast, Operand] = {}
 
@@ -35,7 +40,7 @@ class WeightCache:
     ) -> Operand:
         """fprop's w. ``backward_too``: dgrad's will be asked for, so both come from one read."""
         wanted = [casts.fprop_w]
-        alone = casts.w_redrawn or casts.w_shared or casts.dgrad_w.spec.source == "forward"
+        alone = casts.w_redrawn or self._shared(casts) or casts.dgrad_w.spec.source == "forward"
         if backward_too and not alone:
             wanted.append(casts.dgrad_w)
         return self._get(weight, casts, version, make, wanted)[casts.fprop_w]
@@ -52,7 +57,7 @@ class WeightCache:
             ]
         if casts.w_redrawn:
             return make(self._cast_rows(weight), [casts.dgrad_w])[0]
-        if casts.w_shared:
+        if self._shared(casts):
             fprop = self._get(weight, casts, version, make, [casts.fprop_w])[casts.fprop_w]
             # padding lies along the other axis of a transpose, so only whole blocks are shared
             n = len(weight if self._rows is None else self._rows)
@@ -61,6 +66,9 @@ class WeightCache:
                 if turned is not None:
                     return turned
         return self._get(weight, casts, version, make, [casts.dgrad_w])[casts.dgrad_w]
+
+    def _shared(self, casts: LinearCasts) -> bool:
+        return casts.w_shared or (self._packed and casts.w_scaled_once)
 
     def _cast_rows(self, weight: Tensor) -> Tensor:
         """What is cast of a weight."""
@@ -84,7 +92,8 @@ class WeightCache:
         found = self._held
         missing = [cast for cast in dict.fromkeys(wanted) if cast not in found]
         if missing:
-            made = make(self._cast_rows(weight) if of is None else of, missing)
+            asked = [replace(cast, saved=True) for cast in missing] if self._packed else missing
+            made = make(self._cast_rows(weight) if of is None else of, asked)
             found = found | dict(zip(missing, made, strict=True))
             current = casts.fprop_w, casts.dgrad_w
             self._held = {c: o for c, o in found.items() if c in current and c.spec.quantized}

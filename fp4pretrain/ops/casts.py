@@ -120,8 +120,18 @@ class LinearCasts:
     @cached_property
     def w_shared(self) -> bool:
         """Whether dgrad's w is fprop's transposed: 2d tiles, rounded alike, without a rotation."""
+        return self.fprop_w.spec.tiled and self._w_alike
+
+    @cached_property
+    def w_scaled_once(self) -> bool:
+        """The same of one scale for the whole tensor, measured now."""
+        spec = self.fprop_w.spec
+        return spec.block == "tensor" and spec.amax == "current" and self._w_alike
+
+    @property
+    def _w_alike(self) -> bool:
         fprop, dgrad = self.fprop_w, self.dgrad_w
-        same = fprop.spec == dgrad.spec and fprop.spec.tiled and not fprop.spec.stochastic
+        same = fprop.spec == dgrad.spec and not fprop.spec.stochastic
         turned = fprop.rotation_size or dgrad.rotation_size
         return same and not turned and fprop.multiple == dgrad.multiple
 

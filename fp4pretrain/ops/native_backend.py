@@ -29,6 +29,7 @@ class NativeBackend(TritonBackend):
     """Blackwell and MI355X."""
 
     name = "native"
+    multiplies_codes = True
 
     def why_not(self, gemm: Gemm, device: torch.device) -> str | None:
         """None if this backend can run the GEMM on the device, otherwise the reason in one clause."""

@@ -58,6 +58,7 @@ class TritonBackend:
     """
 
     name = "triton"
+    multiplies_codes = False  # packed ones, by tensor cores that take them
 
     def __init__(self, *, mxfp4_emulation: str = "fp8") -> None:
         self._mxfp4_in_fp8 = mxfp4_emulation == "fp8"
@@ -209,7 +210,10 @@ class TritonBackend:
                 if packed and self._in_fp8(spec, x.device):
                     lost = self._lost_counts(x.device)[1]
                 q = _cut(q, copies[i], job.cut)
-                made[i] = operand_of(q, spec, copies[i], lost=lost, partner=alphas[i])
+                native = self.multiplies_codes
+                made[i] = operand_of(
+                    q, spec, copies[i], lost=lost, partner=alphas[i], native=native
+                )
 
     def _copy_of(self, cast: Cast, device: torch.device) -> Copy:
         """Launch arguments for a cast, cached by everything but its noise key and signs."""

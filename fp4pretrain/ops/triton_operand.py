@@ -32,6 +32,7 @@ class TritonOperand(Operand):
     ``alpha`` (fp32 scalar, None for 1) and its rows by ``factors`` (fp32 [rows], None for 1).
     ``blocks``: fp32 factors of FP8 values in blocks of 128, as ``cublaslt.block_layout`` lays them.
     ``lost``: given where packed codes go to FP8 tensor cores: int64, counts what E4M3 cannot hold.
+    ``native``: tensor cores multiply the codes, so nobody expands them.
     ``paired``: (alpha of the operand that this one will meet, the product of both alphas), or None.
     """
 
@@ -45,6 +46,7 @@ class TritonOperand(Operand):
     lost: Tensor | None = None
     swizzled: Tensor | None = None  # ``scales`` as the native backend's scaled_mm reads them
     paired: tuple[Tensor, Tensor] | None = None
+    native: bool = False
 
     def expanded(self) -> TritonOperand:
         """This operand with BF16 or FP8 values in place of packed codes."""
@@ -69,11 +71,15 @@ class TritonOperand(Operand):
         return dequantized(values, a.factors, a.alpha)
 
     def transposed(self) -> Operand | None:
-        """BF16 values under at most one scalar: cuBLASLt reads a BF16 matrix either way."""
-        plain = self.scales is None and self.factors is None and self.blocks is None
-        if not plain or self.data.dtype != torch.bfloat16:
+        """BF16 values under at most one scalar, expanded if they are packed: cuBLASLt reads a BF16 matrix
+        either way. FP8 codes under one scalar, copied: it reads those with k adjacent."""
+        scaled = self.lost is not None or self.factors is not None or self.blocks is not None
+        if scaled or (self.native and self.scales is not None):
             return None
-        return TritonOperand(self.data.t(), (self.shape[1], self.shape[0]), self.alpha)
+        data = self.expanded().data.t()
+        if data.dtype in _FP8:
+            data = data.view(torch.uint8).contiguous().view(data.dtype)
+        return TritonOperand(data, (self.shape[1], self.shape[0]), self.alpha)
 
 
 def operand_of(
@@ -83,8 +89,10 @@ def operand_of(
     *,
     lost: Tensor | None = None,
     partner: Tensor | None = None,
+    native: bool = False,
 ) -> TritonOperand:
-    """The operand that one copy is; ``lost`` as in ``TritonOperand``; ``partner``: the alpha that it met."""
+    """The operand that one copy is. ``lost`` and ``native`` as in ``TritonOperand``; ``partner``: the alpha
+    that it met."""
     alpha = q.alpha
     paired = None if partner is None or q.paired is None else (partner, q.paired)
     if copy.scale == "unbiased" and spec.row.family == "mx":
@@ -92,7 +100,9 @@ def operand_of(
     if q.scales is None:
         return TritonOperand(q.out, q.shape, alpha, paired=paired)
     if copy.output == "codes" and spec.row.scale_type != "fp32":
-        return TritonOperand(q.out, q.shape, alpha, scales=q.scales, lost=lost, paired=paired)
+        return TritonOperand(
+            q.out, q.shape, alpha, scales=q.scales, lost=lost, paired=paired, native=native
+        )
     if copy.block_length and copy.output == "codes":
         blocks = cublaslt.block_layout(q.scales, tiles=copy.block == "2d")
         return TritonOperand(q.out, q.shape, alpha, blocks=blocks)

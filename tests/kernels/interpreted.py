@@ -286,6 +286,10 @@ def check_saved(format_: str, carrier: str) -> list[str]:
     in_fp8 = saved.expanded().data.dtype == torch.float8_e4m3fn
     if in_fp8 != (format_ == "mxfp4" and carrier == "fp8"):
         bad.append(f"expanded to {saved.expanded().data.dtype}")
+    turned = saved.transposed()
+    bad += differ("turned", turned.dequantize(), want.dequantize().t()) if turned else []
+    if (turned is None) != in_fp8:
+        bad.append("not turned" if turned is None else "E4M3 under one factor a row is turned")
     turned = Cast(spec, transpose=True)
     (dy,) = TritonBackend(mxfp4_emulation=carrier).quantize(x, [turned], None, [saved])
     bad += alphas_differ("wgrad", dy, saved)

@@ -58,6 +58,7 @@ def build(
     clock: Clock | None = None,
     n: int = N,
     k: int = K,
+    packed_weights: bool = False,
 ) -> Any:
     """A bound linear [n, k] with random BF16 weights, ``kind`` column or row."""
     config = TransformerConfig(
@@ -88,6 +89,7 @@ def build(
             linear=LINEAR,
             recipe=recipe,
             sites=SiteState(sites_of({(LAYER, LINEAR): [recipe]}), linear.weight.device),
+            packed_weights=packed_weights,
         )
     )
     return linear

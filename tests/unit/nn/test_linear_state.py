@@ -174,6 +174,23 @@ def test_one_operand_of_2d_tiles_serves_both_passes() -> None:
     assert counts == [1, 0, 0]
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_weights_that_wait_packed_are_the_same_numbers(name: str) -> None:
+    """What waits is asked for as what is saved, and one scale for a tensor makes one cast of it."""
+    found = []
+    for packed in (False, True):
+        torch.manual_seed(1)
+        spy, recipe = SpyBackend(), recipe_of(name)
+        linear = build("column", recipe, backend=spy, packed_weights=packed)
+        found.append(run(linear, *draw()))
+        held = linear._cache._held
+        asked = [c for c in spy.casts_of(linear.weight) if replace(c, saved=False) in held]
+        assert all(cast.saved == packed for cast in asked)
+    once = recipe.fprop.w.block == "tensor" and recipe.fprop.w.amax == "current"
+    assert len(held) <= (1 if once else 2)
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
 def test_an_edited_weight_is_cast_anew_without_being_told() -> None:
     """In place (an oscillation reset, an average of weights), or another tensor put in its place."""
     linear = build("row", recipe_of("nvfp4"))
