@@ -279,6 +279,12 @@ def fuse_layers(decoder: Any, activation: str) -> None:
             layer.mlp_bda = AddThenNorm(following, mlp.linear_fc2)
 
 
+def _overwritten(x: Tensor) -> None:
+    """Tell autograd that a kernel has written to x, should anyone have saved it."""
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)
+
+
 class SplitRotatedFunction(torch.autograd.Function):
     """q, k, v of qkv [s, b, groups, heads + 2, d] + bias [groups * (heads + 2) * d] or None, by
     `fp4_kernels.rope`; ``angles``: fp32 [s, 1 or b, d]."""
@@ -290,7 +296,10 @@ class SplitRotatedFunction(torch.autograd.Function):
         from fp4_kernels.rope import split_rotated
 
         ctx.save_for_backward(angles, bias)
-        return split_rotated(qkv, angles, bias=bias)
+        q, k, v = split_rotated(qkv, angles, bias=bias)
+        if q.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr():
+            _overwritten(qkv)
+        return q, k, v
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple:  # type: ignore[override]  # torch's is variadic
@@ -321,9 +330,7 @@ class SplitFunction(torch.autograd.Function):
             from fp4_kernels.bias import add_bias
 
             add_bias(qkv.view(s * b, -1), bias)
-            # autograd is told, should anyone have saved the linear's output
-            if not qkv.is_inference():
-                torch.autograd.graph.increment_version(qkv)
+            _overwritten(qkv)
         q = qkv[..., : heads - 2, :].reshape(s, b, groups * (heads - 2), d)
         return q, qkv[..., heads - 2, :], qkv[..., heads - 1, :]
 

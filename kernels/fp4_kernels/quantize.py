@@ -148,7 +148,7 @@ def _allocate(
     copy: Copy | None,
     shape: tuple[int, int],
     amax: Tensor | None,
-    partner: Tensor | None,
+    partner: Tensor | None = None,
 ) -> Quantized | None:
     if copy is None:
         return None

@@ -5,8 +5,9 @@
     backward    their gradients, of any strides with d adjacent  ->  dqkv [, shares of the bias's gradient]
 
 ``heads``: queries a group. Channel c of the first half turns with channel c + d / 2, by the angle of c
-(Llama's order). A pass reads and writes every element once. ``bias``: of the linear that wrote qkv; the sum
-is rounded to qkv's type before it turns, as a sum of its own would be.
+(Llama's order). A pass reads and writes every element once; where q, k and v can be views of qkv the forward
+one turns them in place, and leaves v alone. ``bias``: of the linear that wrote qkv; the sum is rounded to
+qkv's type before it turns, as a sum of its own would be.
 """
 
 from __future__ import annotations
@@ -30,23 +31,25 @@ def _load_half(ptr, offset, H, HALF: tl.constexpr):
 
 
 @triton.jit
-def _store_half(ptr, offset, first, second, H, HALF: tl.constexpr):
+def _store_half(ptr, offset, first, second, counts, H, HALF: tl.constexpr):
     c = tl.arange(0, HALF)[None, :]
-    tl.store(ptr + offset + c, first.to(ptr.dtype.element_ty), mask=c < H)
-    tl.store(ptr + offset + H + c, second.to(ptr.dtype.element_ty), mask=c < H)
+    tl.store(ptr + offset + c, first.to(ptr.dtype.element_ty), mask=counts & (c < H))
+    tl.store(ptr + offset + H + c, second.to(ptr.dtype.element_ty), mask=counts & (c < H))
 
 
 @triton.jit
 def rope_kernel(
     qkv_ptr, bias_ptr, shares_ptr, angles_ptr, q_ptr, k_ptr, v_ptr, T, batch, groups, H, angle_s, angle_b,
     q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h,
-    HEADS: tl.constexpr, BACKWARD: tl.constexpr, TOKENS: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, WRITTEN: tl.constexpr, BACKWARD: tl.constexpr, TOKENS: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
-    """One group of TOKENS tokens (of s * b): all of its heads. BACKWARD writes qkv and turns back, and leaves
-    the column sums of its tokens as shares; bias (forward) and shares may be None."""
+    """One group of TOKENS tokens (of s * b): the first WRITTEN of its heads. BACKWARD writes qkv and turns
+    back, and leaves the column sums of its tokens as shares; bias (forward) and shares may be None. q, k and
+    v may be parts of qkv, in their places."""
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     counts = (t < T)[:, None]
-    # past the end: the last token again, which writes the same
+    # past the end: the last token again, and nothing is written
     t = tl.minimum(t, T - 1).to(tl.int64)[:, None]
     g = tl.program_id(1)
     s, b = t // batch, t % batch
@@ -56,7 +59,7 @@ def rope_kernel(
     if BACKWARD:
         sin = -sin
     own = ((t * groups + g) * (HEADS + 2)) * (2 * H)
-    for head in tl.static_range(HEADS + 2):
+    for head in tl.static_range(WRITTEN):
         if head < HEADS:
             at = s * q_s + b * q_b + (g * HEADS + head) * q_h
             other = q_ptr
@@ -78,7 +81,7 @@ def rope_kernel(
         if head <= HEADS:
             x, y = x * cos - y * sin, y * cos + x * sin
         if BACKWARD:
-            _store_half(qkv_ptr, whole, x, y, H, HALF)
+            _store_half(qkv_ptr, whole, x, y, counts, H, HALF)
             if shares_ptr is not None:
                 row = tl.program_id(0).to(tl.int64) * groups + g
                 share = (row * (HEADS + 2) + head) * (2 * H) + tl.arange(0, HALF)
@@ -88,7 +91,7 @@ def rope_kernel(
                 tl.store(shares_ptr + share, tl.sum(x, axis=0), mask=column)
                 tl.store(shares_ptr + share + H, tl.sum(y, axis=0), mask=column)
         else:
-            _store_half(other, at, x, y, H, HALF)
+            _store_half(other, at, x, y, counts, H, HALF)
 
 
 def _tokens(d: int) -> int:
@@ -103,6 +106,7 @@ def _run(
     *,
     bias: Tensor | None = None,
     shares: Tensor | None = None,
+    in_place: bool = False,
     backward: bool,
 ) -> None:
     s, b, groups, heads, d = qkv.shape
@@ -113,22 +117,28 @@ def _run(
     rope_kernel[(triton.cdiv(s * b, tokens), groups)](
         qkv, bias, shares, angles, *parts, s * b, b, groups, d // 2,
         angles.stride(0), angles.stride(1) if angles.shape[1] > 1 else 0, *strides,
-        heads - 2, backward, tokens, triton.next_power_of_2(d // 2),
+        heads - 2, heads - (in_place and bias is None), backward, tokens, triton.next_power_of_2(d // 2),
     )  # fmt: skip
 
 
 def split_rotated(
     qkv: Tensor, angles: Tensor, *, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, k, v) of qkv [s, b, groups, heads + 2, d], contiguous; see the head of this file.
+    """(q, k, v) of qkv [s, b, groups, heads + 2, d], contiguous; see the head of this file. Where heads do
+    not share keys, or all share one, they are views of qkv, which is overwritten.
 
     ``angles``: fp32 [s, 1 or b, d / 2 or more], whose first d / 2 columns count. ``bias``: [groups *
     (heads + 2) * d] or None.
     """
     s, b, groups, heads, d = qkv.shape
-    q = torch.empty(s, b, groups * (heads - 2), d, dtype=qkv.dtype, device=qkv.device)
-    k, v = (torch.empty(s, b, groups, d, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
-    _run(qkv, angles, (q, k, v), bias=bias, backward=False)
+    in_place = heads == 3 or groups == 1
+    if in_place:
+        q = qkv[..., : heads - 2, :].reshape(s, b, groups * (heads - 2), d)
+        k, v = qkv[..., heads - 2, :], qkv[..., heads - 1, :]
+    else:
+        q = torch.empty(s, b, groups * (heads - 2), d, dtype=qkv.dtype, device=qkv.device)
+        k, v = (torch.empty(s, b, groups, d, dtype=qkv.dtype, device=qkv.device) for _ in range(2))
+    _run(qkv, angles, (q, k, v), bias=bias, in_place=in_place, backward=False)
     return q, k, v
 
 

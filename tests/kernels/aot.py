@@ -237,9 +237,12 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
             dict(HEADS=4, LEAVE=LEAVE, TB=4, BD=128, FAST=fast),
         ),
         "rope": (
-            rope_kernel, rope | {"bias_ptr": "*bf16"}, dict(HEADS=4, BACKWARD=False, TOKENS=16, HALF=64),
+            rope_kernel, rope | {"bias_ptr": "*bf16"},
+            dict(HEADS=4, WRITTEN=6, BACKWARD=False, TOKENS=16, HALF=64),
         ),
-        "rope backward": (rope_kernel, rope | share, dict(HEADS=4, BACKWARD=True, TOKENS=16, HALF=64)),
+        "rope backward": (
+            rope_kernel, rope | share, dict(HEADS=4, WRITTEN=6, BACKWARD=True, TOKENS=16, HALF=64),
+        ),
         "adam": (
             adam_kernel,
             dict.fromkeys(("rates_ptr", "scale_ptr", "blocked_ptr"), "*fp32")

@@ -58,6 +58,9 @@ FUSED_CASES = (
     "rope whole",
     "rope positions",
     "rope positions bias",
+    "rope alone",
+    "rope alone bias",
+    "rope shared bias",
     "split_rounds",
     "cross_entropy whole",
     "cross_entropy parts",
@@ -319,8 +322,10 @@ def _written(
 
 
 def check_rope(kind: str, biased: str = "", *, device: str = "cpu") -> list[str]:
-    """Heads that share keys, a head size that is no power of two, gradients in another layout."""
-    s, b, groups, heads, d = 9, 2, 3, 2, 24
+    """Heads that share keys (``alone``: none do, ``shared``: all do, and qkv is turned in place), a head size
+    that is no power of two, gradients in another layout."""
+    s, b, d = 9, 2, 24
+    groups, heads = {"alone": (3, 1), "shared": (1, 3)}.get(kind, (3, 2))
     g = torch.Generator().manual_seed(1)
     qkv = torch.randn(s, b, groups, heads + 2, d, generator=g)
     half = torch.randn(s, b if kind == "positions" else 1, d // 2, generator=g) * 50
@@ -341,8 +346,10 @@ def check_rope(kind: str, biased: str = "", *, device: str = "cpu") -> list[str]
     products = [(w * dw.double()).sum() for w, dw in zip(want, gradients, strict=True)]
     torch.stack(products).sum().backward()
     bias = None if bias is None else bias.to(device)
-    got = split_rotated(qkv.to(device), angles.to(device), bias=bias)
-    bad = []
+    given = qkv.to(device, copy=True)
+    got = split_rotated(given, angles.to(device), bias=bias)
+    places = [t.untyped_storage().data_ptr() == given.untyped_storage().data_ptr() for t in got]
+    bad = [] if places == [kind in ("alone", "shared")] * 3 else [f"views of qkv: {places}"]
     for name, have, expected in zip("qkv", got, want, strict=True):
         bad += far(name, have, expected)
     # as attention returns them: heads outside of positions
