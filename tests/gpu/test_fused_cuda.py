@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from adam_laws import ADAM_CASES, check_adam
 from function_laws import FUNCTION_CASES, check_function
 from fused_laws import FUSED_CASES, check_fused
 from megatron.core.transformer import TransformerConfig
@@ -52,6 +53,11 @@ def rows(folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
     """What a run logs of steps and evaluations that is no time."""
     train(compose([*RUN, *overrides, f"run_dir={folder}"]))
     return [row for row in curve(folder) if row["event"] in ("train", "eval")]
+
+
+@pytest.mark.parametrize("case", ADAM_CASES)
+def test_our_adam_computes_what_float64_computes(case: str) -> None:
+    assert check_adam(case, device="cuda") == []
 
 
 @pytest.mark.parametrize("case", FUSED_CASES)

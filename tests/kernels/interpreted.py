@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from adam_laws import ADAM_CASES, check_adam
 from backend_laws import alphas_differ, check_operands
 from dot_scaled import provide
 from fp4_kernels import amax as amax_kernels
@@ -361,6 +362,7 @@ def cases() -> dict[str, Callable[[], list[str]]]:
     found |= {name: partial(check_amaxes, *name.split()[1:]) for name in AMAX_CASES}
     found |= {name: partial(check_drawn, *name.split()[1:]) for name in DRAWN_CASES}
     found |= {name: partial(check_fused, name) for name in FUSED_CASES}
+    found |= {f"adam {name}": partial(check_adam, name) for name in ADAM_CASES}
     found |= {name: partial(check_function, *name.split()[1:]) for name in FUNCTION_CASES}
     found |= {name: partial(check_saved, *name.split()[1:]) for name in SAVED_CASES}
     found |= {name: partial(check_seam, *name.split()[1:]) for name in SEAM_CASES}
