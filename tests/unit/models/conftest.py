@@ -32,7 +32,7 @@ SMALL = (
 class Exact(ReferenceBackend):
     """FP32 where the BF16 recipe would round: what another program's FP32 is compared with."""
 
-    def quantize(self, x: torch.Tensor, casts: Any, reduce_amax: Any = None) -> list[Any]:
+    def quantize(self, x: torch.Tensor, casts: Any, *_: Any, **__: Any) -> list[Any]:
         return [EmulatedOperand(x.t() if cast.transpose else x, None) for cast in casts]
 
 
