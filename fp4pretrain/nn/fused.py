@@ -7,7 +7,7 @@ inside and rounded once, on GPUs with Triton; `fp4_kernels` has the kernels. Cro
     a norm's output              fc1, qkv            plain, rotated
     an activation's output       fc2                 plain, rotated
     activation's gradient        fc1's dy            plain, rotated
-    a norm's gradient + sum's    proj's, fc2's dy    plain, rotated
+    a norm's gradient + sum's    proj's, fc2's dy    plain
     gradients of q, k, v         qkv's dy            plain, rotated; with rotary embeddings none
 
 Linears' biases are added where their sums are read, rounded as sums of their own would be, and the gradients
@@ -54,10 +54,20 @@ class NormPass:
 
 
 def _measurable(awaited: Awaited | None, x: Tensor) -> Awaited | None:
-    """The awaited amaxes, or None where one is rotated over sixteen tokens, which do not divide those of
-    x [..., n]: casts pad such a matrix, and measure what they have padded."""
+    """What a norm leaves of its output for x [..., n]: the awaited amaxes, or None where one is rotated over
+    sixteen tokens and the kernel leaves none: where they do not divide x's (casts pad such a matrix, and
+    measure what they have padded), and where a row is too wide to be kept."""
+    from fp4_kernels.norm import KEEP
+
+    n = x.shape[-1]
     rotated = awaited is not None and awaited.turn is not None
-    return None if rotated and x.numel() // x.shape[-1] % LEFT_TURN else awaited
+    return None if rotated and (x.numel() // n % LEFT_TURN or n > KEEP) else awaited
+
+
+def _plain(awaited: Awaited | None) -> Awaited | None:
+    """What a norm leaves of its gradient: the awaited amaxes, or None where one is rotated. Casts then
+    measure both in one pass."""
+    return None if awaited is not None and awaited.turn is not None else awaited
 
 
 class FusedNormFunction(torch.autograd.Function):
@@ -177,7 +187,7 @@ class FusedNorm(Norm):
 
     def _pass(self, x: Tensor, writer: QuantLinear | None) -> NormPass:
         awaited = _measurable(self.reader[0].awaits("x"), x) if self.reader else None
-        back = None if writer is None else _measurable(writer.awaits("dy"), x)
+        back = None if writer is None else _plain(writer.awaits("dy"))
         return NormPass(self.eps, self.bias is not None, awaited, back)
 
 
