@@ -7,7 +7,7 @@ inside and rounded once, on GPUs with Triton; `fp4_kernels` has the kernels. Cro
     a norm's output              fc1, qkv            plain, rotated
     an activation's output       fc2                 plain, rotated
     activation's gradient        fc1's dy            plain, rotated
-    a norm's gradient + sum's    proj's, fc2's dy    plain, rotated
+    a norm's gradient + sum's    proj's, fc2's dy    plain
     gradients of q, k, v         qkv's dy            plain, rotated; with rotary embeddings none
 
 Linears' biases are added where their sums are read, rounded as sums of their own would be, and the gradients
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from fp4_kernels.spec import LEFT_TURN
@@ -31,6 +31,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from fp4pretrain.nn.linear import QuantLinear
@@ -54,14 +55,24 @@ class NormPass:
 
 
 def _measurable(awaited: Awaited | None, x: Tensor) -> Awaited | None:
-    """The awaited amaxes, or None where one is rotated over sixteen tokens, which do not divide those of
-    x [..., n]: casts pad such a matrix, and measure what they have padded."""
+    """What a norm leaves of its output for x [..., n]: the awaited amaxes, or None where one is rotated over
+    sixteen tokens and the kernel leaves none: where they do not divide x's (casts pad such a matrix, and
+    measure what they have padded), and where a row is too wide to be kept."""
+    from fp4_kernels.norm import KEEP
+
+    n = x.shape[-1]
     rotated = awaited is not None and awaited.turn is not None
-    return None if rotated and x.numel() // x.shape[-1] % LEFT_TURN else awaited
+    return None if rotated and (x.numel() // n % LEFT_TURN or n > KEEP) else awaited
+
+
+def _plain(awaited: Awaited | None) -> Awaited | None:
+    """What a norm leaves of its gradient: the awaited amaxes, or None where one is rotated. Casts then
+    measure both in one pass."""
+    return None if awaited is not None and awaited.turn is not None else awaited
 
 
 class FusedNormFunction(torch.autograd.Function):
-    """(norm of t, t) of t = x [..., n] + residual, or (norm of x, None) without one, by `fp4_kernels.norm`.
+    """(norm of t, t) of t = x [..., n] + residual, or of t = x without one, by `fp4_kernels.norm`.
 
     ``linear_bias``: [n], of the linear that wrote x, or None; beside a residual t has it too. The gradient of
     t that comes from elsewhere is added in the same pass, which also sums the three parameters' gradients.
@@ -76,7 +87,7 @@ class FusedNormFunction(torch.autograd.Function):
         bias: Tensor | None,
         linear_bias: Tensor | None,
         how: NormPass,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         from fp4_kernels.norm import NormCall, norm
 
         x_tn = x.reshape(-1, x.shape[-1]).contiguous()  # heads of a split matrix are not
@@ -89,22 +100,22 @@ class FusedNormFunction(torch.autograd.Function):
         ctx.how, ctx.summed = how, total_tn is not None
         ctx.set_materialize_grads(False)
         # not views: megatron-core wants none between layers
-        out = torch.ops.aten._unsafe_view(out_tn, x.shape)
+        out, t = (torch.ops.aten._unsafe_view(y_tn, x.shape) for y_tn in (out_tn, normed))
         if how.awaited is not None and leave is not None:
             handed.give(out, how.awaited, leave)
-        return out, None if total_tn is None else torch.ops.aten._unsafe_view(total_tn, x.shape)
+        return out, t
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple:  # type: ignore[override]  # torch's is variadic
+    def backward(ctx: Any, dy: Tensor | None, dt: Tensor | None) -> tuple:  # type: ignore[override]  # torch's is variadic
         from fp4_kernels.norm import NormCall, NormGradients, norm_backward
 
         x_tn, statistics, weight, bias, linear_bias = ctx.saved_tensors
         how: NormPass = ctx.how
         linear_bias = linear_bias if ctx.needs_input_grad[4] else None
         if dy is None:
-            db = None if linear_bias is None or dtotal is None else _sum_to(linear_bias, dtotal)
-            return dtotal, dtotal, None, None, db, None
-        added = None if dtotal is None else dtotal.reshape(x_tn.shape).contiguous()
+            db = None if linear_bias is None or dt is None else _sum_to(linear_bias, dt)
+            return dt, dt if ctx.summed else None, None, None, db, None
+        added = None if dt is None else dt.reshape(x_tn.shape).contiguous()
         leave = how.awaited_back and how.awaited_back.leave(dy.device)
         sums = TokenSums(weight, bias, linear_bias)
         dx = norm_backward(
@@ -126,36 +137,42 @@ def _sum_to(vector: Tensor, dy: Tensor) -> Tensor:
     return dy.reshape(-1, dy.shape[-1]).sum(0).to(vector.dtype)
 
 
+class Addend(NamedTuple):
+    """What is added to x [s, b, n] before it is normed: ``bias`` [n] or None, and ``residual`` in x's shape.
+
+    ``writer``: the linear that wrote x, whose bias this is, and that reads the gradient of x.
+    """
+
+    residual: Tensor
+    writer: QuantLinear
+    bias: Tensor | None
+
+
 class FusedNorm(Norm):
     """`Norm` by `fp4_kernels.norm`, up to the width that a program holds.
 
-    ``reader``: the linear that reads its output. ``writer``: the linear whose output ends in its input,
-    and that reads the gradient of it.
+    ``reader``: the linear that reads its output.
     """
 
     reader: tuple[QuantLinear, ...] = ()  # none or one: a module would become part of this one
     _ahead: tuple[Tensor, Tensor] | None = None
 
-    def forward(
-        self, x: Tensor, added: tuple[Tensor, QuantLinear, Tensor | None] | None = None
-    ) -> Tensor:
-        """The norm of x; with what ``add`` is given, the sum."""
-        if added is not None:
-            residual, writer, linear_bias = added
-            how = self._pass(x, writer)
-            out, total = FusedNormFunction.apply(
-                x, residual, self.weight, self.bias, linear_bias, how
-            )
-            self._ahead = total, out
-            return total
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] is x:
-            return ahead[1]
+    def forward(self, x: Tensor, addend: Addend | None = None, *, ahead: bool = False) -> Tensor:
+        """The norm of x; with ``ahead`` what ``begin`` returns."""
+        begun, self._ahead = self._ahead, None
+        if begun is not None and begun[0] is x:
+            return begun[1]
         if not self.holds(x):
             return super().forward(x)
-        how = self._pass(x, None)
-        found: Tensor = FusedNormFunction.apply(x, None, self.weight, self.bias, None, how)[0]
-        return found
+        residual, writer, linear_bias = addend or (None, None, None)
+        how = self._pass(x, writer)
+        found: tuple[Tensor, Tensor] = FusedNormFunction.apply(
+            x, residual, self.weight, self.bias, linear_bias, how
+        )
+        out, t = found
+        if ahead:
+            self._ahead = t, out
+        return t if ahead else out
 
     def holds(self, x: Tensor) -> bool:
         """Whether a program holds a row of x."""
@@ -163,21 +180,20 @@ class FusedNorm(Norm):
 
         return x.shape[-1] <= WIDEST
 
-    def add(
-        self, x: Tensor, residual: Tensor, writer: QuantLinear, *, linear_bias: Tensor | None
-    ) -> Tensor:
-        """x [+ linear_bias] + residual. The same kernel norms the sum; ``forward`` returns that norm when it
-        is called with this sum.
-
-        ``writer``: the linear that wrote x, whose bias is left to add, and that reads the gradient of x.
-        """
+    def begin(self, x: Tensor, addend: Addend | None = None) -> Tensor:
+        """x, or where a program ``holds`` a row its sum with an addend. The same kernel norms it: ``forward``
+        returns that norm when it is called with what this returns, and the norm's backward pass adds the
+        gradient that other readers of it have."""
+        begun = self._ahead is not None and self._ahead[0] is x
+        if addend is None and (begun or not self.holds(x)):
+            return x
         # called as a module, since hooks gather a module's weights before they are read
-        total: Tensor = self(x, (residual, writer, linear_bias))
-        return total
+        t: Tensor = self(x, addend, ahead=True)
+        return t
 
     def _pass(self, x: Tensor, writer: QuantLinear | None) -> NormPass:
         awaited = _measurable(self.reader[0].awaits("x"), x) if self.reader else None
-        back = None if writer is None else _measurable(writer.awaits("dy"), x)
+        back = None if writer is None else _plain(writer.awaits("dy"))
         return NormPass(self.eps, self.bias is not None, awaited, back)
 
 
@@ -198,10 +214,24 @@ class AddThenNorm:
             drops = training and prob > 0
             if drops or residual.dtype != x.dtype or not self.norm.holds(x):
                 found: Tensor = get_bias_dropout_add(training, fused)(x_with_bias, residual, prob)
-                return found
-            return self.norm.add(x, residual, self.writer, linear_bias=bias)
+                return self.norm.begin(found)
+            return self.norm.begin(x, Addend(residual, self.writer, bias))
 
         return add
+
+
+class FusedLayer(TransformerLayer):
+    """megatron-core's layer whose first norm hands on its input as the residual, so that one kernel adds the
+    residual's gradient and the norm's.
+
+    Where the norm made that input, as the sum of the layer before, this is so already. It has to be so for
+    the first layer of a model and of every pipeline stage too: a gradient that is rounded before it is added
+    has other bits, and pipeline parallelism would show in them.
+    """
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """megatron-core's signature."""
+        return super().forward(self.input_layernorm.begin(hidden_states), *args, **kwargs)
 
 
 class ActivationFunction(torch.autograd.Function):
@@ -263,7 +293,8 @@ def fuse_layers(decoder: Any, activation: str) -> None:
     name.
 
     ``activation``: the model's, one of `fp4_kernels.activation.KINDS`. The sum at a layer's end is made by
-    the norm that begins the next one, unless each layer is recomputed by itself.
+    the norm that begins the next one, unless that is on another pipeline stage or each layer is recomputed by
+    itself. PyTorch then makes it, of the same bits, and sums the gradient of fc2's bias in another order.
     """
     alone = decoder.config.recompute_granularity == "full"
     nexts = [layer.input_layernorm for layer in decoder.layers[1:]] + [decoder.final_layernorm]

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from fp4pretrain.nn.attention import CoreAttention
-from fp4pretrain.nn.fused import FusedNorm, FusedSelfAttention
+from fp4pretrain.nn.fused import FusedLayer, FusedNorm, FusedSelfAttention
 from fp4pretrain.nn.linear import ColumnParallelQuantLinear, RowParallelQuantLinear
 from fp4pretrain.nn.norm import Norm
 
@@ -40,7 +40,7 @@ def layer_spec(*, qk_norm: bool, softcap: float | None, fused: bool) -> ModuleSp
     """One decoder layer: norm, attention, norm, MLP.
 
     ``qk_norm``: queries and keys are normalized over a head's channels. ``softcap``: of attention
-    scores, None for none. ``fused``: norms and rotary embeddings by ``fused``'s kernels.
+    scores, None for none. ``fused``: by the layer, norms and attention of `fused`.
     """
     block_norm = FusedNorm if fused else Norm
     norm = block_norm if qk_norm else IdentityOp
@@ -52,7 +52,7 @@ def layer_spec(*, qk_norm: bool, softcap: float | None, fused: bool) -> ModuleSp
         k_layernorm=norm,
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=FusedLayer if fused else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=block_norm,
             self_attention=ModuleSpec(

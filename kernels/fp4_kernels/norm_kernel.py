@@ -1,19 +1,18 @@
 """The kernels of `norm`: rows normed, and their gradients.
 
 A tile is [U, R, BLOCK]: R rows beside each other, and U rows in each thread, so that nothing moves between
-threads when the U are added or taken apart. The next tile is on its way while one is normed: a program's
-threads meet for the sums of a row, and nothing else would be read meanwhile.
+threads when the U are added or taken apart. Where a program takes more than one tile, the next is on its way
+while one is normed: a program's threads meet for the sums of a row, and nothing else would be read meanwhile.
 
-With a rotated amax a program takes sixteen tokens, U at a time. The forward pass keeps what it has written in
-registers. In the backward pass they are full, so it reads the sixteen again, from the cache.
+With a rotated amax a program of the forward pass takes sixteen tokens, two at a time, and keeps what it has
+written in registers. In the backward pass they are full, so it leaves none.
 """
 
 import triton
 import triton.language as tl
 
-from fp4_kernels.amax import leave_amaxes, leave_peaks, raise_peaks
+from fp4_kernels.amax import leave_amaxes
 from fp4_kernels.arith import bits_of
-from fp4_kernels.quantize_kernel import load_tile
 
 _SIGNS = ("lo", "hi")
 
@@ -45,31 +44,6 @@ def _peaks(written, inside, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _apart(tile):
-    """[U, R, BLOCK] of one or two U as a tuple of [R, BLOCK]."""
-    if tile.shape[0] == 1:
-        return (tl.reshape(tile, [tile.shape[1], tile.shape[2]]),)
-    else:
-        a, b = tl.split(tl.permute(tile, (1, 2, 0)))
-        return (a, b)
-
-
-@triton.jit
-def _peaks_again(
-    ptr, m0, rows, N, lo, hi, plain, turned,
-    LEAVE: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """``plain`` and ``turned`` [1, BN], raised to those of the sixteen rows from m0 that this program has
-    written to the matrix."""
-    BN: tl.constexpr = plain.shape[1]
-    tl.debug_barrier()  # other threads wrote what this one reads
-    for n0 in range(0, N, BN):
-        ys = load_tile(ptr, N, m0, n0, rows, N, 1, BN, EVEN)
-        plain, turned = raise_peaks(plain, turned, ys, lo, hi, LEAVE, FAST)
-    return plain, turned
-
-
-@triton.jit
 def _load_sum(x_ptr, residual_ptr, row, column, rows, N, EVEN: tl.constexpr):
     """(x, residual) of rows, zeros outside. Where there is no residual it is x, which nobody reads."""
     inside = _inside(row, column, rows, N, EVEN)
@@ -85,15 +59,18 @@ def _load_sum(x_ptr, residual_ptr, row, column, rows, N, EVEN: tl.constexpr):
 def norm_kernel(
     x_ptr, linear_bias_ptr, residual_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr, statistics_ptr, amax_ptr,
     rows, N, eps, lo: tl.int64, hi: tl.int64,
-    CENTERED: tl.constexpr, LEAVE: tl.constexpr, KEEP: tl.constexpr, T: tl.constexpr, U: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    CENTERED: tl.constexpr, LEAVE: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """out = (t - mean) / deviation * weight + bias of the total t = (x + linear bias) + residual [rows, N],
-    T * R rows a program.
+    of R rows a program.
 
-    No mean unless CENTERED; residual (with total), both biases and amax may be None. T above U: sixteen, for
-    the amaxes of LEAVE; R is 1 then. EVEN: N is BLOCK.
+    No mean unless CENTERED; residual (with total), both biases and amax may be None. LEAVE: the plain and a
+    rotated amax as in ``leave_amaxes``, of sixteen rows a program and R of 1; None leaves the plain one.
+    EVEN: N is BLOCK.
     """
+    T: tl.constexpr = 1 if LEAVE is None else 16
+    U: tl.constexpr = min(T, 2)
     first = tl.program_id(0) * (T * R)
     offset = tl.arange(0, R)[None, :, None] * T + tl.arange(0, U)[:, None, None]
     column = tl.arange(0, BLOCK)[None, None, :]
@@ -131,22 +108,14 @@ def norm_kernel(
             y += bias.to(tl.float32)
         y = y.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + place, y, mask=inside)
-        if T > U:
-            if KEEP:
-                kept = kept + _apart(y)
+        if LEAVE is not None:
+            kept = kept + tl.split(tl.permute(y, (1, 2, 0)))
         elif amax_ptr is not None:
             peak = _peaks(y, inside, BLOCK)
             tl.atomic_max(amax_ptr, tl.max(tl.max(peak, axis=1), axis=0), sem="relaxed")
-    if T > U:
-        if KEEP:
-            # zeros beside the columns, unless NaN is in their row too
-            leave_amaxes(amax_ptr, kept, lo, hi, LEAVE, FAST)
-        else:
-            zero = tl.zeros([1, BN], tl.int32)
-            plain, turned = _peaks_again(
-                out_ptr, first, rows, N, lo, hi, zero, zero, LEAVE, EVEN, FAST
-            )
-            leave_peaks(amax_ptr, plain, turned, LEAVE)
+    if LEAVE is not None:
+        # zeros beside the columns, unless NaN is in their row too
+        leave_amaxes(amax_ptr, kept, lo, hi, LEAVE, FAST)
 
 
 @triton.jit
@@ -170,47 +139,34 @@ def _load_gradients(
     return x, dy, dtotal, scale, mean
 
 
-@triton.jit(do_not_specialize=_SIGNS, do_not_specialize_on_alignment=_SIGNS)
+@triton.jit
 def norm_backward_kernel(
     x_ptr, statistics_ptr, weight_ptr, dy_ptr, dtotal_ptr, dx_ptr, dw_ptr, db_ptr, dlinear_ptr, amax_ptr,
-    rows, N, tiles, lo: tl.int64, hi: tl.int64,
-    CENTERED: tl.constexpr, LEAVE: tl.constexpr, T: tl.constexpr, U: tl.constexpr, R: tl.constexpr,
-    BLOCK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    rows, N, tiles,
+    CENTERED: tl.constexpr, U: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """dx [rows, N], and this program's share of gradients in a row of dw (the weight's), db (the bias's) and
-    dlinear (the linear bias's: sums of dx). It takes ``tiles`` times T * R rows, U * R at once.
+    dlinear (the linear bias's: sums of dx). It takes ``tiles`` times U * R rows.
 
-    dtotal (added to dx), db, dlinear and amax may be None. T above U and EVEN: as in ``norm_kernel``.
+    dtotal (added to dx), db, dlinear and amax (of dx) may be None. EVEN: N is BLOCK.
     """
-    offset = tl.arange(0, R)[None, :, None] * T + tl.arange(0, U)[:, None, None]
+    offset = tl.arange(0, R)[None, :, None] * U + tl.arange(0, U)[:, None, None]
     column = tl.arange(0, BLOCK)[None, None, :]
     weight = _vector(weight_ptr, column, N, EVEN).to(tl.float32)
     dw = tl.zeros([R, BLOCK], tl.float32)
     db = tl.zeros([R, BLOCK], tl.float32)
     dlinear = tl.zeros([R, BLOCK], tl.float32)
     peak = tl.zeros([R, (BLOCK + 7) // 8], tl.int32)
-    plain = tl.zeros([1, BN], tl.int32)
-    turned = plain
-    first = tl.program_id(0) * (T * R)
-    stride = tl.num_programs(0) * (T * R)
-    PARTS: tl.constexpr = T // U
-    if STAGES == 1:
+    row = tl.program_id(0) * (U * R) + offset
+    stride = tl.num_programs(0) * (U * R)
+    ahead = _load_gradients(
+        x_ptr, statistics_ptr, dy_ptr, dtotal_ptr, row, column, rows, N, CENTERED, EVEN
+    )
+    for _ in range(tiles):
+        x, dy, dtotal, scale, mean = ahead
         ahead = _load_gradients(
-            x_ptr, statistics_ptr, dy_ptr, dtotal_ptr, first + offset, column, rows, N, CENTERED, EVEN
-        )  # fmt: skip
-    for step in tl.range(0, tiles * PARTS, num_stages=STAGES):
-        begin = first + (step // PARTS) * stride
-        row = begin + (step % PARTS) * U + offset
-        if STAGES == 1:
-            x, dy, dtotal, scale, mean = ahead
-            following = first + ((step + 1) // PARTS) * stride + ((step + 1) % PARTS) * U + offset
-            ahead = _load_gradients(
-                x_ptr, statistics_ptr, dy_ptr, dtotal_ptr, following, column, rows, N, CENTERED, EVEN
-            )  # fmt: skip
-        else:
-            x, dy, dtotal, scale, mean = _load_gradients(
-                x_ptr, statistics_ptr, dy_ptr, dtotal_ptr, row, column, rows, N, CENTERED, EVEN
-            )  # fmt: skip
+            x_ptr, statistics_ptr, dy_ptr, dtotal_ptr, row + stride, column, rows, N, CENTERED, EVEN
+        )
         inside = _inside(row, column, rows, N, EVEN)
         x = x.to(tl.float32)
         dy = dy.to(tl.float32)
@@ -232,20 +188,14 @@ def norm_backward_kernel(
         tl.store(dx_ptr + row.to(tl.int64) * N + column, written, mask=inside)
         if dlinear_ptr is not None:
             dlinear += tl.sum(written.to(tl.float32), axis=0)
-        if T > U:
-            if (step % PARTS == PARTS - 1) & (begin < rows):
-                plain, turned = _peaks_again(
-                    dx_ptr, begin, rows, N, lo, hi, plain, turned, LEAVE, EVEN, FAST
-                )
-        elif amax_ptr is not None:
+        if amax_ptr is not None:
             peak = tl.maximum(peak, _peaks(written, inside, BLOCK))
+        row += stride
     share = tl.program_id(0) * N + tl.arange(0, BLOCK)
     tl.store(dw_ptr + share, tl.sum(dw, axis=0), mask=tl.arange(0, BLOCK) < N)
     if db_ptr is not None:
         tl.store(db_ptr + share, tl.sum(db, axis=0), mask=tl.arange(0, BLOCK) < N)
     if dlinear_ptr is not None:
         tl.store(dlinear_ptr + share, tl.sum(dlinear, axis=0), mask=tl.arange(0, BLOCK) < N)
-    if T > U:
-        leave_peaks(amax_ptr, plain, turned, LEAVE)
-    elif amax_ptr is not None:
+    if amax_ptr is not None:
         tl.atomic_max(amax_ptr, tl.max(tl.max(peak, axis=1), axis=0), sem="relaxed")

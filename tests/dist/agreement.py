@@ -4,7 +4,8 @@ Weights, data, rotation signs and rounding noise are functions of global names a
 layout may differ from one process only in the order of floating-point sums. Parameters are FP32 here
 (``optim.params_dtype=fp32``), which makes that difference about 1e-7 of a value. What it can do:
 
-- Pipeline and data parallelism leave all sums inside a microbatch alone. Data parallelism adds the
+- Pipeline and data parallelism leave all sums inside a microbatch alone, but for one: fused kernels sum
+  the gradient of a layer's last bias in another order at the end of a stage. Data parallelism adds the
   microbatches' gradients in another order: 1e-6 of the gradient. The first loss is the same number.
 - Tensor parallelism splits the sums over k in row-parallel linears. A value that lies within 1e-7 of
   a rounding boundary then takes the neighbouring code, and that element moves by one step of its

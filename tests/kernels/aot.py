@@ -176,9 +176,7 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
     row = {"rows": "i32", "N": "i32", "eps": "fp32"}
     shares = dict.fromkeys(("dw_ptr", "db_ptr", "dlinear_ptr"), "*fp32")
     statistics = {"statistics_ptr": "*fp32", "tiles": "i32", "lo": "i64", "hi": "i64"}
-    whole = dict(CENTERED=True, EVEN=True, FAST=fast, BLOCK=2048, BN=512)
-    plain = whole | dict(LEAVE=None, T=2, U=2, R=2)
-    turned = whole | dict(LEAVE=LEAVE, T=16, U=2, R=1)
+    whole = dict(CENTERED=True, EVEN=True, BLOCK=2048)
     places = [f"{part}_{axis}" for part in "qkv" for axis in "sbh"]
     rope = dict.fromkeys(("qkv_ptr", "q_ptr", "k_ptr", "v_ptr"), "*bf16") | {"angles_ptr": "*fp32"}
     share = {"shares_ptr": "*fp32"}
@@ -186,20 +184,13 @@ def _fused(options: dict, *, fast: bool) -> dict[str, tuple]:
     left = {"R": "i32", "C": "i32", "lo": "i64", "hi": "i64"}
     token = {"x_ptr": "*bf16", "labels_ptr": "*i64", "V": "i32", "start": "i32"}
     kernels: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
-        **{
-            f"norm, {name}": (norm_kernel, bf16 | row | statistics, tile | dict(KEEP=keep))
-            for name, tile, keep in (
-                ("plain", plain, False), ("kept", turned, True), ("read again", turned, False),
-            )
-        },
-        **{
-            f"norm backward, {name}": (
-                norm_backward_kernel, bf16 | row | shares | statistics, tile | dict(STAGES=stages),
-            )
-            for name, tile, stages in (
-                ("plain", plain, 1), ("plain, stages", plain, 3), ("turned", turned, 1),
-            )
-        },
+        "norm": (norm_kernel, bf16 | row | statistics, whole | dict(LEAVE=None, R=1, FAST=fast)),
+        "norm, turned": (
+            norm_kernel, bf16 | row | statistics, whole | dict(LEAVE=LEAVE, R=1, FAST=fast),
+        ),
+        "norm backward": (
+            norm_backward_kernel, bf16 | row | shares | statistics, whole | dict(U=2, R=1),
+        ),
         "column sums": (
             column_sums_kernel,
             dict.fromkeys(("shares_ptr", "first_ptr", "second_ptr", "third_ptr"), "*fp32")

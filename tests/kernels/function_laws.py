@@ -1,7 +1,8 @@
 """The autograd functions that take a linear's bias, against float64: every check returns what is wrong.
 
 A bias has no main gradient ("plain": autograd is given its gradient), an FP32 one ("main": the gradient is
-added there), or is frozen. "total": of a norm's two outputs nobody reads the norm.
+added there), or is frozen. "total": of a norm's two outputs nobody reads the norm. "through": a norm is given
+nothing to add, and hands its input on.
 """
 
 from __future__ import annotations
@@ -21,9 +22,31 @@ FUNCTION_CASES = (
     ),
     *(f"function {n} frozen" for n in ("norm", "gelu", "split", "rope")),
     "function norm total",
+    "function through plain",
+    "function through total",
 )
 SHAPE = 5, 2, 2, 3, 8  # s, b, groups, heads + 2, d
 WIDTH = 48
+
+
+def _check_through(state: str, device: str) -> list[str]:
+    """x itself is handed on, as no view of it (megatron-core wants none between layers)."""
+    from fp4pretrain.nn import fused
+
+    g = torch.Generator().manual_seed(4)
+    x, *gradients = (torch.randn(5, 2, WIDTH, generator=g).to(device) for _ in range(3))
+    weight = torch.nn.Parameter(torch.rand(WIDTH, generator=g).to(device))
+    read = slice(1, None) if state == "total" else slice(None)
+    x64 = x.double().requires_grad_()
+    want = F.rms_norm(x64, (WIDTH,), weight.double(), 1e-5), x64 * 1
+    torch.autograd.backward(want[read], [dy.double() for dy in gradients[read]])
+    how = fused.NormPass(1e-5, False, None, None)
+    got = fused.FusedNormFunction.apply(x.requires_grad_(), None, weight, None, None, how)
+    torch.autograd.backward(got[read], gradients[read])
+    assert x.grad is not None and x64.grad is not None
+    bad = far("dx", x.grad, x64.grad) + far("y", got[0].detach(), want[0])
+    handed_on = got[1].data_ptr() == x.data_ptr() and got[1]._base is None
+    return bad + ([] if handed_on else ["the input is not handed on"])
 
 
 def _ours(name: str, x: Tensor, bias: Tensor, state: str) -> tuple[Tensor, ...]:
@@ -60,6 +83,8 @@ def _truth(name: str, t: Tensor, x: Tensor, state: str) -> tuple[Tensor, ...]:
 
 def check_function(name: str, state: str, *, device: str = "cpu") -> list[str]:
     """One of FUNCTION_CASES."""
+    if name == "through":
+        return _check_through(state, device)
     g = torch.Generator().manual_seed(4)
     x = torch.randn(*SHAPE[:2], WIDTH, generator=g).to(device).requires_grad_()
     bias: Any = torch.nn.Parameter(torch.randn(WIDTH, generator=g).to(device))

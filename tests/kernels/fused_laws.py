@@ -11,7 +11,6 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import fp4_kernels.norm as norms
 import torch
 import torch.nn.functional as F
 from fp4_kernels.activation import KINDS, activation, activation_backward
@@ -20,7 +19,7 @@ from fp4_kernels.bias import add_bias
 from fp4_kernels.cross_entropy import token_gradients, token_rescale, token_statistics
 from fp4_kernels.embedding import embedding_backward
 from fp4_kernels.join import join
-from fp4_kernels.norm import NormCall, NormGradients, norm, norm_backward
+from fp4_kernels.norm import KEEP, NormCall, NormGradients, norm, norm_backward
 from fp4_kernels.rope import split_rotated, split_rotated_backward
 from fp4_kernels.spec import NO_TURN, ColumnSums, Leave, Turn
 from torch import Tensor
@@ -49,9 +48,7 @@ FUSED_CASES = (
     "join 3x136",
     "embedding",
     "left norm layer 40",
-    "left norm layer 64",
-    "left norm rms 40 again",
-    "left norm layer 64 again",
+    "left norm rms 64",
     "left gelu",
     "left swiglu",
     "left join",
@@ -76,11 +73,12 @@ def far(name: str, got: Tensor, want: Tensor, *, limit: float = 2e-5) -> list[st
 
 def check_norm(kind: str, shape: str, *words: str, device: str = "cpu") -> list[str]:
     """Of x, or of the sum of x, a linear's bias and a residual, whose gradient comes from another reader too;
-    gradients of vectors written the first time and added the second. "turned": by the kernels that leave a
-    rotated amax."""
+    gradients of vectors written the first time and added the second. "turned": by the kernel that leaves a
+    rotated amax, and the one that leaves a plain one."""
     summed, biased = "sum" in words, "bias" in words
     left = torch.zeros(2, dtype=torch.int32, device=device)
-    leave = Leave(True, Turn(16, None), left) if "turned" in words else None
+    turned = "turned" in words
+    leave = Leave(True, Turn(16, None), left) if turned else None
     rows, n = map(int, shape.split("x"))
     g = torch.Generator().manual_seed(n)
     x = torch.randn(rows, n, generator=g) * 2 + 0.5
@@ -102,6 +100,7 @@ def check_norm(kind: str, shape: str, *words: str, device: str = "cpu") -> list[
     got, total, statistics = norm(x, weight, bias if centered else None, call)
     bad = far("total", total, t64) if total is not None else []
     seen = x if total is None else total
+    leave = Leave(True, None, left) if turned else None
     call = NormCall(1e-5, centered, dtotal if summed else None, leave)
     for times in (1, 2):
         if times == 1:
@@ -116,7 +115,7 @@ def check_norm(kind: str, shape: str, *words: str, device: str = "cpu") -> list[
 
 def check_norm_rounds(*, device: str = "cpu") -> list[str]:
     """In float16 (the interpreter cuts bfloat16 off): a linear's bias in the kernel gives the bits of a sum
-    beforehand, and the bias's gradient is the sum of what was written."""
+    beforehand, which are PyTorch's, and the bias's gradient is the sum of what was written."""
     g = torch.Generator().manual_seed(3)
     x, residual, dy = (torch.randn(21, 40, generator=g).half().to(device) for _ in range(3))
     weight, bias, added = torch.randn(3, 40, generator=g).half().to(device)
@@ -127,21 +126,24 @@ def check_norm_rounds(*, device: str = "cpu") -> list[str]:
     dx = norm_backward(inside.total, inside.statistics, weight, dy, found, NormCall(1e-5, True))
     bad = far("dlinear", found.linear_bias, dx.double().sum(0))
     assert before.total is not None
-    pairs = (("y", inside.out, before.out), ("total", inside.total, before.total))
+    pairs = [("y", inside.out, before.out), ("total", inside.total, before.total)]
+    pairs.append(("total by PyTorch", inside.total, residual + (x + added)))
     return bad + [f"{name}: other bits" for name, a, b in pairs if not torch.equal(a, b)]
 
 
 def check_norm_refuses(*, device: str = "cpu") -> list[str]:
-    """An amax rotated over sixteen tokens of rows that they do not divide: both passes refuse it, as `amax`
-    does."""
-    x, weight = torch.ones(40, 32, device=device), torch.ones(32, device=device)
+    """An amax rotated over sixteen tokens: of rows that they do not divide, of rows that are too wide to be
+    kept, and in the backward pass."""
     leave = Leave(True, Turn(16, None), torch.zeros(2, dtype=torch.int32, device=device))
-    normed = norm(x, weight, None, NormCall(1e-5, False))
     asked = NormCall(1e-5, False, leave=leave)
+    x, weight = torch.ones(48, 32, device=device), torch.ones(32, device=device)
+    wide = torch.ones(16, KEEP + 1, device=device)
     found = NormGradients(torch.zeros(32, device=device), None, None, add=False)
+    statistics = norm(x, weight, None, NormCall(1e-5, False)).statistics
     calls = {
-        "norm": lambda: norm(x, weight, None, asked),
-        "norm_backward": lambda: norm_backward(x, normed.statistics, weight, x, found, asked),
+        "40 rows": lambda: norm(x[:40], weight, None, asked),
+        "wide rows": lambda: norm(wide, wide[0], None, asked),
+        "backward": lambda: norm_backward(x, statistics, weight, x, found, asked),
     }
     bad = []
     for name, call in calls.items():
@@ -149,7 +151,7 @@ def check_norm_refuses(*, device: str = "cpu") -> list[str]:
             call()
         except ValueError:
             continue
-        bad.append(f"{name} left something")
+        bad.append(f"{name}: something is left")
     return bad
 
 
@@ -247,7 +249,8 @@ def _parts(heads: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor,
 
 def check_left(kernel: str, *words: str, device: str = "cpu") -> list[str]:
     """The amaxes that a kernel leaves are, bit for bit, those that a pass over what it wrote finds: with
-    edges that hang over tiles, a NaN, signs and none, a rotation that stays in FP32. ``words``: of a norm."""
+    edges that hang over tiles, a NaN, signs and none, a rotation that stays in FP32. ``words``: of a norm,
+    whose backward pass leaves no rotated one."""
     bad = []
     cases = (
         (Turn(16, (1, -1, -1, 1) * 4), None),
@@ -262,7 +265,7 @@ def check_left(kernel: str, *words: str, device: str = "cpu") -> list[str]:
         else:
             written = _written(kernel, special, leaves, device)
         for name, y, leave in written:
-            want = amax(y, row=NO_TURN, col=turn)[: 1 if turn is None else 2]
+            want = amax(y, row=NO_TURN, col=leave.turn)[: 1 if leave.turn is None else 2]
             found = leave.amaxes[: len(want)]
             same = found.isnan().equal(want.isnan()) and found.nan_to_num().equal(want.nan_to_num())
             bad += [] if same else [f"{name}, {turn}, {special}: {found} is not {want}"]
@@ -270,35 +273,24 @@ def check_left(kernel: str, *words: str, device: str = "cpu") -> list[str]:
 
 
 def _normed(
-    special: float | None,
-    leaves: list[Leave],
-    device: str,
-    kind: str,
-    columns: str,
-    again: str = "",
+    special: float | None, leaves: list[Leave], device: str, kind: str, columns: str
 ) -> list[tuple[str, Tensor, Leave]]:
-    """``_written`` by a norm, of more tiles of sixteen rows than the interpreter has programs.
-
-    ``again``: the forward pass reads what it has written, as the backward pass does.
-    """
+    """``_written`` by a norm, of more tiles than the interpreter has programs."""
     n, centered = int(columns), kind == "layer"
     g = torch.Generator().manual_seed(n)
     x, dy = (torch.randn(176, n, generator=g).bfloat16().to(device) for _ in range(2))
     weight = torch.randn(n, generator=g).bfloat16().to(device)
     if special is not None:
         x[17, 36] = dy[35, 3] = special
-    kept = norms.KEEP
-    norms.KEEP = 0 if again else kept
     y, total, statistics = norm(
         x, weight, weight if centered else None, NormCall(1e-5, centered, dy, leaves[0])
     )
-    norms.KEEP = kept
     assert total is not None
     sums = torch.zeros(3, n, device=device)
     found = NormGradients(sums[0], sums[1] if centered else None, sums[2], add=False)
-    call = NormCall(1e-5, centered, x, leaves[1])
-    dx = norm_backward(total, statistics, weight, dy, found, call)
-    return [("y", y, leaves[0]), ("dx", dx, leaves[1])]
+    plain = replace(leaves[1], turn=None)
+    dx = norm_backward(total, statistics, weight, dy, found, NormCall(1e-5, centered, x, plain))
+    return [("y", y, leaves[0]), ("dx", dx, plain)]
 
 
 def _written(

@@ -6,20 +6,27 @@ Both are built alike in FP32 on this many tensor-parallel ranks; loss and gradie
 Linears multiply in FP32: an element that a last bit moves over a boundary of BF16 moves gradients by 4e-4.
 With a quantized recipe the fused model alone is run, and every amax that a kernel handed to a cast is held
 against the one that the reference backend measures, bit for bit. Cases that begin with "adam" take steps by
-our Adam and by PyTorch's.
+our Adam and by PyTorch's. Those that begin with "staged" tell the bits of a fused model, for pipeline stages
+to be held against.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
+import fp4_kernels.norm as norms
 import torch
 import torch.distributed as dist
+from fp4_kernels.norm import norm_backward
 from patch_once import patch_once
 
 from fp4pretrain.config import compose
@@ -35,7 +42,7 @@ from fp4pretrain.train import trainer as training
 from fp4pretrain.train.adam import adam_of
 from fp4pretrain.train.guard import update
 from fp4pretrain.train.step import forward_backward, train_step
-from fp4pretrain.train.trainer import build_trainer
+from fp4pretrain.train.trainer import build_trainer, join_run, unwrapped
 
 SMALL = [
     "data.mock=true", "model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=4",
@@ -80,18 +87,23 @@ def handed_over(overrides: list[str]) -> dict[str, Any]:
     return {"handed": backend.handed, "wrong": backend.wrong}
 
 
-def gradients(overrides: list[str], backend: Any, *, fused: bool) -> dict[str, Any]:
-    """Loss, gradients by name, and which fused modules there are."""
+def stepped(overrides: list[str], backend: Any, *, fused: bool) -> tuple[Any, torch.Tensor | None]:
+    """(trainer, this rank's loss) of a model whose gradients are those of its first step."""
     build.fuses = lambda config: fused
     training.choose = lambda *_, **__: (backend, "the test's")
-    config = compose([*SMALL, f"parallel.tensor={world_size()}", *overrides])
-    world = join(device=torch.device("cpu"), tensor=world_size(), seed=config.seed)
-    trainer = build_trainer(config, world, check_layout(config, world_size()))
+    config = compose([*SMALL, *overrides])
+    trainer = build_trainer(config, join_run(config), check_layout(config, world_size()))
     drawn = torch.Generator().manual_seed(7)
     for name, parameter in trainer.chunks[0].named_parameters():
         if name.endswith("bias"):  # zeros would be added nowhere unseen
             parameter.data.normal_(std=0.02, generator=drawn)
-    loss = forward_backward(trainer, trainer.batches(0))
+    return trainer, forward_backward(trainer, trainer.batches(0))
+
+
+def gradients(overrides: list[str], backend: Any, *, fused: bool) -> dict[str, Any]:
+    """Loss, gradients by name, and which fused modules there are."""
+    tensor = f"parallel.tensor={world_size()}"
+    trainer, loss = stepped([tensor, *overrides], backend, fused=fused)
     assert loss is not None
     named = trainer.chunks[0].named_parameters()
     found = {"loss": loss.clone(), **{n: p.main_grad.clone() for n, p in named}}
@@ -99,6 +111,36 @@ def gradients(overrides: list[str], backend: Any, *, fused: bool) -> dict[str, A
     kinds += (FusedVocabEmbedding, FusedPositionEmbedding)
     modules = [type(m).__name__ for m in trainer.chunks[0].modules() if isinstance(m, kinds)]
     return {"found": found, "modules": sorted(set(modules))}
+
+
+def globally_named(gpt: Any) -> Iterator[tuple[str, Any]]:
+    """A chunk's parameters by name, with the whole model's numbers of layers."""
+    first = gpt.decoder.layers[0].layer_number - 1
+    for name, parameter in gpt.named_parameters():
+        yield re.sub(r"(?<=layers\.)\d+", lambda found: str(int(found[0]) + first), name), parameter
+
+
+def staged(overrides: list[str]) -> dict[str, Any]:
+    """Of the fused model on all ranks: the loss, a digest of each gradient, and how many backward passes of
+    norms added a gradient from elsewhere. An addition by autograd would have the same bits here, where the
+    interpreter rounds the product first, and others on a GPU, where a multiply-add does not."""
+    added = 0
+
+    def counting(*arguments: Any) -> torch.Tensor:
+        nonlocal added
+        added += arguments[-1].residual is not None
+        return norm_backward(*arguments)
+
+    with patch.object(norms, "norm_backward", counting):
+        trainer, loss = stepped(overrides, Exact(), fused=True)
+    mine: dict[str, Any] = {} if loss is None else {"loss": float(loss)}
+    for chunk in trainer.chunks:
+        for name, parameter in globally_named(unwrapped(chunk)):
+            mine[name] = hashlib.sha256(parameter.main_grad.numpy().tobytes()).hexdigest()
+    told: list[Any] = [None] * world_size()
+    dist.all_gather_object(told, (mine, added))
+    bits = {name: bit for ours, _ in told for name, bit in ours.items()}
+    return {"bits": bits, "added": sum(count for _, count in told)}
 
 
 def compared(overrides: list[str]) -> dict[str, Any]:
@@ -157,6 +199,9 @@ def main() -> None:
         if case.startswith("adam"):
             with TemporaryDirectory() as folder:
                 told[case] = adam_steps(overrides, Path(folder))
+            continue
+        if case.startswith("staged"):
+            told[case] = staged(overrides)
             continue
         quantized = any(word.startswith("precision=") for word in overrides)
         told[case] = handed_over(overrides) if quantized else compared(overrides)
