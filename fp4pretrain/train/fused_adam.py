@@ -25,7 +25,6 @@ class FusedAdam:
 
     def __init__(self, part: Any) -> None:
         self._part = part
-        self._masters: list[Tensor] = []
         self._steps: Tensor | None = None  # fp32 [masters]: each state's "step" is a view of it
         self._built: tuple[Any, ...] | None = None
         self._tensors: Any = None
@@ -82,7 +81,10 @@ class FusedAdam:
                 found.append(state["step"].data_ptr())
                 slots.append((slot, state))
                 groups.append(number)
-        if tuple(found) == self._built or not slots:
+        if tuple(found) == self._built:
+            return
+        if not slots:
+            self._steps, self._built = None, ()
             return
         device = slots[0][0].master.device
         steps = torch.stack([state["step"].to(device, torch.float32) for _, state in slots])
