@@ -31,7 +31,7 @@ class TritonOperand(Operand):
     ``data``: BF16 or FP8 values, or (``scales`` given) packed codes. The product is multiplied by
     ``alpha`` (fp32 scalar, None for 1) and its rows by ``factors`` (fp32 [rows], None for 1).
     ``blocks``: fp32 factors of FP8 values in blocks of 128, as ``cublaslt.block_layout`` lays them.
-    ``lost``: given where packed codes go to FP8 tensor cores: int64, counts what E4M3 cannot hold.
+    ``lost``: given where packed codes go to FP8 tensor cores: int64, counts what E4M3 cannot hold, once.
     ``native``: tensor cores multiply the codes, so nobody expands them.
     ``paired``: (alpha of the operand that this one will meet, the product of both alphas), or None.
     """
@@ -56,12 +56,13 @@ class TritonOperand(Operand):
             values = unpack(self.data, self.scales)
             return TritonOperand(values, self.shape, self.alpha, paired=self.paired)
         values, factors = unpack_e4m3(self.data, self.scales, lost=self.lost)
+        self.lost = _uncounted(self.data.device)  # a weight's codes are expanded for each GEMM
         return TritonOperand(values, self.shape, self.alpha, factors)
 
     def dequantize(self) -> Tensor:
         """fp32 [rows, k]; see ``Operand.dequantize``."""
         if self.scales is not None and self.lost is not None:  # not counted: nothing is multiplied
-            return replace(self, lost=torch.zeros_like(self.lost)).expanded().dequantize()
+            return replace(self, lost=_uncounted(self.data.device)).expanded().dequantize()
         a = self.expanded()
         values = a.data.to(torch.float32)
         if a.blocks is not None:
@@ -233,6 +234,12 @@ def _multiply_blocks(
         except cublaslt.CublasError:
             pass  # a shape or pair of types it does not take: the Triton kernel takes all
     block_matmul((a.data, a.blocks), (b.data, b.blocks), target, accumulate=add)
+
+
+@cache
+def _uncounted(device: torch.device) -> Tensor:
+    """Where counts go that nobody reads."""
+    return torch.zeros((), dtype=torch.int64, device=device)
 
 
 @cache

@@ -287,6 +287,14 @@ def check_saved(format_: str, carrier: str) -> list[str]:
     in_fp8 = saved.expanded().data.dtype == torch.float8_e4m3fn
     if in_fp8 != (format_ == "mxfp4" and carrier == "fp8"):
         bad.append(f"expanded to {saved.expanded().data.dtype}")
+    if in_fp8:
+        counter, counted = torch.zeros((), dtype=torch.int64), []
+        far = replace(saved, scales=saved.scales.clone(), lost=counter)
+        far.scales.view(torch.uint8)[:, 0] -= 20  # a block far under its row's largest
+        for _ in range(2):
+            far.expanded()
+            counted.append(int(counter))
+        bad += [] if 0 < counted[0] == counted[1] else [f"elements counted twice: {counted}"]
     turned = saved.transposed()
     bad += differ("turned", turned.dequantize(), want.dequantize().t()) if turned else []
     if (turned is None) != in_fp8:
