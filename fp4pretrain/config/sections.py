@@ -124,9 +124,9 @@ class TrainConfig:
     alone does.
     ``graph``: whether steps are captured as a CUDA graph and replayed: auto (where they can be), always (or
     an error) or never. ``fusion``: auto, norms with the sums before them, activations, linears' biases, the
-    split of queries, keys and values, embeddings' gradients and cross entropy by fused kernels where there
-    is a GPU for them, or never. ``packed_weights``: casts of weights wait packed (nvfp4, mxfp4; FP8 under one
-    scale: once, not twice) and are expanded for each GEMM: less memory, the same numbers, slower.
+    split of queries, keys and values, embeddings' gradients, cross entropy and AdamW by fused kernels where
+    there is a GPU for them, or never. ``packed_weights``: casts of weights wait packed (nvfp4, mxfp4; FP8
+    under one scale: once, not twice) and are expanded for each GEMM: less memory, the same numbers, slower.
     ``deterministic``: kernels of GPUs that add in a fixed order, so that two runs of one config, or a run and
     its restart, are the same bits; they are slower. CPUs always do.
     """
